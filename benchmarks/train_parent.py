@@ -1,0 +1,218 @@
+"""Train a parent to convergence and write its weights, curve and model card.
+
+    python benchmarks/train_parent.py nyuv2_lite0 --data DIR --weights FILE [--epochs 60]
+    python benchmarks/train_parent.py scenes_small [--epochs 60]
+
+Resumable: run the same command again after a stop. Uses a GPU when there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import accelerate
+import timm
+import torch
+from safetensors.torch import save_file
+
+from secateur import zoo
+from secateur.bench.accuracy import evaluate_model
+from secateur.core.files import atomic_path, write_json, write_text
+from secateur.core.model import ModelInput, MultiTaskModel
+from secateur.core.progress import shown
+from secateur.core.task import Task
+from secateur.data.loading import InMemory, open_reader
+from secateur.data.sample import Reader
+from secateur.data.transforms import Augment
+from secateur.recover.training import TrainSettings, train
+
+HERE = Path(__file__).resolve().parent
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Parent:
+    """What to train, on what, and what the card says about the data."""
+
+    tasks: tuple[Task, ...]
+    spec: ModelInput
+    reader: str
+    data: str
+    terms: str
+    augment: Augment
+
+
+PARENTS = {
+    "nyuv2_lite0": Parent(
+        tasks=(
+            Task("segmentation", "segmentation", "segmentation", "segmentation", classes=13),
+            Task("depth", "depth", "depth", "depth"),
+            Task("normals", "normals", "normals", "normals", weight=2.0),
+        ),
+        spec=ModelInput(3, 192, 256, MEAN, STD),
+        reader="nyuv2",
+        data="NYUv2 (Silberman, Hoiem, Kohli, Fergus, ECCV 2012), official 795 training and 654 "
+        "test images at 288x384, 13 classes; normals derived from depth, so angles are not "
+        "comparable with published ones. Backbone pre-trained on ImageNet-1k (Apache-2.0).",
+        terms="NYUv2 is for research use only; so are these weights.",
+        augment=Augment(),
+    ),
+    "scenes_small": Parent(
+        tasks=(
+            Task("segmentation", "segmentation", "segmentation", "segmentation", classes=8),
+            Task("depth", "depth", "depth", "depth"),
+            Task("normals", "normals", "normals", "normals", weight=2.0),
+            Task("room", "room", "classification", "room", classes=4),
+        ),
+        spec=ModelInput(3, 96, 128, MEAN, STD),
+        reader="scenes",
+        data="Rooms rendered by secateur.data.scenes (deterministic, embedded); trained from "
+        "scratch.",
+        terms="No third-party data; Apache-2.0 like the code.",
+        augment=Augment(scale=1.2),
+    ),
+}
+
+
+def main() -> None:
+    options = _options()
+    parent = PARENTS[options.name]
+    work = options.work or HERE.parent / "out" / "parents" / options.name
+    train_set = InMemory(open_reader(parent.reader, options.data, "train"))
+    test_set = InMemory(open_reader(parent.reader, options.data, "test"))
+    torch.manual_seed(options.seed)
+    factory = getattr(zoo, options.name)
+    network = factory(options.weights) if options.weights else factory()
+    model = MultiTaskModel(network, parent.tasks)
+    settings = TrainSettings(
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        seed=options.seed,
+        bf16=options.bf16,
+    )
+    curve_file = work / "curve.json"
+    curve = json.loads(curve_file.read_text()) if curve_file.exists() else []
+
+    def after_epoch(epoch: int, model: MultiTaskModel, loss: float) -> None:
+        row: dict[str, object] = {"epoch": epoch, "loss": round(loss, 4)}
+        if epoch % options.every == 0 or epoch >= options.epochs - 4:
+            row["test"] = _test(model, test_set, parent.spec)
+        curve.append(row)
+        write_json(curve_file, curve)
+        print(json.dumps(row), flush=True)
+
+    started = time.time()
+    with shown(quiet=options.quiet):
+        result = train(
+            model, train_set, parent.spec, settings,
+            augment=parent.augment, checkpoint=work, after_epoch=after_epoch, title=options.name,
+        )  # fmt: skip
+    _write(options, parent, result.model, curve, settings, test_set, time.time() - started)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", choices=sorted(PARENTS))
+    parser.add_argument("--data", help="the data set's folder (not for scenes_small)")
+    parser.add_argument("--weights", help="ImageNet weights of the backbone (safetensors)")
+    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--every", type=int, default=5, help="epochs between tests")
+    parser.add_argument("--bf16", action="store_true", help="train in bfloat16 autocast")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument("--work", type=Path, help="folder for checkpoints")
+    parser.add_argument("--out", type=Path, default=HERE / "parents")
+    return parser.parse_args()
+
+
+def _test(model: MultiTaskModel, reader: Reader, spec: ModelInput) -> dict[str, dict[str, float]]:
+    metrics = evaluate_model(model, reader, spec)
+    return {t: {m: round(v, 4) for m, v in values.items()} for t, values in metrics.items()}
+
+
+def _write(
+    options: argparse.Namespace,
+    parent: Parent,
+    model: MultiTaskModel,
+    curve: list[dict[str, object]],
+    settings: TrainSettings,
+    test_set: Reader,
+    seconds: float,
+) -> None:
+    """Write the fp16 weights, and the card from what those very weights score."""
+    state = {
+        key: tensor.half().contiguous() if tensor.is_floating_point() else tensor
+        for key, tensor in model.network.state_dict().items()
+    }
+    model.network.load_state_dict({k: v.float() for k, v in state.items()})
+    metrics = _test(model, test_set, parent.spec)
+    options.out.mkdir(parents=True, exist_ok=True)
+    with atomic_path(options.out / f"{options.name}.safetensors") as temporary:
+        save_file(state, temporary)
+    record = {
+        "name": options.name,
+        "factory": f"secateur.zoo:{options.name}",
+        "command": f"python benchmarks/train_parent.py {options.name} --epochs {options.epochs}"
+        f" --batch-size {options.batch_size} --learning-rate {options.learning_rate}"
+        f" --seed {options.seed}{' --bf16' if options.bf16 else ''}",
+        "settings": asdict(settings),
+        "augment": asdict(parent.augment),
+        "test_metrics": metrics,
+        "curve": curve,
+        "seconds_of_last_run": round(seconds),
+        "versions": {
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "accelerate": accelerate.__version__,
+        },
+        "host": f"{platform.machine()}, {os.cpu_count()} CPUs, cuda={torch.cuda.is_available()}",
+    }
+    write_json(options.out / f"{options.name}.json", record)
+    write_text(options.out / f"{options.name}.md", _card(options.name, parent, record))
+
+
+def _card(name: str, parent: Parent, record: dict[str, object]) -> str:
+    metrics = record["test_metrics"]
+    assert isinstance(metrics, dict)
+    rows = [
+        f"| {task} | {metric} | {value:.4g} |"
+        for task, values in metrics.items()
+        for metric, value in values.items()
+    ]
+    spec = parent.spec
+    return "\n".join(
+        [
+            f"# {name}",
+            "",
+            f"Factory `secateur.zoo:{name}`; input {spec.height}x{spec.width} RGB; "
+            f"fp16 weights in `{name}.safetensors`.",
+            "",
+            f"**Data.** {parent.data}",
+            "",
+            f"**Terms.** {parent.terms}",
+            "",
+            "**Test metrics of these very weights** (whole test split, at the input's size):",
+            "",
+            "| task | metric | value |",
+            "|---|---|---|",
+            *rows,
+            "",
+            f"**Command.** `{record['command']}`",
+            "",
+            f"Seeds, settings, versions and the curve of test metrics are in `{name}.json`.",
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Measure: per-task accuracy, latency by the protocol, and the pictures people look at."""

@@ -1,0 +1,1 @@
+"""The nouns every room shares: tasks, models, channel groups, plans, errors, files."""

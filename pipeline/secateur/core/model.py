@@ -1,0 +1,121 @@
+"""The multi-task model: any ``nn.Module`` seen as images in, one tensor per task out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from secateur.core.errors import ModelError
+from secateur.core.task import Task
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """What the network expects: RGB (or BGR) images scaled to 0..1, then ``(x - mean) / std``."""
+
+    channels: int
+    height: int
+    width: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    layout: str = "RGB"
+
+    def example(self, batch: int = 1, *, seed: int = 0) -> Tensor:
+        """Return a (batch, C, H, W) tensor of standard normal noise."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(batch, self.channels, self.height, self.width, generator=generator)
+
+
+class MultiTaskModel(nn.Module):
+    """Wraps a module that returns a dict or a tuple; ``forward`` gives ``{task name: tensor}``.
+
+    For a tuple, a task's ``output`` is its position (``"0"``, ``"1"``, …).
+
+    Raises:
+        ModelError: ``forward`` gives neither a dict nor a tuple, or lacks a task's output.
+    """
+
+    def __init__(self, network: nn.Module, tasks: Sequence[Task]) -> None:
+        super().__init__()
+        self.network = network
+        self.tasks = tuple(tasks)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        outputs = named_outputs(self.network(images))
+        missing = [task for task in self.tasks if task.output not in outputs]
+        if missing:
+            raise ModelError(
+                f"task '{missing[0].name}' reads output '{missing[0].output}', "
+                f"which forward does not return; it returns {', '.join(sorted(outputs))}",
+                hint="set tasks.<name>.output to one of the names above",
+            )
+        return {task.name: outputs[task.output] for task in self.tasks}
+
+
+def named_outputs(raw: object) -> Mapping[str, Tensor]:
+    """Return ``forward``'s result as a mapping; a tuple's entries are named by position.
+
+    Raises:
+        ModelError: it is neither a dict nor a tuple or list nor a tensor.
+    """
+    if isinstance(raw, Mapping):
+        return raw
+    if isinstance(raw, tuple | list):
+        return {str(position): tensor for position, tensor in enumerate(raw)}
+    if isinstance(raw, Tensor):
+        return {"0": raw}
+    raise ModelError(
+        f"forward returned {type(raw).__name__}, expected a dict[str, Tensor] or a tuple",
+        hint="wrap the model so that forward returns one tensor per task",
+    )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put ``model`` in eval mode without gradients for a block, then restore its mode."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def check_outputs(model: MultiTaskModel, example: Tensor) -> dict[str, Tensor]:
+    """Run ``model`` once and return its outputs.
+
+    Raises:
+        ModelError: an output holds NaN or infinity.
+    """
+    with evaluating(model):
+        outputs = model(example)
+    for name, tensor in outputs.items():
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:
+            raise ModelError(
+                f"the parent's output for task '{name}' has {bad} NaN or infinite values "
+                f"of {tensor.numel()} on a plain noise image",
+                hint="check the checkpoint and the model's input mean and std",
+            )
+    return outputs
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Return a digest of the architecture's text and of every weight's name, shape and bytes."""
+    digest = hashlib.sha256(repr(model).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(data.numpy().tobytes())
+    return digest.hexdigest()[:20]
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Return the number of trainable and frozen parameters (buffers not counted)."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,75 @@
+"""The cut as data: what each group keeps, what it costs and what it loses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from secateur.core.channels import Axis, ChannelGroup
+from secateur.core.errors import PlanError
+
+
+@dataclass(frozen=True)
+class GroupCut:
+    """``kept`` are positions 0..width-1 within the group, ascending."""
+
+    name: str
+    width: int
+    kept: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """A cut that can be printed, compared and stored; applying it is another step.
+
+    ``lost`` is, per task, the share of its importance that goes (0..1). ``macs_*`` are
+    multiply-accumulates of one image.
+    """
+
+    cuts: tuple[GroupCut, ...]
+    macs_before: int
+    macs_after: int
+    budget_macs: int
+    channel_grid: int
+    criterion: str
+    fusion: str
+    lost: Mapping[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as JSON-like data."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> PrunePlan:
+        """Read what ``to_json`` wrote.
+
+        Raises:
+            PlanError: a field is missing or has another form.
+        """
+        try:
+            cuts = tuple(
+                GroupCut(cut["name"], int(cut["width"]), tuple(int(c) for c in cut["kept"]))
+                for cut in data["cuts"]
+            )
+            rest = {key: value for key, value in data.items() if key != "cuts"}
+            return PrunePlan(cuts=cuts, **rest)
+        except (KeyError, TypeError, ValueError) as error:
+            raise PlanError(
+                f"this is not a plan: {error!r}", hint="write it with `secateur plan --json`"
+            ) from error
+
+
+def dropped_indices(
+    groups: Sequence[ChannelGroup], plan: PrunePlan
+) -> dict[tuple[str, Axis], set[int]]:
+    """Return, per layer and axis, the positions that ``plan`` drops there."""
+    kept = {cut.name: set(cut.kept) for cut in plan.cuts}
+    dropped: dict[tuple[str, Axis], set[int]] = {}
+    for group in groups:
+        for member in group.members:
+            gone = dropped.setdefault((member.layer, member.axis), set())
+            for channel, places in enumerate(member.indices):
+                if channel not in kept[group.name]:
+                    gone.update(places)
+    return dropped

@@ -1,0 +1,138 @@
+"""Open a reader by name and turn samples into batches, the same way every time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from secateur.core import registry
+from secateur.core.errors import DataError
+from secateur.core.model import ModelInput
+from secateur.core.task import Task
+from secateur.data.sample import Reader, Sample
+from secateur.data.transforms import Augment, draw_view, image_tensor, target_tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """``images`` (N, C, H, W); ``targets`` by task name; ``ids`` of the samples."""
+
+    images: Tensor
+    targets: Mapping[str, Tensor]
+    ids: tuple[str, ...]
+
+
+def open_reader(name: str, root: str | Path | None, split: str, **options: Any) -> Reader:
+    """Open the reader ``name`` (a file of this folder, or an entry point of ``secateur.data``).
+
+    Raises:
+        DataError: unknown reader, no data at ``root``, a wrong option or an empty split.
+    """
+    try:
+        module = registry.load("secateur.data", name)
+    except KeyError as error:
+        raise DataError(
+            f"there is no reader '{name}'",
+            hint=f"readers: {', '.join(registry.entries('secateur.data'))}",
+        ) from error
+    try:
+        reader: Reader = module.create(Path(root or "."), split, **options)
+    except TypeError as error:
+        raise DataError(
+            f"reader '{name}' does not take these options: {error}",
+            hint=f"see the docstring of secateur.data.{name}.create",
+        ) from error
+    if len(reader) == 0:
+        raise DataError(
+            f"split '{split}' of reader '{name}' at {root} is empty",
+            hint="check the split's name and that its files are there",
+        )
+    return reader
+
+
+class InMemory:
+    """A reader that decodes each sample once; for training loops over small data sets."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self._samples: dict[int, Sample] = {}
+        self.fingerprint = reader.fingerprint
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    @property
+    def label_names(self) -> frozenset[str]:
+        return self._reader.label_names
+
+    def __getitem__(self, index: int) -> Sample:
+        if index not in self._samples:
+            self._samples[index] = self._reader[index]
+        return self._samples[index]
+
+
+def batches(
+    reader: Reader,
+    tasks: Sequence[Task],
+    spec: ModelInput,
+    batch_size: int,
+    *,
+    augment: Augment | None = None,
+    shuffle_seed: int | None = None,
+    limit: int | None = None,
+) -> Iterator[Batch]:
+    """Yield batches in order, or shuffled and augmented by ``shuffle_seed``.
+
+    A last batch of one sample is dropped when shuffling, since batch norm cannot train on it.
+    """
+    order = np.arange(len(reader))
+    rng = np.random.default_rng(shuffle_seed or 0)
+    if shuffle_seed is not None:
+        rng.shuffle(order)
+    order = order[:limit]
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        if shuffle_seed is not None and len(chosen) == 1 < batch_size:
+            return
+        yield _collate([reader[int(i)] for i in chosen], tasks, spec, augment, rng)
+
+
+def spread(reader: Reader, count: int) -> list[int]:
+    """Return ``count`` indices spread evenly over the reader (all of it when it is smaller)."""
+    size = len(reader)
+    return [int(i) for i in np.linspace(0, size - 1, min(count, size)).round()]
+
+
+def image_batch(reader: Reader, indices: Sequence[int], spec: ModelInput) -> Tensor:
+    """Return the (N, C, H, W) network inputs of some samples, without labels."""
+    return torch.stack([image_tensor(reader[i].image, spec) for i in indices])
+
+
+def has_labels(reader: Reader, tasks: Sequence[Task]) -> bool:
+    """Say whether ``reader`` carries a label for every task."""
+    return all(task.label in reader.label_names for task in tasks)
+
+
+def _collate(
+    samples: Sequence[Sample],
+    tasks: Sequence[Task],
+    spec: ModelInput,
+    augment: Augment | None,
+    rng: np.random.Generator,
+) -> Batch:
+    views = [draw_view(augment, rng) for _ in samples]
+    pairs = list(zip(samples, views, strict=True))
+    return Batch(
+        images=torch.stack([image_tensor(s.image, spec, view) for s, view in pairs]),
+        targets={
+            task.name: torch.stack([target_tensor(s, task, spec, view) for s, view in pairs])
+            for task in tasks
+        },
+        ids=tuple(sample.id for sample in samples),
+    )

@@ -1,0 +1,133 @@
+"""NYUv2 (Silberman et al., ECCV 2012): segmentation, depth and normals of indoor rooms.
+
+Reads either the zip layout (``train.zip`` and ``test.zip`` with image/ depth/ seg13/ seg40/
+normal/) or the official ``nyu_depth_v2_labeled.mat``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from secateur.core.errors import DataError, RuntimeMissing
+from secateur.core.files import value_digest
+from secateur.data.archive import ImageArchive
+from secateur.data.sample import Array, Reader, Sample
+
+DEPTH_METRES_PER_STEP = 9.99547 / 255  # the zip's depth is 8 bit; README of the data set
+CLASSES_13 = (
+    "bed books ceiling chair floor furniture objects picture sofa table tv wall window".split()
+)
+
+
+def create(root: Path, split: str, **options: Any) -> Reader:
+    """Open NYUv2 at ``root``: a folder with ``<split>.zip``, or the official ``.mat`` file.
+
+    Options: ``classes`` (13 or 40; the zip's 40 is really 39 classes), ``indices`` (for the
+    ``.mat``: the 1-based image numbers of the split, since the file itself carries none).
+    """
+    if root.suffix == ".mat":
+        return NyuMat(root, **options)
+    return NyuZip(root, split, **options)
+
+
+class NyuZip:
+    """The zip layout: (H, W) labels as PNG, normals re-normalised to unit length."""
+
+    def __init__(self, root: Path, split: str, classes: int = 13) -> None:
+        path = root / f"{split}.zip"
+        self._archive = ImageArchive(path if path.exists() else root / split)
+        if classes not in (13, 40):
+            raise DataError(f"NYUv2 has no {classes}-class labels", hint="classes: 13 or 40")
+        self._segmentation = f"seg{classes}"
+        self._ids = self._archive.stems("image")
+        self.fingerprint = value_digest(["nyuv2", classes, self._archive.fingerprint])
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    @property
+    def label_names(self) -> frozenset[str]:
+        return frozenset({"segmentation", "depth", "normals"})
+
+    def __getitem__(self, index: int) -> Sample:
+        name = self._ids[index]
+        labels: dict[str, Array] = {
+            "segmentation": self._archive.raw(f"{self._segmentation}/{name}.png"),
+            "depth": self._archive.raw(f"depth/{name}.png") * np.float32(DEPTH_METRES_PER_STEP),
+            "normals": unit_normals(self._archive.raw(f"normal/{name}.png")),
+        }
+        return Sample(name, self._archive.rgb(f"image/{name}.jpg"), labels)
+
+
+def unit_normals(stored: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return (h, w, 3) unit vectors from ``RGB = (n + 1) * 127.5``."""
+    vectors = stored.astype(np.float32) / np.float32(127.5) - 1
+    length = np.linalg.norm(vectors, axis=2, keepdims=True)
+    unit: NDArray[np.float32] = (vectors / np.maximum(length, 1e-6)).astype(np.float32)
+    return unit
+
+
+class NyuMat:
+    """The official MATLAB v7.3 file: images, in-painted depths and raw 894-class labels.
+
+    The labels are mapped to the 40 most frequent classes of the file, 0..39, the rest ignored
+    (the official 13- and 40-class maps are separate downloads); there are no normals.
+    """
+
+    def __init__(self, path: Path, indices: list[int] | None = None) -> None:
+        try:
+            import h5py
+        except ImportError as error:
+            raise RuntimeMissing(
+                "reading nyu_depth_v2_labeled.mat needs h5py", hint="pip install h5py"
+            ) from error
+        try:
+            self._file = h5py.File(path, "r")
+            count = self._file["images"].shape[0]
+        except (OSError, KeyError) as error:
+            raise DataError(
+                f"{path} is not nyu_depth_v2_labeled.mat: {error}",
+                hint="it must be the MATLAB v7.3 file with images, depths and labels",
+            ) from error
+        wrong = [i for i in indices or () if not 1 <= i <= count]
+        if wrong:
+            raise DataError(
+                f"{path} has images 1..{count}, got index {wrong[0]}", hint="indices are 1-based"
+            )
+        self._indices = [i - 1 for i in indices] if indices else list(range(count))
+        self._lookup = self._frequent_classes()
+        self.fingerprint = value_digest(["nyuv2-mat", path.stat().st_size, self._indices])
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @property
+    def label_names(self) -> frozenset[str]:
+        return frozenset({"segmentation", "depth"})
+
+    def __getitem__(self, index: int) -> Sample:
+        i = self._indices[index]
+        # MATLAB stores column-major, so HDF5 shows (3, W, H) and (W, H).
+        image = np.ascontiguousarray(self._file["images"][i].transpose(2, 1, 0))
+        raw = np.asarray(self._file["labels"][i]).T
+        labels: dict[str, Array] = {
+            "segmentation": self._lookup[raw],
+            "depth": np.asarray(self._file["depths"][i]).T.astype(np.float32),
+        }
+        return Sample(f"{i + 1:04d}", image, labels)
+
+    def _frequent_classes(self, keep: int = 40) -> NDArray[np.uint8]:
+        names = self._file["labels"]
+        counts = np.zeros(int(np.iinfo(np.uint16).max) + 1, np.int64)
+        for i in range(0, names.shape[0], 8):  # every eighth image is enough to rank the classes
+            counts += np.bincount(np.asarray(names[i]).ravel(), minlength=counts.size)
+        counts[0] = 0  # 0 is "unlabelled"
+        ranked = np.argsort(-counts, kind="stable")[:keep]
+        lookup = np.full(counts.size, 255, np.uint8)
+        ranked = ranked[counts[ranked] > 0]
+        lookup[ranked] = np.arange(ranked.size)
+        return lookup

@@ -1,0 +1,43 @@
+"""Keypoints in 0..1 image coordinates: L1 loss; mean error and PCK@0.1 in percent."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from secateur.core.task import Task
+from secateur.metrics.kind import TaskKind
+from secateur.metrics.regression import Regression
+
+
+class Keypoints(Regression):
+    """Outputs (N, 2K), x and y alternating; targets (N, K, 2), NaN where not visible."""
+
+    higher_is_better = {"mean_error": False, "pck_10": True}
+
+    def evaluator(self) -> KeypointsEvaluator:  # type: ignore[override]
+        return KeypointsEvaluator()
+
+
+class KeypointsEvaluator:
+    """Sums distances of visible points and counts those within 0.1 of the image size."""
+
+    def __init__(self) -> None:
+        self.distance = 0.0
+        self.near = self.count = 0
+
+    def update(self, output: Tensor, target: Tensor) -> None:
+        distance = (output.reshape(target.shape) - target).norm(dim=-1)
+        seen = distance[torch.isfinite(distance)]
+        self.distance += float(seen.double().sum())
+        self.near += int((seen < 0.1).sum())
+        self.count += seen.numel()
+
+    def compute(self) -> dict[str, float]:
+        count = max(self.count, 1)
+        return {"mean_error": self.distance / count, "pck_10": 100 * self.near / count}
+
+
+def create(task: Task) -> TaskKind:
+    """Return the kind for ``task``."""
+    return Keypoints()

@@ -1,0 +1,65 @@
+"""Surface normals: 1 - cosine; mean and median angle in degrees, share within 11.25°."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from secateur.core.task import Task
+from secateur.metrics.kind import TaskKind, masked_mean, resized
+
+BINS = 1800  # of 0.1 degree, so that the median needs no list of all angles
+
+
+class Normals:
+    """Outputs (N, 3, h, w) of any length; targets (N, 3, H, W) unit vectors, 0 where unknown."""
+
+    higher_is_better = {"mean_angle": False, "median_angle": False, "within_11": True}
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        cosine = functional.cosine_similarity(resized(output, target), target, dim=1)
+        return masked_mean(1 - cosine, target.square().sum(1) > 0.25)
+
+    def distillation_loss(self, output: Tensor, parent: Tensor) -> Tensor:
+        return (1 - functional.cosine_similarity(output, parent, dim=1)).mean()
+
+    def sample_target(self, parent: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw around the parent's direction with a spread of about 10 degrees."""
+        direction = functional.normalize(parent, dim=1)
+        noise = torch.randn(parent.shape, generator=generator)
+        return functional.normalize(direction + 0.17 * noise, dim=1)
+
+    def evaluator(self) -> NormalsEvaluator:
+        return NormalsEvaluator()
+
+
+class NormalsEvaluator:
+    """Sums angles over valid pixels and keeps their histogram for the median."""
+
+    def __init__(self) -> None:
+        self.histogram = torch.zeros(BINS, dtype=torch.float64)
+        self.total_degrees = 0.0
+        self.within = 0
+
+    def update(self, output: Tensor, target: Tensor) -> None:
+        valid = target.square().sum(1) > 0.25
+        cosine = functional.cosine_similarity(resized(output.float(), target), target, dim=1)
+        angle = torch.rad2deg(torch.acos(cosine[valid].clamp(-1, 1))).cpu()
+        self.histogram += torch.histc(angle, BINS, 0, 180).double()
+        self.total_degrees += float(angle.double().sum())
+        self.within += int((angle < 11.25).sum())
+
+    def compute(self) -> dict[str, float]:
+        pixels = max(float(self.histogram.sum()), 1.0)
+        middle = int(torch.searchsorted(self.histogram.cumsum(0), pixels / 2))
+        return {
+            "mean_angle": self.total_degrees / pixels,
+            "median_angle": (min(middle, BINS - 1) + 0.5) * 180 / BINS,
+            "within_11": 100 * self.within / pixels,
+        }
+
+
+def create(task: Task) -> TaskKind:
+    """Return the kind for ``task``."""
+    return Normals()

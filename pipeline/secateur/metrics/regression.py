@@ -1,0 +1,56 @@
+"""Regression of a vector per image: L1 loss; mean absolute error and RMSE in label units."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from secateur.core.task import Task
+from secateur.metrics.kind import TaskKind, masked_mean
+
+
+class Regression:
+    """Outputs and targets (N, D); NaN in the target where unknown."""
+
+    higher_is_better = {"mae": False, "rmse": False}
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        truth = target.reshape(output.shape)
+        error = (output - truth.nan_to_num()).abs()
+        return masked_mean(error, torch.isfinite(truth))
+
+    def distillation_loss(self, output: Tensor, parent: Tensor) -> Tensor:
+        return functional.l1_loss(output, parent)
+
+    def sample_target(self, parent: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw with Gaussian noise of a tenth of the batch's spread."""
+        spread = parent.std().nan_to_num() + 1e-3
+        return parent + 0.1 * spread * torch.randn(parent.shape, generator=generator)
+
+    def evaluator(self) -> RegressionEvaluator:
+        return RegressionEvaluator()
+
+
+class RegressionEvaluator:
+    """Sums absolute and squared errors over known values."""
+
+    def __init__(self) -> None:
+        self.absolute = self.square = 0.0
+        self.count = 0
+
+    def update(self, output: Tensor, target: Tensor) -> None:
+        truth = target.reshape(output.shape)
+        error = (output - truth)[torch.isfinite(truth)].double()
+        self.absolute += float(error.abs().sum())
+        self.square += float(error.square().sum())
+        self.count += error.numel()
+
+    def compute(self) -> dict[str, float]:
+        count = max(self.count, 1)
+        return {"mae": self.absolute / count, "rmse": (self.square / count) ** 0.5}
+
+
+def create(task: Task) -> TaskKind:
+    """Return the kind for ``task``."""
+    return Regression()

@@ -1,0 +1,70 @@
+"""Semantic segmentation: cross-entropy; mean IoU and pixel accuracy in percent."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+from secateur.core.task import Task
+from secateur.metrics.kind import TaskKind, class_count, resized
+
+
+class Segmentation:
+    """Outputs (N, classes, h, w) logits; targets (N, H, W) int64."""
+
+    higher_is_better = {"miou": True, "pixel_accuracy": True}
+
+    def __init__(self, classes: int, ignore_index: int) -> None:
+        self.classes, self.ignore_index = classes, ignore_index
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        logits = resized(output, target)
+        total = functional.cross_entropy(
+            logits, target, ignore_index=self.ignore_index, reduction="sum"
+        )
+        return total / (target != self.ignore_index).sum().clamp(min=1)
+
+    def distillation_loss(self, output: Tensor, parent: Tensor) -> Tensor:
+        divergence = functional.kl_div(
+            output.log_softmax(1), parent.log_softmax(1), log_target=True, reduction="none"
+        )
+        return divergence.sum(1).mean()
+
+    def sample_target(self, parent: Tensor, generator: torch.Generator) -> Tensor:
+        rows = parent.softmax(1).permute(0, 2, 3, 1)  # (N, h, w, classes)
+        drawn = torch.multinomial(rows.reshape(-1, self.classes), 1, generator=generator)
+        return drawn.reshape(rows.shape[:3])
+
+    def evaluator(self) -> SegmentationEvaluator:
+        return SegmentationEvaluator(self.classes, self.ignore_index)
+
+
+class SegmentationEvaluator:
+    """Sums one confusion matrix; IoU is averaged over the classes that occur."""
+
+    def __init__(self, classes: int, ignore_index: int) -> None:
+        self.classes, self.ignore_index = classes, ignore_index
+        self.confusion = torch.zeros(classes, classes, dtype=torch.int64)
+
+    def update(self, output: Tensor, target: Tensor) -> None:
+        predicted = resized(output.float(), target).argmax(1)
+        self.confusion += multiclass_confusion_matrix(
+            predicted.cpu(), target.cpu(), self.classes, ignore_index=self.ignore_index
+        )
+
+    def compute(self) -> dict[str, float]:
+        matrix = self.confusion.double()
+        hit = matrix.diagonal()
+        union = matrix.sum(0) + matrix.sum(1) - hit
+        seen = union > 0
+        return {
+            "miou": float(100 * (hit[seen] / union[seen]).mean()) if seen.any() else 0.0,
+            "pixel_accuracy": float(100 * hit.sum() / matrix.sum().clamp(min=1)),
+        }
+
+
+def create(task: Task) -> TaskKind:
+    """Return the kind for ``task``, which must state its ``classes``."""
+    return Segmentation(class_count(task), task.ignore_index)

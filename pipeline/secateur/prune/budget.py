@@ -1,0 +1,125 @@
+"""Choose how many channels each group keeps, on a grid, to fill a MACs budget and never pass it.
+
+Greedy with a repair: the chunk (one grid step of one group) whose channels matter least per
+channel goes first until the budget holds; then whatever still fits is put back, best first, and
+swaps close the last gap. (torch-pruning's ``round_to`` rounds down after the fact and misses.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from secateur.core.errors import PlanError
+from secateur.prune.macs import MacsModel
+
+Scores = Sequence[NDArray[np.float64]]
+GAP = 0.005  # how far below the budget a solution may stay before swaps are tried
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """The widths a group may have, widest first, and the score kept at each."""
+
+    widths: tuple[int, ...]
+    kept_score: tuple[float, ...]
+
+
+def ladders(scores: Scores, grid: int, floor: float) -> list[Ladder]:
+    """Return each group's ladder: its full width, then multiples of ``grid`` down to the floor.
+
+    The floor is ``max(grid, floor * width)``, rounded up to the grid.
+    """
+    result = []
+    for channel_scores in scores:
+        width = len(channel_scores)
+        least = max(grid, int(np.ceil(floor * width / grid)) * grid)
+        steps = [width, *range((width - 1) // grid * grid, least - 1, -grid)]
+        best_first = np.concatenate([[0.0], np.cumsum(np.sort(channel_scores)[::-1])])
+        result.append(Ladder(tuple(steps), tuple(float(best_first[k]) for k in steps)))
+    return result
+
+
+def solve(scores: Scores, cost: MacsModel, budget: int, grid: int, floor: float) -> list[int]:
+    """Return how many channels each group keeps: the most score found within ``budget`` MACs.
+
+    Raises:
+        PlanError: even the narrowest grid widths cost more than the budget.
+    """
+    rungs = ladders(scores, grid, floor)
+    least = cost.macs([ladder.widths[-1] for ladder in rungs])
+    full = cost.macs([ladder.widths[0] for ladder in rungs])
+    if least > budget:
+        raise PlanError(
+            f"the budget of {budget / 1e6:.2f} M MACs ({budget / full:.3f} of the parent) is below "
+            f"the least that whole channels in multiples of {grid} allow: "
+            f"{least / 1e6:.2f} M ({least / full:.3f})",
+            hint=f"set prune.budget.macs to at least {np.ceil(1000 * least / full) / 1000:.3f}, "
+            "or lower prune.floor",
+        )
+    at = _descend(rungs, cost, budget)
+    at = _fill(rungs, cost, budget, at)
+    at = _swap(rungs, cost, budget, at)
+    return [ladder.widths[rung] for ladder, rung in zip(rungs, at, strict=True)]
+
+
+def _macs(rungs: Sequence[Ladder], cost: MacsModel, at: Sequence[int]) -> int:
+    return cost.macs([ladder.widths[rung] for ladder, rung in zip(rungs, at, strict=True)])
+
+
+def _step_loss(ladder: Ladder, rung: int) -> float:
+    """Return the score per channel lost by going one rung down from ``rung``."""
+    channels = ladder.widths[rung] - ladder.widths[rung + 1]
+    return (ladder.kept_score[rung] - ladder.kept_score[rung + 1]) / channels
+
+
+def _descend(rungs: Sequence[Ladder], cost: MacsModel, budget: int) -> list[int]:
+    at = [0] * len(rungs)
+    while _macs(rungs, cost, at) > budget:
+        movable = [g for g, ladder in enumerate(rungs) if at[g] + 1 < len(ladder.widths)]
+        at[min(movable, key=lambda g: _step_loss(rungs[g], at[g]))] += 1
+    return at
+
+
+def _fill(rungs: Sequence[Ladder], cost: MacsModel, budget: int, start: list[int]) -> list[int]:
+    """Put back the most valuable chunk that still fits, until none does."""
+    at = list(start)
+    while True:
+        best, gain = None, 0.0
+        for g, rung in enumerate(at):
+            if rung == 0:
+                continue
+            trial = [*at[:g], rung - 1, *at[g + 1 :]]
+            value = _step_loss(rungs[g], rung - 1)
+            if value >= gain and _macs(rungs, cost, trial) <= budget:
+                best, gain = trial, value
+        if best is None:
+            return at
+        at = best
+
+
+def _swap(rungs: Sequence[Ladder], cost: MacsModel, budget: int, start: list[int]) -> list[int]:
+    """While the gap is wide, trade one chunk out for one chunk in that ends nearer below."""
+    at = list(start)
+    spent = _macs(rungs, cost, at)
+    while spent < (1 - GAP) * budget:
+        best, best_spent = None, spent
+        for out, ladder in enumerate(rungs):
+            if at[out] + 1 >= len(ladder.widths):
+                continue
+            for back in range(len(rungs)):
+                if back == out or at[back] == 0:
+                    continue
+                trial = list(at)
+                trial[out] += 1
+                trial[back] -= 1
+                macs = _macs(rungs, cost, trial)
+                if best_spent < macs <= budget:
+                    best, best_spent = trial, macs
+        if best is None:
+            return at
+        at, spent = best, best_spent
+    return at

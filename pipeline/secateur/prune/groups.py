@@ -1,0 +1,156 @@
+"""Find channel groups with torch-pruning's dependency graph (DepGraph, arXiv 2301.12900)."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import torch_pruning
+from torch import Tensor, nn
+from torch_pruning.dependency import Group
+
+from secateur.core.channels import Axis, ChannelGroup, Member
+from secateur.core.errors import ModelError
+from secateur.core.model import MultiTaskModel
+
+ROOT_TYPES = (nn.Conv2d, nn.Linear)
+
+
+def dependency_graph(model: MultiTaskModel, example: Tensor) -> torch_pruning.DependencyGraph:
+    """Trace ``model`` on ``example`` and return torch-pruning's graph of it.
+
+    Raises:
+        ModelError: the model cannot be traced.
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)  # the graph is read off autograd
+    model.eval()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch-pruning warns of each unwrapped parameter
+            return torch_pruning.DependencyGraph().build_dependency(
+                model, example_inputs=example, verbose=False
+            )
+    except (RuntimeError, IndexError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ModelError(
+            f"the dependency graph of the model cannot be traced: {error}",
+            hint="forward must be made of differentiable torch calls on module parameters",
+        ) from error
+
+
+def output_layers(model: MultiTaskModel, example: Tensor) -> list[nn.Module]:
+    """Return the last parametrised layers before each output: their channels are the answer.
+
+    Found by walking the autograd graph back from each output to the nearest weights, so names
+    play no part.
+    """
+    owners = {
+        id(parameter): module
+        for module in model.modules()
+        for parameter in module.parameters(recurse=False)
+    }
+    found: list[nn.Module] = []
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    for output in model(example).values():
+        frontier, seen = [output.grad_fn], set()
+        while frontier:
+            node = frontier.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            parents = [parent for parent, _ in node.next_functions if parent is not None]
+            owned = [
+                owners[id(leaf.variable)]
+                for leaf in _leaves(parents)
+                if id(leaf.variable) in owners
+            ]
+            if owned:
+                found.extend(owned)
+            else:
+                frontier.extend(parents)
+    return found
+
+
+def _leaves(nodes: Sequence[object]) -> Iterator[object]:
+    """Yield weight leaves among ``nodes``, looking through transposes (as Linear inserts)."""
+    for node in nodes:
+        if hasattr(node, "variable"):
+            yield node
+        elif type(node).__name__ in ("TBackward0", "TransposeBackward0"):
+            yield from _leaves([parent for parent, _ in node.next_functions])  # type: ignore[attr-defined]
+
+
+def find_groups(model: MultiTaskModel, example: Tensor) -> tuple[ChannelGroup, ...]:
+    """Return every group of channels that may be removed, outputs' own channels excepted.
+
+    Raises:
+        ModelError: the model cannot be traced.
+    """
+    graph = dependency_graph(model, example)
+    names = {module: name for name, module in model.named_modules()}
+    attention = _attention_layers(model)
+    protected = output_layers(model, example) + attention
+    found: list[ChannelGroup] = []
+    for group in graph.get_all_groups(
+        ignored_layers=protected, root_module_types=list(ROOT_TYPES)
+    ):
+        if not _touches(group, set(attention)):
+            found.extend(_split(group, names))
+    return tuple(found)
+
+
+def _attention_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the projections of attention blocks; their head structure fixes their widths."""
+    return [
+        layer
+        for module in model.modules()
+        if hasattr(module, "qkv") or hasattr(module, "in_proj_weight")
+        for layer in module.modules()
+        if isinstance(layer, ROOT_TYPES)
+    ]
+
+
+def _touches(group: Group, fixed: set[nn.Module]) -> bool:
+    """Say whether cutting ``group`` would narrow a fixed layer or a bare parameter.
+
+    A bare parameter is, for example, a position embedding: it marks a residual stream that
+    attention reads.
+    """
+    targets = [dep.target.module for dep, _ in group]
+    return any(target in fixed or isinstance(target, nn.Parameter) for target in targets)
+
+
+def _split(group: Group, names: dict[nn.Module, str]) -> Iterator[ChannelGroup]:
+    """Split one coupled set by source: channels with the same members form one group."""
+    places: dict[int, dict[tuple[str, Axis], list[int]]] = defaultdict(lambda: defaultdict(list))
+    for item in group:
+        dependency, indices = item
+        layer = names.get(dependency.target.module)
+        if layer is None:  # an element-wise operation, not a layer with weights
+            continue
+        axis: Axis = "in" if dependency.handler.__name__ == "prune_in_channels" else "out"
+        if _is_depthwise(dependency.target.module):
+            axis = "out"
+        for root, index in zip(item.root_idxs, indices, strict=True):
+            places[root][layer, axis].append(index)
+    by_members: dict[tuple[tuple[str, Axis, int], ...], list[int]] = defaultdict(list)
+    for channel in sorted(places):
+        key = tuple(
+            sorted((layer, axis, len(at)) for (layer, axis), at in places[channel].items())
+        )
+        by_members[key].append(channel)
+    root = names[group[0].dep.target.module]
+    for part, (key, channels) in enumerate(by_members.items()):
+        members = tuple(
+            Member(layer, axis, tuple(tuple(sorted(places[c][layer, axis])) for c in channels))
+            for layer, axis, _ in key
+        )
+        label = root.removeprefix("network.")
+        name = label if len(by_members) == 1 else f"{label}#{part}"
+        yield ChannelGroup(name, root, tuple(channels), members)
+
+
+def _is_depthwise(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and 1 < module.groups == module.out_channels

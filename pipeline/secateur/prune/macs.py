@@ -1,0 +1,121 @@
+"""MACs: counted on the model, and predicted for any cut before it is made.
+
+The counter is ``torch.utils.flop_counter`` halved, everywhere. The prediction is exact: each
+convolution and linear layer costs ``positions * kernel * c_in / groups * c_out``, both widths
+follow from the groups, and whatever else the counter sees (attention) is constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from secateur.core.channels import Axis, ChannelGroup
+from secateur.core.model import MultiTaskModel, evaluating
+
+
+def count_macs(model: nn.Module, example: Tensor) -> int:
+    """Return the multiply-accumulates of one forward pass per image of ``example``."""
+    counter = FlopCounterMode(display=False)
+    with evaluating(model), counter:
+        model(example)
+    return int(counter.get_total_flops()) // 2 // example.shape[0]
+
+
+def count_layer_macs(model: nn.Module, example: Tensor) -> dict[str, int]:
+    """Return MACs per convolution and linear layer, by module name."""
+    sizes = _output_positions(model, example)
+    return {
+        name: positions * module.weight.numel()
+        for name, (module, positions) in sizes.items()
+    }
+
+
+@dataclass(frozen=True)
+class MacsModel:
+    """Predicts a cut's MACs from the number of channels each group keeps.
+
+    With ``kept`` (G,): ``macs = constant + sum_l unit_l * in_l * out_l``, where the widths are
+    ``in = in_fixed + in_of @ kept`` and ``out = out_fixed + out_of @ kept``, all (L,).
+    """
+
+    unit: NDArray[np.float64]
+    in_fixed: NDArray[np.float64]
+    in_of: NDArray[np.float64]
+    out_fixed: NDArray[np.float64]
+    out_of: NDArray[np.float64]
+    constant: int
+
+    def macs(self, kept: Sequence[int] | NDArray[np.int64]) -> int:
+        """Return the MACs when group ``g`` keeps ``kept[g]`` channels."""
+        counts = np.asarray(kept, np.float64)
+        widths_in = self.in_fixed + self.in_of @ counts
+        widths_out = self.out_fixed + self.out_of @ counts
+        return self.constant + round(float((self.unit * widths_in * widths_out).sum()))
+
+
+def macs_model(
+    model: MultiTaskModel, groups: Sequence[ChannelGroup], example: Tensor
+) -> MacsModel:
+    """Read off ``model`` how its MACs depend on the widths of ``groups``."""
+    layers = _output_positions(model, example)
+    order = {name: row for row, name in enumerate(layers)}
+    shape = (len(layers), len(groups))
+    of: dict[Axis, NDArray[np.float64]] = {"in": np.zeros(shape), "out": np.zeros(shape)}
+    for column, group in enumerate(groups):
+        for member in group.members:
+            if member.layer in order:
+                of[member.axis][order[member.layer], column] += len(member.indices[0])
+    unit, full_in, full_out = (np.zeros(len(layers)) for _ in range(3))
+    for row, (module, positions) in enumerate(layers.values()):
+        full_out[row], channels_in = module.weight.shape[:2]
+        kernel = module.weight[0, 0].numel()
+        grouped = getattr(module, "groups", 1)
+        depthwise = 1 < grouped == full_out[row]
+        full_in[row] = 1 if depthwise else channels_in * grouped
+        unit[row] = positions * kernel / (1 if depthwise else grouped)
+        if depthwise:
+            of["in"][row] = 0  # each output channel reads its own input only
+    widths = np.array([group.width for group in groups], np.float64)
+    in_fixed, out_fixed = full_in - of["in"] @ widths, full_out - of["out"] @ widths
+    known = round(float((unit * full_in * full_out).sum()))
+    constant = count_macs(model, example) - known
+    return MacsModel(unit, in_fixed, of["in"], out_fixed, of["out"], constant)
+
+
+def _output_positions(
+    model: nn.Module, example: Tensor
+) -> dict[str, tuple[nn.Conv2d | nn.Linear, int]]:
+    """Return each conv and linear layer that runs, with its output positions per image.
+
+    Positions are H*W (or tokens) summed over all calls of the layer.
+    """
+    found: dict[str, tuple[nn.Conv2d | nn.Linear, int]] = {}
+    batch = example.shape[0]
+
+    def note(name: str, module: nn.Conv2d | nn.Linear, output: Tensor) -> None:
+        channels = module.weight.shape[0]
+        positions = output.numel() // channels // batch
+        before = found[name][1] if name in found else 0
+        found[name] = (module, before + positions)
+
+    hooks = [
+        module.register_forward_hook(
+            lambda module, _, output, name=name: note(name, module, output)
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+    ]
+    try:
+        with evaluating(model), torch.no_grad():
+            model(example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found

@@ -1,0 +1,77 @@
+"""Decide a cut from scores and a budget; touches no weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from secateur.core.channels import ChannelGroup
+from secateur.core.plan import GroupCut, PrunePlan
+from secateur.prune.budget import solve
+from secateur.prune.macs import MacsModel
+
+GroupScores = Mapping[str, NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """``macs``: share of the parent's MACs, restricted to the kept tasks, that may stay (0..1].
+
+    ``grid``: every changed width is a multiple of it. ``floor``: the least share of a group's
+    channels that stays.
+    """
+
+    macs: float
+    grid: int = 8
+    floor: float = 0.1
+
+
+def plan_prune(
+    groups: Sequence[ChannelGroup],
+    cost: MacsModel,
+    fused: GroupScores,
+    per_task: Mapping[str, GroupScores],
+    budget: Budget,
+    *,
+    criterion: str,
+    fusion: str,
+) -> PrunePlan:
+    """Return the cut that keeps the most fused score within the budget.
+
+    ``fused`` and each of ``per_task`` give (width,) scores by group name.
+
+    Raises:
+        PlanError: the budget is below what the grid and the floor allow.
+    """
+    full = cost.macs([group.width for group in groups])
+    limit = int(budget.macs * full)
+    scores = [fused[group.name] for group in groups]
+    counts = solve(scores, cost, limit, budget.grid, budget.floor)
+    cuts = tuple(
+        GroupCut(group.name, group.width, _best(scores[g], counts[g]))
+        for g, group in enumerate(groups)
+    )
+    return PrunePlan(
+        cuts=cuts,
+        macs_before=full,
+        macs_after=cost.macs(counts),
+        budget_macs=limit,
+        channel_grid=budget.grid,
+        criterion=criterion,
+        fusion=fusion,
+        lost={task: _lost_share(cuts, values) for task, values in per_task.items()},
+    )
+
+
+def _best(scores: NDArray[np.float64], count: int) -> tuple[int, ...]:
+    order = np.argsort(-scores, kind="stable")[:count]
+    return tuple(int(channel) for channel in np.sort(order))
+
+
+def _lost_share(cuts: Sequence[GroupCut], scores: GroupScores) -> float:
+    kept = sum(float(scores[cut.name][list(cut.kept)].sum()) for cut in cuts)
+    total = sum(float(scores[cut.name].sum()) for cut in cuts)
+    return 1 - kept / total if total > 0 else 0.0

@@ -1,0 +1,35 @@
+"""The two parents we train and commit (``benchmarks/train_parent.py``, ``benchmarks/parents``)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from secateur.data.scenes import CLASSES as SCENE_CLASSES
+from secateur.data.scenes import ROOMS as SCENE_ROOMS
+from secateur.zoo.compose import ComposedModel, HeadSpec, compose
+
+
+def nyuv2_lite0(backbone_weights: str | Path | None = None) -> ComposedModel:
+    """EfficientNet-Lite0 with segmentation (13 classes), depth (metres) and normals heads."""
+    return compose(
+        "efficientnet_lite0",
+        {
+            "segmentation": HeadSpec("segmentation", 13),
+            "depth": HeadSpec("depth", 1),
+            "normals": HeadSpec("normals", 3),
+        },
+        backbone_weights=backbone_weights,
+    )
+
+
+def scenes_small() -> ComposedModel:
+    """A narrow MobileNetV2 with four heads, for the rendered rooms of ``data.scenes``."""
+    return compose(
+        "mobilenetv2_050",
+        {
+            "segmentation": HeadSpec("segmentation", len(SCENE_CLASSES), width=32),
+            "depth": HeadSpec("depth", 1, width=32),
+            "normals": HeadSpec("normals", 3, width=32),
+            "room": HeadSpec("classification", len(SCENE_ROOMS), width=32),
+        },
+    )
