@@ -57,11 +57,12 @@ def open_reader(name: str, root: str | Path | None, split: str, **options: Any) 
 
 
 class InMemory:
-    """A reader that decodes each sample once; for training loops over small data sets."""
+    """A reader that decodes each sample once, as long as they fit in ``max_bytes``."""
 
-    def __init__(self, reader: Reader) -> None:
+    def __init__(self, reader: Reader, max_bytes: int = 1 << 30) -> None:
         self._reader = reader
         self._samples: dict[int, Sample] = {}
+        self._room = max_bytes
         self.fingerprint = reader.fingerprint
 
     def __len__(self) -> int:
@@ -72,9 +73,14 @@ class InMemory:
         return self._reader.label_names
 
     def __getitem__(self, index: int) -> Sample:
-        if index not in self._samples:
-            self._samples[index] = self._reader[index]
-        return self._samples[index]
+        if index in self._samples:
+            return self._samples[index]
+        sample = self._reader[index]
+        size = sample.image.nbytes + sum(label.nbytes for label in sample.labels.values())
+        if size <= self._room:
+            self._room -= size
+            self._samples[index] = sample
+        return sample
 
 
 def batches(

@@ -87,7 +87,7 @@ def target_tensor(sample: Sample, task: Task, spec: ModelInput, view: View | Non
         label = _window(label, view, spec, cv2.INTER_NEAREST)
     if task.kind in ("segmentation", "classification"):
         _check_classes(label, task, sample.id)
-        return torch.from_numpy(np.ascontiguousarray(label, dtype=np.int64))
+        return torch.from_numpy(np.array(label, dtype=np.int64, order="C"))
     values = np.array(label, dtype=np.float32)
     if task.kind == "depth":
         values = values / view.zoom  # a zoom moves the camera nearer by the same factor

@@ -1,0 +1,105 @@
+"""Latency by one protocol: warm-up, at least 3 s and 100 runs, trtexec's names, noise stated.
+
+Two models are compared by taking turns within one run, because a busy machine drifts by more
+than the difference between them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from secateur.core.progress import track
+from secateur.devices.host import temperature_c
+
+NOISY_ABOVE = 0.10  # coefficient of variation
+PERCENTILES = (90, 95, 97, 99, 99.9)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How long to warm up and to measure."""
+
+    warmup_ms: float = 200
+    seconds: float = 3
+    runs: int = 100
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds per call; ``coefficient_of_variation`` above 0.10 sets ``noisy``."""
+
+    min_ms: float
+    mean_ms: float
+    median_ms: float
+    percentiles_ms: Mapping[str, float]
+    max_ms: float
+    runs: int
+    coefficient_of_variation: float
+    noisy: bool
+    temperature_before_c: float | None = None
+    temperature_after_c: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the result as JSON-like data."""
+        return asdict(self)
+
+
+def summarise(
+    samples_ms: NDArray[np.float64],
+    before_c: float | None = None,
+    after_c: float | None = None,
+) -> Latency:
+    """Return the statistics of (runs,) latencies in milliseconds."""
+    mean = float(samples_ms.mean())
+    variation = float(samples_ms.std() / mean)
+    return Latency(
+        min_ms=float(samples_ms.min()),
+        mean_ms=mean,
+        median_ms=float(np.median(samples_ms)),
+        percentiles_ms={f"p{p:g}": float(np.percentile(samples_ms, p)) for p in PERCENTILES},
+        max_ms=float(samples_ms.max()),
+        runs=len(samples_ms),
+        coefficient_of_variation=variation,
+        noisy=variation > NOISY_ABOVE,
+        temperature_before_c=before_c,
+        temperature_after_c=after_c,
+    )
+
+
+def measure(
+    calls: Mapping[str, Callable[[], object]],
+    protocol: Protocol | None = None,
+    title: str = "measuring latency",
+) -> dict[str, Latency]:
+    """Measure every call, taking turns, until each has its seconds and its runs."""
+    protocol = protocol or Protocol()
+    before = temperature_c()
+    for call in calls.values():
+        until = time.perf_counter() + protocol.warmup_ms / 1000
+        while time.perf_counter() < until:
+            call()
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    rounds = _rounds_needed(calls, protocol)
+    for _ in track(range(rounds), title, rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            samples[name].append(1000 * (time.perf_counter() - start))
+    after = temperature_c()
+    return {name: summarise(np.array(values), before, after) for name, values in samples.items()}
+
+
+def _rounds_needed(calls: Mapping[str, Callable[[], object]], protocol: Protocol) -> int:
+    """Return how many turns give the fastest call its seconds."""
+    fastest = float("inf")
+    for call in calls.values():
+        start = time.perf_counter()
+        call()
+        fastest = min(fastest, time.perf_counter() - start)
+    return max(protocol.runs, round(protocol.seconds / max(fastest, 1e-6)))

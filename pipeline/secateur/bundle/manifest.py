@@ -1,0 +1,96 @@
+"""The manifest: what the bundle is, what it needs, how good it is and how to make it again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION = 1
+Metrics = dict[str, dict[str, float]]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class InputContract(_Strict):
+    """An RGB image is resized to (height, width), scaled to 0..1, then ``(x - mean) / std``."""
+
+    name: str
+    channels: int
+    height: int
+    width: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    layout: str
+
+
+class TaskContract(_Strict):
+    """One output of the model; ``shape`` is that of one image."""
+
+    name: str
+    kind: str
+    classes: int | None
+    ignore_index: int
+    max_drop: float | None
+    shape: tuple[int, ...]
+
+
+class FileRecord(_Strict):
+    """A file of the bundle."""
+
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    bytes: int
+
+
+class Accuracy(_Strict):
+    """Per task and metric: the parent, the cut before recovery, and the model as shipped.
+
+    ``change_percent`` is the shipped model against the parent, per task; its mean is ΔT.
+    """
+
+    images: int
+    parent: Metrics
+    before_recovery: Metrics
+    shipped: Metrics
+    change_percent: dict[str, float]
+    delta_t: float
+    delta_t_before_recovery: float
+    worst_task: str
+    too_low: tuple[str, ...] = ()
+
+
+class Cost(_Strict):
+    """What one inference costs and how large the model is."""
+
+    macs: int
+    params: int
+    onnx_bytes: int
+
+
+class Manifest(_Strict):
+    """``manifest.json``."""
+
+    schema_version: int
+    created: str
+    device: str
+    precision: str
+    runtime: str
+    threads: int
+    input: InputContract
+    tasks: tuple[TaskContract, ...]
+    files: dict[str, FileRecord]
+    parent: dict[str, str]
+    data: dict[str, str]
+    plan: dict[str, Any]
+    cost_parent: Cost
+    cost: Cost
+    accuracy: Accuracy
+    parity: dict[str, dict[str, float]]
+    latency_ms: dict[str, Any]
+    seconds: dict[str, float]
+    versions: dict[str, str]
+    host: dict[str, Any]
+    command: str
+    recipe: str

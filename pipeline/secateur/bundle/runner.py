@@ -1,0 +1,142 @@
+#!/usr/bin/env python3
+"""Run this bundle: images in, one array per task out.
+
+    python3 run.py IMAGE [IMAGE ...] [--out DIR] [--full-size] [--json]
+
+Needs numpy, onnxruntime and opencv-python-headless; nothing of Secateur. Writes one .npz per image
+with the network's own outputs; --full-size also decodes them (class maps, metres, unit normals,
+probabilities) at the image's size. As a module: ``Runner(folder).predict(image_rgb)``.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+SCHEMA_VERSION = 1
+DENSE_KINDS = ("segmentation", "depth", "normals", "edges")
+
+
+class BundleMismatch(Exception):
+    """The files beside this runner are not the ones the manifest was written for."""
+
+
+def preprocess(image, contract):
+    """(h, w, 3) uint8 RGB -> (1, C, H, W) float32, exactly as in training."""
+    height, width = contract["height"], contract["width"]
+    if image.shape[:2] != (height, width):
+        how = cv2.INTER_AREA if height < image.shape[0] else cv2.INTER_LINEAR
+        image = cv2.resize(image, (width, height), interpolation=how)
+    pixels = image.astype(np.float32) / 255.0
+    if contract["layout"] == "BGR":
+        pixels = pixels[:, :, ::-1]
+    mean = np.asarray(contract["mean"], np.float32)
+    std = np.asarray(contract["std"], np.float32)
+    normal = (pixels - mean) / std
+    return np.ascontiguousarray(normal.transpose(2, 0, 1), dtype=np.float32)[None]
+
+
+def decode(output, task, size):
+    """One task's output (1, ...) -> what a user wants, dense ones at ``size`` = (height, width)."""
+    kind = task["kind"]
+    if kind in DENSE_KINDS:
+        maps = output[0].transpose(1, 2, 0)
+        maps = cv2.resize(maps, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
+        if kind == "segmentation":
+            return maps.reshape(*size, -1).argmax(axis=2).astype(np.uint8)
+        if kind == "normals":
+            return maps / np.maximum(np.linalg.norm(maps, axis=2, keepdims=True), 1e-6)
+        return 1 / (1 + np.exp(-maps)) if kind == "edges" else maps
+    if kind == "classification":
+        shifted = np.exp(output[0] - output[0].max())
+        return shifted / shifted.sum()
+    return 1 / (1 + np.exp(-output[0])) if kind == "multilabel" else output[0]
+
+
+class Runner:
+    """Loads the bundle in ``folder`` after checking the model against the manifest."""
+
+    def __init__(self, folder, threads=None):
+        folder = Path(folder)
+        self.manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        if self.manifest.get("schema_version") != SCHEMA_VERSION:
+            raise BundleMismatch(
+                f"manifest schema {self.manifest.get('schema_version')}, this runner reads "
+                f"{SCHEMA_VERSION}; use the run.py of the same bundle"
+            )
+        model = folder / "model.onnx"
+        data = model.read_bytes()
+        wanted = self.manifest["files"]["model.onnx"]["sha256"]
+        if hashlib.sha256(data).hexdigest() != wanted:
+            raise BundleMismatch("model.onnx is not the file of this manifest; copy it again")
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or self.manifest["threads"]
+        options.inter_op_num_threads = 1
+        self.session = onnxruntime.InferenceSession(
+            data, options, providers=["CPUExecutionProvider"]
+        )
+        self.tasks = self.manifest["tasks"]
+        self.names = [task["name"] for task in self.tasks]
+        got = [output.name for output in self.session.get_outputs()]
+        if sorted(got) != sorted(self.names):
+            raise BundleMismatch(f"model.onnx gives {got}, the manifest says {self.names}")
+
+    def predict(self, image):
+        """(h, w, 3) uint8 RGB -> {task: network output of shape (1, ...)}."""
+        inputs = preprocess(image, self.manifest["input"])
+        arrays = self.session.run(self.names, {self.manifest["input"]["name"]: inputs})
+        return dict(zip(self.names, arrays))
+
+    def decode(self, outputs, size):
+        """Decode ``predict``'s outputs for an image of ``size`` = (height, width)."""
+        return {task["name"]: decode(outputs[task["name"]], task, size) for task in self.tasks}
+
+
+def read_rgb(path):
+    """Read an image file as (h, w, 3) uint8 RGB."""
+    image = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    if image is None:
+        raise ValueError(f"cannot read image {path}")
+    return np.ascontiguousarray(image[:, :, ::-1])
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description="Run this bundle on images.")
+    parser.add_argument("images", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("."), help="where the .npz files go")
+    parser.add_argument("--threads", type=int, help="intra-op threads (default: the manifest's)")
+    parser.add_argument("--full-size", action="store_true", help="also decode at the image's size")
+    parser.add_argument("--json", action="store_true", help="print one JSON line per image")
+    options = parser.parse_args(arguments)
+    try:
+        runner = Runner(Path(__file__).resolve().parent, options.threads)
+        options.out.mkdir(parents=True, exist_ok=True)
+        for path in options.images:
+            start = time.perf_counter()
+            image = read_rgb(path)
+            outputs = runner.predict(image)
+            arrays = dict(outputs)
+            if options.full_size:
+                decoded = runner.decode(outputs, image.shape[:2])
+                arrays.update({f"{name}_decoded": array for name, array in decoded.items()})
+            target = options.out / f"{path.stem}.npz"
+            np.savez_compressed(target, **arrays)
+            shapes = {name: list(array.shape) for name, array in arrays.items()}
+            row = {"image": str(path), "out": str(target), "outputs": shapes,
+                   "ms": round(1000 * (time.perf_counter() - start), 2)}  # fmt: skip
+            print(json.dumps(row) if options.json else f"{path} -> {target}  {shapes}")
+    except (BundleMismatch, OSError, ValueError, ImportError, KeyError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The command line: verbs to functions; it prints and never computes."""

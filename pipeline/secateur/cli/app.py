@@ -1,0 +1,72 @@
+"""``secateur``: one command per verb; errors become one sentence and a hint."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import traceback
+
+import typer
+from rich.console import Console
+
+import secateur
+from secateur.cli import build, demo, doctor, inspect, targets, verify
+from secateur.core.errors import SecateurError
+
+app = typer.Typer(
+    name="secateur",
+    help="Cut a pre-trained multi-task vision model to the tasks and the device at hand.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("targets")(targets.targets)
+app.command("inspect")(inspect.inspect)
+app.command("score")(inspect.score)
+app.command("plan")(inspect.plan)
+app.command("build")(build.build)
+app.command("verify")(verify.verify)
+app.command("bench")(verify.bench)
+app.command("demo")(demo.demo)
+app.command("doctor")(doctor.doctor)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: bool = typer.Option(False, "--version", help="Print the version.")) -> None:
+    if version:
+        typer.echo(f"secateur {secateur.__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; exit 0 good, 1 a check failed, 2 the user's error, 130 stopped."""
+    try:
+        app()
+    except SecateurError as error:
+        _report(error.message, error.hint)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _report("stopped", "run the same command again: finished stages are kept")
+        sys.exit(130)
+    except Exception:  # a bug of ours: say so, keep the traceback where it can be sent
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="secateur-crash-", suffix=".txt", delete=False
+        ) as log:
+            traceback.print_exc(file=log)
+        _report("this is a bug in Secateur", f"please report it with {log.name}")
+        sys.exit(70)
+
+
+def _report(message: str, hint: str) -> None:
+    if "--json" in sys.argv:
+        typer.echo(json.dumps({"error": message, "hint": hint}))
+        return
+    console = Console(stderr=True, soft_wrap=True, no_color="NO_COLOR" in os.environ)
+    console.print(f"[bold red]error:[/] {_escaped(message)}", highlight=False)
+    console.print(f"[dim]hint:[/]  {_escaped(hint)}", highlight=False)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", r"\[")

@@ -1,0 +1,111 @@
+"""``secateur build``"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from secateur.bundle.manifest import Manifest
+from secateur.cli.options import DEFAULT_TARGET, CacheOption, JsonOption, RecipeArgument
+from secateur.core.progress import shown
+from secateur.flow.build import BuildResult
+from secateur.flow.build import build as run_build
+from secateur.flow.cache import StageCache
+from secateur.flow.recipe import load_recipe
+
+
+def build(
+    recipe: RecipeArgument,
+    target: Annotated[
+        list[str] | None, typer.Option("--target", "-t", help="A target; may be repeated.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the bundles go.")] = Path("out"),
+    cache: CacheOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Cut, compensate, recover, lower, measure and bundle; run again to resume.
+
+    Exits 1 when a task lost more than its max_drop (the bundle is written and says so).
+
+    Example: secateur build examples/scenes.yaml --target x86-64-cpu --out out
+    """
+    loaded = load_recipe(recipe)
+    command = "secateur " + shlex.join(sys.argv[1:])
+    results = []
+    for name in target or [DEFAULT_TARGET]:
+        with shown(quiet=as_json):
+            results.append(run_build(loaded, name, out, cache=StageCache(cache), command=command))
+    if as_json:
+        typer.echo(json.dumps([_json(result) for result in results], indent=2))
+    else:
+        for result in results:
+            print_result(result, Console())
+    if any(result.manifest.accuracy.too_low for result in results):
+        raise typer.Exit(1)
+
+
+def _json(result: BuildResult) -> dict[str, object]:
+    manifest = result.manifest.model_dump(mode="json", exclude={"recipe"})
+    return {"bundle": str(result.folder), "manifest": manifest}
+
+
+def print_result(result: BuildResult, console: Console) -> None:
+    """Print what was gained and lost, and where everything lies."""
+    manifest = result.manifest
+    console.print(_accuracy_table(manifest))
+    console.print(_cost_table(manifest))
+    accuracy = manifest.accuracy
+    console.print(
+        f"ΔT {accuracy.delta_t:+.2f} % (worst task {accuracy.worst_task} "
+        f"{accuracy.change_percent[accuracy.worst_task]:+.2f} %); before recovery "
+        f"{accuracy.delta_t_before_recovery:+.2f} %; on {accuracy.images} images",
+        highlight=False,
+    )
+    for task in accuracy.too_low:
+        console.print(f"[bold red]task '{task}' lost more than its max_drop allows[/]")
+    folder = result.folder
+    console.print(f"bundle    {folder}", soft_wrap=True, highlight=False)
+    console.print(f"table     {folder / 'manifest.json'}", soft_wrap=True, highlight=False)
+    for picture in ("contact_sheet.png", "savings.png"):
+        console.print(f"pictures  {folder / 'pictures' / picture}", soft_wrap=True, highlight=False)
+    console.print(f"run it    python3 {folder / 'run.py'} IMAGE", soft_wrap=True, highlight=False)
+
+
+def _accuracy_table(manifest: Manifest) -> Table:
+    accuracy = manifest.accuracy
+    table = Table("task", "metric", "parent", "cut", "task's change %")
+    for task, metrics in accuracy.shipped.items():
+        for row, (metric, value) in enumerate(metrics.items()):
+            table.add_row(
+                task if row == 0 else "",
+                metric,
+                f"{accuracy.parent[task][metric]:.4g}",
+                f"{value:.4g}",
+                f"{accuracy.change_percent[task]:+.2f}" if row == 0 else "",
+            )
+    return table
+
+
+def _cost_table(manifest: Manifest) -> Table:
+    parent, cut = manifest.cost_parent, manifest.cost
+    table = Table("one image", "parent (kept tasks)", "cut", "ratio")
+    latency = manifest.latency_ms
+    rows = [
+        ("M MACs", parent.macs / 1e6, cut.macs / 1e6),
+        ("M parameters", parent.params / 1e6, cut.params / 1e6),
+        ("ONNX bytes", parent.onnx_bytes, cut.onnx_bytes),
+        (f"p50 ms, {manifest.threads} thread", latency["parent"]["median_ms"],
+         latency["cut"]["median_ms"]),
+    ]  # fmt: skip
+    for name, before, after in rows:
+        table.add_row(name, f"{before:,.5g}", f"{after:,.5g}", f"{after / before:.4f}")
+    if latency["cut"]["noisy"] or latency["parent"]["noisy"]:
+        table.caption = "noisy: the latencies varied by more than 10 %"
+    return table

@@ -1,0 +1,35 @@
+"""``secateur demo``"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from secateur.cli.build import print_result
+from secateur.cli.options import DEFAULT_TARGET, CacheOption
+from secateur.core.progress import shown
+from secateur.core.shipped import shipped
+from secateur.flow.build import build as run_build
+from secateur.flow.cache import StageCache
+from secateur.flow.recipe import load_recipe
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the bundle goes.")] = Path(
+        "out/demo"
+    ),
+    cache: CacheOption = None,
+) -> None:
+    """The whole job on the embedded model and rendered rooms; names the bundle and its pictures.
+
+    Example: secateur demo --out out/demo
+    """
+    recipe = load_recipe(shipped("examples") / "scenes.yaml")
+    with shown():
+        result = run_build(
+            recipe, DEFAULT_TARGET, out, cache=StageCache(cache), command="secateur demo"
+        )
+    print_result(result, Console())

@@ -1,0 +1,103 @@
+"""Your own images: a folder of them, with or without labels beside it.
+
+::
+
+    root/train/image/0001.jpg            any format OpenCV reads
+    root/train/segmentation/0001.png     a dense label: same stem; 8- or 16-bit PNG
+    root/train/depth/0001.png            16-bit: millimetres, or set depth_scale
+    root/train/normals/0001.png          RGB = (n + 1) * 127.5
+    root/train/labels.csv                name,<label>,...: one number per image and label
+
+Without the ``train`` folder, ``root`` itself is the split; without ``image/``, the images lie in
+the split's folder. Images alone are enough for calibration, compensation and label-free recovery.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+import numpy as np
+
+from secateur.core.errors import DataError
+from secateur.core.files import value_digest
+from secateur.data.archive import ImageArchive
+from secateur.data.nyuv2 import unit_normals
+from secateur.data.sample import Array, Reader, Sample
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+
+
+def create(root: Path, split: str, depth_scale: float = 0.001) -> Reader:
+    """Open ``root/split`` (or ``root``). ``depth_scale`` turns stored depth into metres."""
+    path = root / split
+    return Folder(path if path.is_dir() else root, depth_scale)
+
+
+class Folder:
+    """Dense labels are the other sub-folders; scalar labels are the columns of labels.csv."""
+
+    def __init__(self, path: Path, depth_scale: float) -> None:
+        self._archive = ImageArchive(path)
+        self._depth_scale = depth_scale
+        folders: dict[str, dict[str, str]] = {}
+        for name in self._archive.names:
+            file = Path(name)
+            if file.suffix.lower() in SUFFIXES and len(file.parts) <= 2:
+                folders.setdefault(file.parent.as_posix(), {})[file.stem] = name
+        self._images = folders.pop("image", None) or folders.pop(".", {})
+        self._dense = {
+            label: files for label, files in folders.items() if self._images.keys() & files.keys()
+        }
+        self._scalar = self._read_csv() if "labels.csv" in self._archive.names else {}
+        self._stems = sorted(self._images)
+        self._check_complete()
+        self.fingerprint = value_digest(["folder", depth_scale, self._archive.fingerprint])
+
+    def __len__(self) -> int:
+        return len(self._stems)
+
+    @property
+    def label_names(self) -> frozenset[str]:
+        columns = next(iter(self._scalar.values()), {})
+        return frozenset(self._dense) | frozenset(columns)
+
+    def __getitem__(self, index: int) -> Sample:
+        stem = self._stems[index]
+        labels: dict[str, Array] = {
+            label: self._read_dense(label, files[stem]) for label, files in self._dense.items()
+        }
+        labels.update(self._scalar.get(stem, {}))
+        return Sample(stem, self._archive.rgb(self._images[stem]), labels)
+
+    def _read_dense(self, label: str, name: str) -> Array:
+        stored = self._archive.raw(name)
+        if label == "depth":
+            return stored.astype(np.float32) * np.float32(self._depth_scale)
+        return unit_normals(stored) if label == "normals" else stored
+
+    def _read_csv(self) -> dict[str, dict[str, Array]]:
+        rows = csv.DictReader(io.StringIO(self._archive.read("labels.csv").decode()))
+        result: dict[str, dict[str, Array]] = {}
+        for number, row in enumerate(rows, start=2):
+            try:
+                stem = Path(row.pop("name")).stem
+                result[stem] = {key: np.array(float(value)) for key, value in row.items()}
+            except (KeyError, TypeError, ValueError) as error:
+                raise DataError(
+                    f"labels.csv in {self._archive.path}, line {number}: {error}",
+                    hint="the columns are name,<label>,... with one number per label",
+                ) from error
+        return result
+
+    def _check_complete(self) -> None:
+        for label, files in {**self._dense, **({"labels.csv": self._scalar} if self._scalar else {})
+                             }.items():  # fmt: skip
+            lacking = self._images.keys() - files.keys()
+            if lacking:
+                raise DataError(
+                    f"label '{label}' in {self._archive.path} lacks {len(lacking)} of "
+                    f"{len(self._images)} images, first '{min(lacking)}'",
+                    hint="give every image this label, or take the folder away",
+                )

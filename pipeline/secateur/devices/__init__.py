@@ -1,0 +1,1 @@
+"""Targets: what is known of each device, with sources."""

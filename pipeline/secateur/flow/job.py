@@ -1,0 +1,72 @@
+"""What is fixed before the first stage: the parent, the kept tasks, the data, their digests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from secateur.core.model import ModelInput, MultiTaskModel, model_fingerprint
+from secateur.core.task import Task
+from secateur.data.loading import InMemory, open_reader
+from secateur.data.sample import Reader
+from secateur.devices.target import Target
+from secateur.flow.cache import StageCache
+from secateur.flow.parent import load_parent
+from secateur.flow.recipe import DataSpec, Recipe
+from secateur.metrics.kind import kind_of
+from secateur.tasks import select_tasks
+
+
+@dataclass(frozen=True)
+class Job:
+    """``parent`` has every task, ``selected`` only the kept ones; both in eval mode."""
+
+    recipe: Recipe
+    spec: ModelInput
+    parent: MultiTaskModel
+    selected: MultiTaskModel
+    example: Tensor
+    train: Reader
+    eval: Reader
+    cache: StageCache
+    parent_key: str
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """The kept tasks."""
+        return self.selected.tasks
+
+    def grid(self, target: Target) -> int:
+        """Return the channel grid: the recipe's, or else the target's."""
+        return self.recipe.prune.grid or target.channel_grid[self.recipe.precision.mode]
+
+
+def open_job(recipe: Recipe, cache: StageCache) -> Job:
+    """Load everything a recipe names, and fail before any work if something does not fit.
+
+    Raises:
+        SecateurError: whichever part is wrong.
+    """
+    for task in recipe.all_tasks():
+        kind_of(task)
+    train, evaluation = _open(recipe.data.train), _open(recipe.data.eval)
+    parent = load_parent(recipe)
+    spec = recipe.model.input.model_input()
+    return Job(
+        recipe=recipe,
+        spec=spec,
+        parent=parent,
+        selected=select_tasks(parent, recipe.kept_names()).eval(),
+        example=spec.example(),
+        train=train,
+        eval=evaluation,
+        cache=cache,
+        parent_key=model_fingerprint(parent),
+    )
+
+
+def _open(spec: DataSpec) -> Reader:
+    options: dict[str, Any] = dict(spec.options)
+    return InMemory(open_reader(spec.reader, spec.root, spec.split, **options))

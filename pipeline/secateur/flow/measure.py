@@ -1,0 +1,76 @@
+"""Bench a bundle on this machine: inference alone, and from image file to decoded answer."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import psutil
+
+from secateur.bench.latency import Protocol, measure
+from secateur.bundle.read import check_files, read_bundle
+from secateur.bundle.runner import Runner, preprocess, read_rgb
+from secateur.bundle.write import CHECK_FILE
+from secateur.core.errors import DeviceError
+from secateur.core.files import write_json
+from secateur.devices.host import host_facts, library_versions
+from secateur.runtimes.base import runtime_of
+
+
+def bench(
+    folder: Path,
+    *,
+    device: str = "local",
+    threads: int | None = None,
+    protocol: Protocol | None = None,
+) -> dict[str, Any]:
+    """Measure a bundle and write ``bench.json`` into it.
+
+    ``host_to_host`` is the runtime's call alone; ``end_to_end`` adds reading and decoding the
+    image file, preprocessing and decoding the answers at the image's size.
+
+    Raises:
+        BundleError, VerifyError: the bundle is not whole.
+        DeviceError: ``device`` is not one this version can reach.
+    """
+    if device != "local":
+        raise DeviceError(
+            f"device '{device}' cannot be reached by this version",
+            hint="copy the bundle there and run `secateur bench BUNDLE --device local`",
+        )
+    manifest = read_bundle(folder)
+    check_files(folder, manifest)
+    used = threads or manifest.threads
+    session = runtime_of(manifest.runtime).open_session(folder / "model.onnx", used)
+    runner = Runner(folder, used)
+    with np.load(folder / CHECK_FILE, allow_pickle=False) as stored:
+        image = stored["image"]
+    inputs = preprocess(image, manifest.input.model_dump())
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "image.jpg"
+        cv2.imwrite(str(file), image[:, :, ::-1])
+
+        def from_file() -> None:
+            picture = read_rgb(file)
+            runner.decode(runner.predict(picture), picture.shape[:2])
+
+        results = measure(
+            {"host_to_host": lambda: session.run(inputs), "end_to_end": from_file}, protocol
+        )
+    record = {
+        "device": device,
+        "target": manifest.device,
+        "precision": manifest.precision,
+        "runtime": runtime_of(manifest.runtime).version(),
+        "threads": used,
+        "model_sha256": manifest.files["model.onnx"].sha256,
+        "latency": {name: result.to_json() for name, result in results.items()},
+        "peak_memory_mb": round(psutil.Process().memory_info().rss / 1e6, 1),
+        "host": host_facts(),
+        "versions": library_versions(),
+    }
+    write_json(folder / "bench.json", record)
+    return record

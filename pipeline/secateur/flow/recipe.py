@@ -1,0 +1,244 @@
+"""The recipe: what to cut, for whom and how far. Every error names the key and its line."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from secateur.core.errors import RecipeError
+from secateur.core.model import ModelInput
+from secateur.core.shipped import shipped_root
+from secateur.core.task import Task
+
+VARIABLE = re.compile(r"\$\{(\w+)\}")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class InputSpec(_Strict):
+    shape: tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[Annotated[float, Field(gt=0)], ...] = (0.229, 0.224, 0.225)
+    layout: Literal["RGB", "BGR"] = "RGB"
+
+    def model_input(self) -> ModelInput:
+        """Return the same as the pipeline's own value."""
+        return ModelInput(*self.shape, mean=self.mean, std=self.std, layout=self.layout)
+
+
+class ModelSpec(_Strict):
+    factory: str = Field(pattern=r"^[\w.]+:\w+$")
+    arguments: dict[str, Any] = {}
+    checkpoint: Path | None = None
+    input: InputSpec
+
+
+class TaskSpec(_Strict):
+    output: str
+    kind: str
+    label: str | None = None
+    classes: int | None = Field(default=None, ge=2)
+    ignore_index: int = 255
+    max_drop: float | None = Field(default=None, ge=0)
+    weight: float = Field(default=1.0, gt=0)
+
+
+class DataSpec(_Strict):
+    reader: str
+    root: str | None = None
+    split: str
+    options: dict[str, Any] = {}
+
+
+class DataSpecs(_Strict):
+    train: DataSpec
+    eval: DataSpec
+
+
+class BudgetSpec(_Strict):
+    macs: float = Field(gt=0, le=1)
+
+
+class PruneSpec(_Strict):
+    criterion: str = "taylor"
+    fusion: str = "mean"
+    budget: BudgetSpec
+    grid: int | None = Field(default=None, ge=1)
+    floor: float = Field(default=0.1, ge=0, lt=1)
+    images: int = Field(default=128, ge=1)
+
+
+class CompensateSpec(_Strict):
+    images: int = Field(default=64, ge=2)
+    ridge: float = Field(default=0.1, gt=0)
+
+
+class RecoverSpec(_Strict):
+    epochs: int = Field(ge=1)
+    batch_size: int = Field(default=8, ge=2)
+    learning_rate: float = Field(default=5e-4, gt=0)
+    distill: float = Field(default=1.0, ge=0)
+    augment: bool = True
+    seed: int = 0
+
+
+class PrecisionSpec(_Strict):
+    mode: Literal["fp32"] = "fp32"
+
+
+class Recipe(_Strict):
+    """A validated recipe. ``source`` is its text, ``path`` where it was read."""
+
+    model: ModelSpec
+    tasks: dict[str, TaskSpec] = Field(min_length=1)
+    keep: tuple[str, ...] = Field(default=(), validate_default=False)
+    data: DataSpecs
+    prune: PruneSpec
+    compensate: CompensateSpec | Literal[False] = CompensateSpec()
+    recover: RecoverSpec | Literal["none"] = "none"
+    precision: PrecisionSpec = PrecisionSpec()
+    source: str = ""
+    path: Path = Path()
+
+    @model_validator(mode="after")
+    def _keep_known_tasks(self) -> Recipe:
+        if "keep" in self.model_fields_set and not self.keep:
+            raise ValueError("keep: is empty; name at least one task")
+        unknown = [name for name in self.keep if name not in self.tasks]
+        if unknown:
+            raise ValueError(
+                f"keep: there is no task '{unknown[0]}'; tasks: {', '.join(self.tasks)}"
+            )
+        return self
+
+    def all_tasks(self) -> tuple[Task, ...]:
+        """Return every task of the parent, in the recipe's order."""
+        return tuple(
+            Task(
+                name=name,
+                output=spec.output,
+                kind=spec.kind,
+                label=spec.label or name,
+                classes=spec.classes,
+                ignore_index=spec.ignore_index,
+                max_drop=spec.max_drop,
+                weight=spec.weight,
+            )
+            for name, spec in self.tasks.items()
+        )
+
+    def kept_names(self) -> tuple[str, ...]:
+        """Return the kept tasks' names; all of them when ``keep`` is not given."""
+        return self.keep or tuple(self.tasks)
+
+    def find_file(self, path: Path) -> Path:
+        """Return a file named in the recipe: beside the recipe, in the working or shipped folder.
+
+        Raises:
+            RecipeError: it is in none of them.
+        """
+        places = [self.path.parent / path, Path.cwd() / path, shipped_root() / path]
+        for place in places:
+            if place.exists():
+                return place.resolve()
+        raise RecipeError(
+            f"there is no file {path} (looked in {', '.join(str(p.parent) for p in places)})",
+            hint="give a path relative to the recipe or an absolute one",
+        )
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read and validate a recipe.
+
+    Raises:
+        RecipeError: it cannot be read, is not YAML, or a key is missing, unknown or wrong.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(
+            f"cannot read the recipe {path}: {error}", hint="give the path of a YAML file"
+        ) from error
+    return parse_recipe(text, path)
+
+
+def parse_recipe(text: str, path: Path) -> Recipe:
+    """Validate a recipe's text; ``path`` is where its relative files are looked for."""
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not YAML: {error}", hint="check the indentation") from error
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path} is not a recipe", hint="it must be a mapping of keys")
+    expanded = _expand(data, path)
+    try:
+        return Recipe.model_validate({**expanded, "source": text, "path": path})
+    except ValidationError as error:
+        raise _recipe_error(error, path, root) from error
+
+
+def _expand(value: Any, path: Path) -> Any:
+    """Replace ``${NAME}`` by the environment variable in every string."""
+    if isinstance(value, dict):
+        return {key: _expand(item, path) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_expand(item, path) for item in value]
+    if not isinstance(value, str):
+        return value
+    for name in VARIABLE.findall(value):
+        if name not in os.environ:
+            raise RecipeError(
+                f"{path} uses ${{{name}}}, which is not set", hint=f"export {name}=/path/to/it"
+            )
+        value = value.replace(f"${{{name}}}", os.environ[name])
+    return value
+
+
+def _recipe_error(error: ValidationError, path: Path, root: yaml.Node | None) -> RecipeError:
+    first = error.errors()[0]
+    location = [part for part in first["loc"] if not _is_union_tag(part)]
+    key = ".".join(str(part) for part in location)
+    line = _line_of(root, list(location))
+    where = f"{path}, line {line}" if line else str(path)
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "missing":
+        return RecipeError(f"{where}: key '{key}' is missing", hint="add it; see examples/")
+    if first["type"] == "extra_forbidden":
+        return RecipeError(
+            f"{where}: key '{key}' is not known", hint="check its spelling; see examples/"
+        )
+    got = f", got {first['input']!r}" if key and not isinstance(first["input"], dict) else ""
+    prefix = f"{key}: " if key else ""
+    return RecipeError(f"{where}: {prefix}{message}{got}", hint="correct this value")
+
+
+def _is_union_tag(part: object) -> bool:
+    return isinstance(part, str) and (part.endswith("Spec") or part.startswith("literal["))
+
+
+def _line_of(node: yaml.Node | None, location: list[Any]) -> int | None:
+    """Return the 1-based line of the deepest part of ``location`` that the text has."""
+    line = None
+    while node is not None and location:
+        part = location.pop(0)
+        if isinstance(node, yaml.MappingNode):
+            pairs = [(k, v) for k, v in node.value if k.value == str(part)]
+            if not pairs:
+                return line or node.start_mark.line + 1
+            line, node = pairs[0][0].start_mark.line + 1, pairs[0][1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int):
+            if part >= len(node.value):
+                return line
+            node = node.value[part]
+            line = node.start_mark.line + 1
+        else:
+            return line
+    return line

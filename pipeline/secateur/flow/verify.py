@@ -1,0 +1,105 @@
+"""Check a finished bundle: its bytes, its outputs and every task's accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from secateur.bench.accuracy import evaluate
+from secateur.bundle.manifest import Manifest
+from secateur.bundle.read import check_files, read_bundle
+from secateur.bundle.runner import preprocess
+from secateur.bundle.write import CHECK_FILE
+from secateur.core.errors import BuildError, DataError, RecipeError, VerifyError
+from secateur.core.task import Task
+from secateur.data.loading import open_reader
+from secateur.flow.recipe import parse_recipe
+from secateur.lower import Parity, compare_outputs
+from secateur.metrics.delta import Delta, delta
+from secateur.metrics.kind import kind_of
+from secateur.runtimes.base import Session, runtime_of
+
+PARITY_TOLERANCE = 1e-3  # of each output's range; other CPUs add in another order
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """``accuracy`` is None, with the reason, where the evaluation data are not at hand."""
+
+    parity: Mapping[str, Parity]
+    accuracy: Mapping[str, Mapping[str, float]] | None
+    change: Delta | None
+    skipped: str
+
+
+def verify(folder: Path, *, limit: int | None = None) -> VerifyResult:
+    """Verify a bundle on this machine.
+
+    Raises:
+        BundleError: it cannot be read.
+        VerifyError: a file was altered, outputs differ, or a task is below its ``max_drop``.
+    """
+    manifest = read_bundle(folder)
+    check_files(folder, manifest)
+    session = runtime_of(manifest.runtime).open_session(folder / "model.onnx", manifest.threads)
+    parity = _parity(folder, manifest, session)
+    try:
+        accuracy = _accuracy(folder, manifest, session, limit)
+    except (DataError, RecipeError) as error:
+        return VerifyResult(parity, None, None, f"accuracy not checked: {error}")
+    higher = {task.name: kind_of(_task(manifest, task.name)).higher_is_better
+              for task in manifest.tasks}  # fmt: skip
+    change = delta(manifest.accuracy.parent, accuracy, higher)
+    if limit is None:  # a part of the data says too little to fail a bundle
+        _guard(manifest, change)
+    return VerifyResult(parity, accuracy, change, "")
+
+
+def _parity(folder: Path, manifest: Manifest, session: Session) -> dict[str, Parity]:
+    with np.load(folder / CHECK_FILE, allow_pickle=False) as stored:
+        image = stored["image"]
+        wanted = {task.name: stored[f"output/{task.name}"] for task in manifest.tasks}
+    outputs = session.run(preprocess(image, manifest.input.model_dump()))
+    try:
+        return compare_outputs(wanted, outputs, tolerance=PARITY_TOLERANCE)
+    except BuildError as error:
+        raise VerifyError(error.message, hint="this runtime does not reproduce the model") from error
+
+
+def _accuracy(
+    folder: Path, manifest: Manifest, session: Session, limit: int | None
+) -> dict[str, dict[str, float]]:
+    recipe = parse_recipe(manifest.recipe, folder / "recipe.yaml")
+    spec = recipe.data.eval
+    reader = open_reader(spec.reader, spec.root, spec.split, **spec.options)
+    if reader.fingerprint != manifest.data["eval"]:
+        raise DataError(
+            "the evaluation data are not those of the build", hint="point the recipe at the same"
+        )
+
+    def predict(images: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        outputs = session.run(images.numpy())
+        return {name: torch.from_numpy(array) for name, array in outputs.items()}
+
+    tasks = [task for task in recipe.all_tasks() if task.name in recipe.kept_names()]
+    return evaluate(predict, tasks, reader, recipe.model.input.model_input(), limit=limit)
+
+
+def _task(manifest: Manifest, name: str) -> Task:
+    contract = next(task for task in manifest.tasks if task.name == name)
+    return Task(name, name, contract.kind, name, contract.classes, contract.ignore_index)
+
+
+def _guard(manifest: Manifest, change: Delta) -> None:
+    for task in manifest.tasks:
+        drop = -change.per_task[task.name]
+        if task.max_drop is not None and drop > task.max_drop:
+            raise VerifyError(
+                f"task '{task.name}' lost {drop:.2f} % against the parent, allowed "
+                f"{task.max_drop:g} %",
+                hint="raise the budget, recover longer, or allow more with max_drop",
+            )

@@ -1,0 +1,82 @@
+"""Export to ONNX with torch's dynamo exporter: named outputs, dynamic batch, one file."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import onnxslim
+import torch
+from torch import Tensor, nn
+
+from secateur.core.errors import BuildError
+from secateur.core.files import atomic_path
+from secateur.core.model import MultiTaskModel
+
+OPSET = 20
+INPUT_NAME = "image"
+MAX_BATCH = 64
+
+
+class _TupleOutputs(nn.Module):
+    """The exporter names a tuple's entries in order; a dict's keys it would flatten by itself."""
+
+    def __init__(self, model: MultiTaskModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.model(image).values())
+
+
+def export_onnx(model: MultiTaskModel, example: Tensor, path: Path) -> None:
+    """Write ``model`` to ``path``: input ``image`` (batch, C, H, W), one output per task name.
+
+    Raises:
+        BuildError: the exporter cannot express the model.
+    """
+    names = [task.name for task in model.tasks]
+    batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
+    wrapped = _TupleOutputs(model).eval()
+    two = torch.cat([example[:1]] * 2)  # a batch of one would be taken for a constant
+    try:
+        with _silence():
+            program = torch.onnx.export(
+                wrapped,
+                (two,),
+                dynamo=True,
+                input_names=[INPUT_NAME],
+                output_names=names,
+                dynamic_shapes={"image": {0: batch}},
+                opset_version=OPSET,
+                verbose=False,
+            )
+        if program is None:
+            raise RuntimeError("the exporter returned nothing")
+        exported = onnxslim.slim(program.model_proto)
+        onnx.checker.check_model(exported)
+    except Exception as error:  # the exporter raises dozens of types of its own
+        raise BuildError(
+            f"the model cannot be exported to ONNX: {str(error).splitlines()[0]}",
+            hint="forward must be traceable by torch.export: no data-dependent Python branches",
+        ) from error
+    with atomic_path(path) as temporary:
+        onnx.save(exported, temporary)
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep the exporter's own chatter off the terminal; its errors still come as exceptions."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
