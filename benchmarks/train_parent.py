@@ -20,7 +20,6 @@ import accelerate
 import timm
 import torch
 from safetensors.torch import save_file
-
 from secateur import zoo
 from secateur.bench.accuracy import evaluate_model
 from secateur.core.files import atomic_path, write_json, write_text

@@ -18,8 +18,8 @@ from secateur.data.sample import Reader
 from secateur.data.transforms import DENSE, image_tensor, target_tensor
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (the backend must be chosen first)
-from matplotlib.figure import Figure  # noqa: E402
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 Outputs = Mapping[str, Tensor]
 Picture = NDArray[np.uint8]
@@ -97,7 +97,8 @@ def _pictures(
         maps = [truth, *(answer.argmax(axis=2) for answer in answers)]
         return [_classes(m, task) for m in maps]
     if task.kind == "depth":
-        known = truth[truth > 0]
+        metres = np.asarray(truth, np.float32)
+        known = metres[metres > 0]
         low, high = (known.min(), np.percentile(known, 98)) if known.size else (0.0, 10.0)
         maps = [truth, *(answer[:, :, 0] for answer in answers)]
         return [_depth(m, float(low), float(high)) for m in maps]
@@ -119,9 +120,12 @@ def _resize(answer: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.fl
 
 def _classes(labels: NDArray[np.generic], task: Task) -> Picture:
     wheel = matplotlib.colormaps["tab20"]
-    palette = (255 * np.array([wheel(i % 20)[:3] for i in range(task.classes or 1)])).astype(np.uint8)
+    palette = (255 * np.array([wheel(i % 20)[:3] for i in range(task.classes or 1)])).astype(
+        np.uint8
+    )
     known = (labels != task.ignore_index)[..., None]
-    return np.where(known, palette[np.clip(labels, 0, len(palette) - 1).astype(int)], GREY)
+    indices = np.clip(np.asarray(labels, np.int64), 0, len(palette) - 1)
+    return np.asarray(np.where(known, palette[indices], GREY), np.uint8)
 
 
 def _depth(metres: NDArray[np.generic], low: float, high: float) -> Picture:
@@ -139,7 +143,7 @@ def _numbers(values: NDArray[np.generic]) -> str:
 
 
 def _bytes(share: NDArray[np.generic]) -> Picture:
-    return (255 * np.clip(share, 0, 1)).astype(np.uint8)
+    return np.asarray(255 * np.clip(np.asarray(share, np.float32), 0, 1), np.uint8)
 
 
 def _show(axis: plt.Axes, picture: Picture) -> None:

@@ -110,7 +110,7 @@ def read_rgb(path):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description="Run this bundle on images.")
     parser.add_argument("images", nargs="+", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("."), help="where the .npz files go")
+    parser.add_argument("--out", type=Path, default=Path(), help="where the .npz files go")
     parser.add_argument("--threads", type=int, help="intra-op threads (default: the manifest's)")
     parser.add_argument("--full-size", action="store_true", help="also decode at the image's size")
     parser.add_argument("--json", action="store_true", help="print one JSON line per image")

@@ -16,7 +16,9 @@ from secateur.core.files import atomic_path, file_sha256, not_writable, write_js
 CHECK_FILE = "check.npz"
 
 
-def write_check(folder: Path, image: NDArray[np.uint8], outputs: Mapping[str, NDArray[np.float32]]) -> None:
+def write_check(
+    folder: Path, image: NDArray[np.uint8], outputs: Mapping[str, NDArray[np.float32]]
+) -> None:
     """Write one image (H, W, 3) at the input's size and the torch model's outputs for it."""
     arrays: dict[str, NDArray[np.generic]] = {"image": image}
     arrays.update({f"output/{task}": array for task, array in outputs.items()})

@@ -6,19 +6,18 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from secateur.bundle.manifest import Manifest
 from secateur.cli.options import DEFAULT_TARGET, CacheOption, JsonOption, RecipeArgument
 from secateur.core.progress import shown
-from secateur.flow.build import BuildResult
-from secateur.flow.build import build as run_build
-from secateur.flow.cache import StageCache
-from secateur.flow.recipe import load_recipe
+
+if TYPE_CHECKING:
+    from secateur.bundle.manifest import Manifest
+    from secateur.flow.build import BuildResult
 
 
 def build(
@@ -36,6 +35,10 @@ def build(
 
     Example: secateur build examples/scenes.yaml --target x86-64-cpu --out out
     """
+    from secateur.flow.build import build as run_build
+    from secateur.flow.cache import StageCache
+    from secateur.flow.recipe import load_recipe
+
     loaded = load_recipe(recipe)
     command = "secateur " + shlex.join(sys.argv[1:])
     results = []

@@ -12,9 +12,6 @@ from secateur.cli.build import print_result
 from secateur.cli.options import DEFAULT_TARGET, CacheOption
 from secateur.core.progress import shown
 from secateur.core.shipped import shipped
-from secateur.flow.build import build as run_build
-from secateur.flow.cache import StageCache
-from secateur.flow.recipe import load_recipe
 
 
 def demo(
@@ -27,6 +24,10 @@ def demo(
 
     Example: secateur demo --out out/demo
     """
+    from secateur.flow.build import build as run_build
+    from secateur.flow.cache import StageCache
+    from secateur.flow.recipe import load_recipe
+
     recipe = load_recipe(shipped("examples") / "scenes.yaml")
     with shown():
         result = run_build(

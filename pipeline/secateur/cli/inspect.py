@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -17,14 +17,9 @@ from secateur.cli.options import (
     TargetOption,
 )
 from secateur.core.progress import shown
-from secateur.devices.target import load_target
-from secateur.flow.build import before_building
-from secateur.flow.cache import StageCache
-from secateur.flow.job import open_job
-from secateur.flow.recipe import load_recipe
-from secateur.flow.stages import score_bank
-from secateur.prune.macs import count_layer_macs
-from secateur.tasks import decompose
+
+if TYPE_CHECKING:
+    from secateur.tasks import TaskUse
 
 
 def inspect(
@@ -36,50 +31,63 @@ def inspect(
 
     Example: secateur inspect examples/scenes.yaml
     """
+    from secateur.flow.cache import StageCache
+    from secateur.flow.job import open_job
+    from secateur.flow.recipe import load_recipe
+    from secateur.prune.macs import count_layer_macs
+    from secateur.tasks import decompose
+
     job = open_job(load_recipe(recipe), StageCache())
-    macs = count_layer_macs(job.parent, job.example)
-    use = decompose(job.parent, job.example, macs)
-    rows = [
-        {
-            "task": task,
-            "private_params": use.private(task, use.params),
-            "private_macs": use.private(task, use.macs),
-            "used_params": use.used(task, use.params),
-            "used_macs": use.used(task, use.macs),
-        }
-        for task in use.tasks
-    ]
-    shared = {
-        f"shared_by_{count}": {
-            "params": use.shared_by(count, use.params),
-            "macs": use.shared_by(count, use.macs),
-        }
-        for count in range(2, len(use.tasks) + 1)
-    }
-    every_layer = {
-        name: {"tasks": sorted(users), "params": use.params[name], "macs": use.macs.get(name, 0)}
-        for name, users in use.layers.items()
-    }
+    use = decompose(job.parent, job.example, count_layer_macs(job.parent, job.example))
     if as_json:
-        typer.echo(json.dumps({"tasks": rows, "shared": shared, "layers": every_layer}, indent=2))
+        typer.echo(json.dumps(_use_json(use), indent=2))
         return
     console = Console()
     table = Table("task", "private params", "private M MACs (saved by dropping)", "used params",
                   "used M MACs")  # fmt: skip
-    for row in rows:
-        table.add_row(str(row["task"]), f"{row['private_params']:,}",
-                      f"{row['private_macs'] / 1e6:.1f}", f"{row['used_params']:,}",
-                      f"{row['used_macs'] / 1e6:.1f}")  # fmt: skip
+    for task in use.tasks:
+        table.add_row(
+            task,
+            f"{use.private(task, use.params):,}",
+            f"{use.private(task, use.macs) / 1e6:.1f}",
+            f"{use.used(task, use.params):,}",
+            f"{use.used(task, use.macs) / 1e6:.1f}",
+        )
     console.print(table)
-    for name, amount in shared.items():
-        console.print(f"{name.replace('_', ' ')} tasks: {amount['params']:,} params, "
-                      f"{amount['macs'] / 1e6:.1f} M MACs")  # fmt: skip
+    for count in range(2, len(use.tasks) + 1):
+        console.print(f"shared by {count} tasks: {use.shared_by(count, use.params):,} params, "
+                      f"{use.shared_by(count, use.macs) / 1e6:.1f} M MACs")  # fmt: skip
     if layers:
         listing = Table("layer", "tasks", "params", "M MACs")
-        for name, row in every_layer.items():
-            listing.add_row(name, ", ".join(row["tasks"]), f"{row['params']:,}",
-                            f"{row['macs'] / 1e6:.2f}")  # fmt: skip
+        for name, users in use.layers.items():
+            listing.add_row(name, ", ".join(sorted(users)), f"{use.params[name]:,}",
+                            f"{use.macs.get(name, 0) / 1e6:.2f}")  # fmt: skip
         console.print(listing)
+
+
+def _use_json(use: TaskUse) -> dict[str, object]:
+    amounts = {"params": use.params, "macs": use.macs}
+    return {
+        "tasks": {
+            task: {
+                "private": {name: use.private(task, a) for name, a in amounts.items()},
+                "used": {name: use.used(task, a) for name, a in amounts.items()},
+            }
+            for task in use.tasks
+        },
+        "shared_by": {
+            count: {name: use.shared_by(count, a) for name, a in amounts.items()}
+            for count in range(2, len(use.tasks) + 1)
+        },
+        "layers": {
+            name: {
+                "tasks": sorted(users),
+                "params": use.params[name],
+                "macs": use.macs.get(name, 0),
+            }
+            for name, users in use.layers.items()
+        },
+    }
 
 
 def score(recipe: RecipeArgument, cache: CacheOption = None, as_json: JsonOption = False) -> None:
@@ -87,6 +95,11 @@ def score(recipe: RecipeArgument, cache: CacheOption = None, as_json: JsonOption
 
     Example: secateur score examples/scenes.yaml
     """
+    from secateur.flow.cache import StageCache
+    from secateur.flow.job import open_job
+    from secateur.flow.recipe import load_recipe
+    from secateur.flow.stages import score_bank
+
     with shown(quiet=as_json):
         job = open_job(load_recipe(recipe), StageCache(cache))
         bank = score_bank(job, [task.name for task in job.parent.tasks])
@@ -113,10 +126,16 @@ def plan(
 
     Example: secateur plan examples/scenes.yaml --target x86-64-cpu
     """
+    from secateur.devices.target import load_target
+    from secateur.flow.cache import StageCache
+    from secateur.flow.job import open_job
+    from secateur.flow.recipe import load_recipe
+    from secateur.flow.stages import make_plan
+
+    profile = load_target(target)
     with shown(quiet=as_json):
-        _, _, decided = before_building(
-            load_recipe(recipe), StageCache(cache), load_target(target)
-        )
+        job = open_job(load_recipe(recipe), StageCache(cache))
+        _, decided = make_plan(job, job.grid(profile))
     if as_json:
         typer.echo(json.dumps(decided.to_json(), indent=2))
         return

@@ -13,8 +13,6 @@ from rich.table import Table
 
 from secateur.cli.options import JsonOption
 from secateur.core.progress import shown
-from secateur.flow.measure import bench as run_bench
-from secateur.flow.verify import verify as run_verify
 
 BundleArgument = Annotated[
     Path, typer.Argument(help="The bundle's folder, out/<device>/<precision>.", show_default=False)
@@ -30,6 +28,8 @@ def verify(
 
     Example: secateur verify out/x86-64-cpu/fp32
     """
+    from secateur.flow.verify import verify as run_verify
+
     with shown(quiet=as_json):
         result = run_verify(bundle, limit=limit)
     if as_json:
@@ -54,6 +54,8 @@ def bench(
 
     Example: secateur bench out/x86-64-cpu/fp32 --threads 2
     """
+    from secateur.flow.measure import bench as run_bench
+
     with shown(quiet=as_json):
         record = run_bench(bundle, device=device, threads=threads)
     if as_json:

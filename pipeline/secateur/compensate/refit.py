@@ -68,9 +68,7 @@ def refit(
         _shift(layer, norms.get(name), offset)
 
     hooks = [
-        layer.register_forward_pre_hook(
-            lambda layer, args, name=name: before(name, layer, args[0])
-        )
+        layer.register_forward_pre_hook(lambda layer, args, name=name: before(name, layer, args[0]))
         for name, layer in layers.items()
     ]
     try:
@@ -106,7 +104,7 @@ def _parent_outputs(
     ]
     try:
         with evaluating(parent):
-            chunks = images.split(PARENT_BATCH)
+            chunks = torch.split(images, PARENT_BATCH)
             for chunk in track(chunks, "reading the parent", len(chunks)):
                 parent(chunk)
     finally:
@@ -131,7 +129,7 @@ def _patches(layer: Layer, inputs: Tensor, positions: Tensor) -> Tensor:
         return chosen.transpose(0, 1).flatten(1)[None]
     pointwise = layer.kernel_size == (1, 1) and layer.stride == (1, 1)
     columns = []
-    for image in inputs.split(1):  # image by image: an unfolded map is kernel times larger
+    for image in torch.split(inputs, 1):  # image by image: an unfolded map is kernel times larger
         if pointwise:
             columns.append(image[0].flatten(1)[:, positions])
             continue
@@ -140,7 +138,8 @@ def _patches(layer: Layer, inputs: Tensor, positions: Tensor) -> Tensor:
             padded, layer.kernel_size, layer.dilation, padding, layer.stride
         )
         columns.append(unfolded[0][:, positions])
-    return torch.cat(columns, 1).unflatten(0, (layer.groups, -1))
+    stacked = torch.cat(columns, 1)  # (c_in * kernel, S)
+    return stacked.reshape(layer.groups, -1, stacked.shape[1])
 
 
 def _padded(layer: nn.Conv2d, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -173,7 +172,7 @@ def _fit(layer: Layer, inputs: Tensor, target: Tensor, ridge: float) -> Tensor:
     weight = weight + torch.linalg.solve(gram, cross.transpose(1, 2)).transpose(1, 2)
     layer.weight.data.copy_(weight.reshape(layer.weight.shape))
     fitted_mean = weight @ mean_in.double()
-    offset = (mean_out.double() - fitted_mean).flatten().float()
+    offset: Tensor = (mean_out.double() - fitted_mean).flatten().float()
     return offset if layer.bias is None else offset - layer.bias.detach()
 
 

@@ -41,7 +41,7 @@ def not_writable(path: Path, error: OSError) -> BundleError:
     """Return the error that says ``path`` cannot be written and why."""
     return BundleError(
         f"cannot write {path}: {error.strerror or error}",
-        hint="choose a folder you may write to and that has free space, with --out or SECATEUR_CACHE",
+        hint="choose a writable folder with free space, with --out or SECATEUR_CACHE",
     )
 
 

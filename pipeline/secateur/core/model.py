@@ -46,6 +46,7 @@ class MultiTaskModel(nn.Module):
         self.tasks = tuple(tasks)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Return one tensor per task for (N, C, H, W) images."""
         outputs = named_outputs(self.network(images))
         missing = [task for task in self.tasks if task.output not in outputs]
         if missing:
@@ -94,7 +95,7 @@ def check_outputs(model: MultiTaskModel, example: Tensor) -> dict[str, Tensor]:
         ModelError: an output holds NaN or infinity.
     """
     with evaluating(model):
-        outputs = model(example)
+        outputs: dict[str, Tensor] = model(example)
     for name, tensor in outputs.items():
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:

@@ -69,4 +69,4 @@ class Cifar100:
         mosaic = self._archive.rgb(f"{self._split}/{fine:02d}.webp")
         rows = mosaic.shape[0] // TILE
         tiles = mosaic.reshape(rows, TILE, PER_ROW, TILE, 3)  # (row, y, column, x, RGB)
-        return tiles.transpose(0, 2, 1, 3, 4).reshape(-1, TILE, TILE, 3)
+        return np.asarray(tiles.transpose(0, 2, 1, 3, 4).reshape(-1, TILE, TILE, 3))

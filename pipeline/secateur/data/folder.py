@@ -46,7 +46,7 @@ class Folder:
             file = Path(name)
             if file.suffix.lower() in SUFFIXES and len(file.parts) <= 2:
                 folders.setdefault(file.parent.as_posix(), {})[file.stem] = name
-        self._images = folders.pop("image", None) or folders.pop(".", {})
+        self._images = folders.pop("image", {}) or folders.pop(".", {})
         self._dense = {
             label: files for label, files in folders.items() if self._images.keys() & files.keys()
         }
@@ -74,7 +74,7 @@ class Folder:
     def _read_dense(self, label: str, name: str) -> Array:
         stored = self._archive.raw(name)
         if label == "depth":
-            return stored.astype(np.float32) * np.float32(self._depth_scale)
+            return np.asarray(stored * np.float32(self._depth_scale), np.float32)
         return unit_normals(stored) if label == "normals" else stored
 
     def _read_csv(self) -> dict[str, dict[str, Array]]:
@@ -92,9 +92,11 @@ class Folder:
         return result
 
     def _check_complete(self) -> None:
-        for label, files in {**self._dense, **({"labels.csv": self._scalar} if self._scalar else {})
-                             }.items():  # fmt: skip
-            lacking = self._images.keys() - files.keys()
+        labelled = {label: set(files) for label, files in self._dense.items()}
+        if self._scalar:
+            labelled["labels.csv"] = set(self._scalar)
+        for label, stems in labelled.items():
+            lacking = self._images.keys() - stems
             if lacking:
                 raise DataError(
                     f"label '{label}' in {self._archive.path} lacks {len(lacking)} of "

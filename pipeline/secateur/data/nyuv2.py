@@ -18,9 +18,21 @@ from secateur.data.archive import ImageArchive
 from secateur.data.sample import Array, Reader, Sample
 
 DEPTH_METRES_PER_STEP = 9.99547 / 255  # the zip's depth is 8 bit; README of the data set
-CLASSES_13 = (
-    "bed books ceiling chair floor furniture objects picture sofa table tv wall window".split()
-)
+CLASSES_13 = [
+    "bed",
+    "books",
+    "ceiling",
+    "chair",
+    "floor",
+    "furniture",
+    "objects",
+    "picture",
+    "sofa",
+    "table",
+    "tv",
+    "wall",
+    "window",
+]
 
 
 def create(root: Path, split: str, **options: Any) -> Reader:

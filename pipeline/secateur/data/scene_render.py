@@ -120,7 +120,7 @@ def _camera_rays(height: int, width: int, focal: float) -> Vectors:
         ],
         axis=-1,
     ).reshape(-1, 3)
-    return (flat / np.linalg.norm(flat, axis=1, keepdims=True)).astype(np.float32)
+    return np.asarray(flat / np.linalg.norm(flat, axis=1, keepdims=True), np.float32)
 
 
 def _rotation(heading: float, pitch: float) -> NDArray[np.float32]:
@@ -128,7 +128,7 @@ def _rotation(heading: float, pitch: float) -> NDArray[np.float32]:
     cp, sp = np.cos(pitch), np.sin(pitch)
     about_y = np.array([[c, 0, s], [0, 1, 0], [-s, 0, c]])
     about_x = np.array([[1, 0, 0], [0, cp, -sp], [0, sp, cp]])
-    return (about_y @ about_x).astype(np.float32)
+    return np.asarray(about_y @ about_x, np.float32)
 
 
 def _cast(solids: Sequence[Solid], origins: Vectors, rays: Vectors) -> _Hits:
@@ -257,7 +257,7 @@ def _texture(surface: Surface, points: Vectors, normal: Vectors) -> Vectors:
     else:
         mix = np.zeros_like(u)
     first, second = np.asarray(surface.colour), np.asarray(surface.second)
-    return (first + (second - first) * np.asarray(mix)[:, None]).astype(np.float32)
+    return np.asarray(first + (second - first) * np.asarray(mix)[:, None], np.float32)
 
 
 def _light(scene: Scene, hits: _Hits, points: Vectors) -> Values:
@@ -269,5 +269,5 @@ def _light(scene: Scene, hits: _Hits, points: Vectors) -> Values:
     start = points + hits.normal * np.float32(0.01)
     blocked = _cast(scene.solids[1:], start, towards).distance < distance - 0.05
     falloff = 1 / (1 + 0.03 * distance**2)
-    light: Values = scene.ambient + (1 - scene.ambient) * lambert * falloff * ~blocked
-    return light.astype(np.float32)
+    direct = (1 - scene.ambient) * lambert * falloff * ~blocked
+    return np.asarray(scene.ambient + direct, np.float32)

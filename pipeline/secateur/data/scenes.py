@@ -54,9 +54,7 @@ def create(
     ``root`` is not used. ``count`` limits or extends the split.
     """
     if split not in FIRST_SEED:
-        raise DataError(
-            f"scenes has no split '{split}'", hint=f"splits: {', '.join(FIRST_SEED)}"
-        )
+        raise DataError(f"scenes has no split '{split}'", hint=f"splits: {', '.join(FIRST_SEED)}")
     size = count if count is not None else {"train": 1600}.get(split, 200)
     return Scenes(FIRST_SEED[split], size, height, width)
 
@@ -101,18 +99,34 @@ def draw_scene(seed: int) -> tuple[Scene, int]:
     # The camera stands near one wall, 0.5 m in, and looks along the room; y = 0 is its height.
     centre = (0.0, eye - size[1], size[2] - 0.5)
     floor_y = eye
-    walls = Surface(2, _near(style.hue, rng), _near((0.45,) * 3, rng), _pick(style.walls, rng),
-                    rng.uniform(0.4, 0.8))  # fmt: skip
+    walls = Surface(
+        label=2,
+        colour=_near(style.hue, rng),
+        second=_near((0.45,) * 3, rng),
+        pattern=_pick(style.walls, rng),
+        period=rng.uniform(0.4, 0.8),
+    )
     shell = Solid("room", centre, size, walls)
     things = _furniture(style, size, centre, floor_y, rng)
+    floor = Surface(
+        label=0,
+        colour=_near((0.45, 0.36, 0.28), rng),
+        second=_near((0.65, 0.6, 0.55), rng),
+        pattern=_pick(style.floors, rng),
+        period=rng.uniform(0.5, 1.0),
+    )
+    ceiling = Surface(1, _near((0.9, 0.9, 0.88), rng, 0.05))
+    decals = _decals(size, centre, floor_y, rng)
     scene = Scene(
         solids=(shell, *things),
-        floor=Surface(0, _near((0.45, 0.36, 0.28), rng), _near((0.65, 0.6, 0.55), rng),
-                      _pick(style.floors, rng), rng.uniform(0.5, 1.0)),  # fmt: skip
-        ceiling=Surface(1, _near((0.9, 0.9, 0.88), rng, 0.05)),
-        decals=_decals(size, centre, floor_y, rng),
-        lamp=(rng.uniform(-1, 1) * size[0] / 2, centre[1] - 0.8 * size[1],
-              centre[2] + rng.uniform(-0.5, 0.5) * size[2]),  # fmt: skip
+        floor=floor,
+        ceiling=ceiling,
+        decals=decals,
+        lamp=(
+            rng.uniform(-1, 1) * size[0] / 2,
+            centre[1] - 0.8 * size[1],
+            centre[2] + rng.uniform(-0.5, 0.5) * size[2],
+        ),
         camera=(rng.uniform(-0.5, 0.5) * size[0], 0.0, 0.0),
         heading=rng.uniform(-0.5, 0.5),
         pitch=rng.uniform(-0.25, 0.1),
@@ -150,8 +164,13 @@ def _furniture(
         radius, tall = rng.uniform(0.15, 0.5), rng.uniform(0.2, 0.9)
         x = centre[0] + rng.uniform(-0.85, 0.85) * (size[0] - radius)
         z = rng.uniform(1.4, max(1.6, 2 * size[2] - 1.0 - radius))
-        surface = Surface(CLASSES.index(kind), _near((0.5, 0.5, 0.5), rng, 0.45),
-                          _near((0.5, 0.5, 0.5), rng, 0.45), _pick(("plain",), rng), 0.25)  # fmt: skip
+        surface = Surface(
+            label=CLASSES.index(kind),
+            colour=_near((0.5, 0.5, 0.5), rng, 0.45),
+            second=_near((0.5, 0.5, 0.5), rng, 0.45),
+            pattern=_pick(("plain",), rng),
+            period=0.25,
+        )
         if kind == "sphere":
             at, half = (x, floor_y - radius, z), (radius, radius, radius)
         elif kind == "cylinder":
@@ -178,11 +197,10 @@ def _decals(
         at = middle + rng.uniform(-0.7, 0.7) * (reach - half)
         if door:
             height = (floor_y - rng.uniform(1.9, 2.1), floor_y)
-            surface = Surface(3, _near((0.4, 0.26, 0.15), rng), _near((0.5, 0.35, 0.2), rng),
-                              "plain")  # fmt: skip
+            surface = Surface(3, _near((0.4, 0.26, 0.15), rng), _near((0.5, 0.35, 0.2), rng))
         else:
             height = (floor_y - rng.uniform(1.7, 2.0), floor_y - rng.uniform(0.8, 1.0))
-            surface = Surface(4, _near((0.7, 0.85, 0.97), rng, 0.04), (0.9, 0.95, 1.0),
-                              "stripes", 0.8)  # fmt: skip
+            pane = _near((0.7, 0.85, 0.97), rng, 0.04)
+            surface = Surface(4, pane, (0.9, 0.95, 1.0), "stripes", 0.8)
         decals.append(Decal(wall, (at - half, at + half), height, surface))
     return decals

@@ -123,7 +123,7 @@ def _check_classes(label: Array, task: Task, sample_id: str) -> None:
 
 
 def _turn_normals(values: NDArray[np.float32], view: View) -> NDArray[np.float32]:
-    vectors = values.transpose(2, 0, 1).copy()  # (3, H, W), x right, y down, z forward
+    vectors = np.array(values.transpose(2, 0, 1))  # (3, H, W), x right, y down, z forward
     if view.mirror:
         vectors[0] *= -1
     return vectors
@@ -135,4 +135,4 @@ def _move_points(values: NDArray[np.float32], view: View) -> NDArray[np.float32]
         points[:, 0] = 1 - points[:, 0]
     outside = ((points < 0) | (points > 1)).any(axis=1)
     points[outside] = np.nan
-    return points.astype(np.float32)
+    return np.asarray(points, np.float32)

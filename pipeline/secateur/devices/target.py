@@ -53,6 +53,13 @@ def target_names(root: Path | None = None) -> list[str]:
     return sorted(file.parent.name for file in (root or shipped("targets")).glob("*/target.yaml"))
 
 
+def _first_problem(error: ValidationError | yaml.YAMLError) -> str:
+    if isinstance(error, yaml.YAMLError):
+        return f"not YAML: {error}"
+    first = error.errors()[0]
+    return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
+
+
 def load_target(name: str, root: Path | None = None) -> Target:
     """Read a target's profile.
 
@@ -71,10 +78,8 @@ def load_target(name: str, root: Path | None = None) -> Target:
     try:
         target = Target.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (ValidationError, yaml.YAMLError) as error:
-        first = error.errors()[0] if isinstance(error, ValidationError) else {}
-        where = ".".join(str(part) for part in first.get("loc", ())) or "the file"
         raise DeviceError(
-            f"{path}: {where}: {first.get('msg', error)}",
+            f"{path}: {_first_problem(error)}",
             hint="compare with another target's profile",
         ) from error
     if target.name != name:

@@ -29,7 +29,6 @@ from secateur.bundle.write import (
     write_check,
     write_runner,
 )
-from secateur.core.channels import ChannelGroup
 from secateur.core.errors import BuildError
 from secateur.core.files import atomic_path, write_json, write_text
 from secateur.core.model import MultiTaskModel, evaluating, parameter_count
@@ -43,7 +42,6 @@ from secateur.flow.job import Job, open_job
 from secateur.flow.recipe import Recipe
 from secateur.flow.stages import (
     Cut,
-    Metrics,
     change,
     check_evaluable,
     exported,
@@ -280,13 +278,3 @@ def _write_pictures(job: Job, folder: Path, cut: Cut, manifest: Manifest) -> Non
             "ms (median)": manifest.latency_ms[name]["median_ms"],
         } for name, cost in (("parent", manifest.cost_parent), ("cut", manifest.cost))),
     )  # fmt: skip
-
-
-def before_building(recipe: Recipe, cache: StageCache, target: Target
-                    ) -> tuple[Job, tuple[ChannelGroup, ...], PrunePlan]:  # fmt: skip
-    """Return the job, its groups and its plan, without touching a weight."""
-    job = open_job(recipe, cache)
-    return (job, *make_plan(job, job.grid(target)))
-
-
-__all__ = ["BuildResult", "Metrics", "before_building", "build"]

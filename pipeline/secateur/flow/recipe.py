@@ -23,7 +23,9 @@ class _Strict(BaseModel):
 
 
 class InputSpec(_Strict):
-    shape: tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]
+    shape: tuple[
+        Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]
+    ]
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[Annotated[float, Field(gt=0)], ...] = (0.229, 0.224, 0.225)
     layout: Literal["RGB", "BGR"] = "RGB"

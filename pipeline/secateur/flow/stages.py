@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def score_bank(job: Job, tasks: Sequence[str]) -> dict[str, Scores]:
             shown = [task] if task in labelled else []
             scores = score_task(
                 job.parent, groups, task, wanted.criterion,
-                lambda shown=shown: batches(subset, shown, job.spec, SCORE_BATCH),
+                partial(batches, subset, shown, job.spec, SCORE_BATCH),
                 -(-len(subset) // SCORE_BATCH),
             )  # fmt: skip
             save_scores(path, scores)
@@ -198,6 +199,7 @@ def torch_accuracy(job: Job, model: MultiTaskModel, title: str) -> Metrics:
 
 def session_accuracy(job: Job, session: Session, onnx: Path, title: str) -> Metrics:
     """Return a runtime's metrics on the evaluation data."""
+
     def predict(images: torch.Tensor) -> Mapping[str, torch.Tensor]:
         outputs = session.run(images.numpy())
         return {name: torch.from_numpy(array) for name, array in outputs.items()}

@@ -67,7 +67,9 @@ def _parity(folder: Path, manifest: Manifest, session: Session) -> dict[str, Par
     try:
         return compare_outputs(wanted, outputs, tolerance=PARITY_TOLERANCE)
     except BuildError as error:
-        raise VerifyError(error.message, hint="this runtime does not reproduce the model") from error
+        raise VerifyError(
+            error.message, hint="this runtime does not reproduce the model"
+        ) from error
 
 
 def _accuracy(

@@ -69,7 +69,9 @@ def score_task(
 def save_scores(path: Path, scores: GroupScores) -> None:
     """Write one task's scores as safetensors."""
     with atomic_path(path) as temporary:
-        save_file({name: np.ascontiguousarray(values) for name, values in scores.items()}, temporary)
+        save_file(
+            {name: np.ascontiguousarray(values) for name, values in scores.items()}, temporary
+        )
 
 
 def load_scores(path: Path) -> dict[str, NDArray[np.float64]] | None:

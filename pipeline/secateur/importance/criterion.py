@@ -39,7 +39,7 @@ def criterion_of(name: str) -> Criterion:
         RecipeError: there is no file (or entry point) of that name.
     """
     try:
-        module: Criterion = registry.load("secateur.importance", name)  # type: ignore[assignment]
+        module: Criterion = registry.load("secateur.importance", name)
     except KeyError as error:
         raise RecipeError(
             f"prune.criterion: '{name}' is not a criterion",

@@ -34,7 +34,7 @@ def score(
     for number, batch in enumerate(images):
         model.zero_grad(set_to_none=True)  # gradients of another task or batch must not leak in
         with torch.enable_grad():
-            loss(model(batch), number).backward()
+            torch.autograd.backward(loss(model(batch), number))
         for name, members in gates.items():
             for row, member in enumerate(members):
                 squares[name][row] += _gate_change(member, modules[member.layer]) ** 2

@@ -42,9 +42,7 @@ def compare_outputs(
                 f"task '{task}' has shape {got.shape} after export, expected {wanted.shape}",
                 hint="report this with the model: export must not change shapes",
             )
-        parity = Parity(
-            float(np.abs(wanted - got).max()), float(wanted.max() - wanted.min())
-        )
+        parity = Parity(float(np.abs(wanted - got).max()), float(wanted.max() - wanted.min()))
         if tolerance is not None and not parity.relative <= tolerance:
             raise BuildError(
                 f"task '{task}' differs by {parity.relative:.2e} of its range after export, "

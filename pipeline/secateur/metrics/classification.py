@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -13,7 +15,7 @@ from secateur.metrics.kind import TaskKind, class_count
 class Classification:
     """Outputs (N, classes) logits; targets (N,) int64."""
 
-    higher_is_better = {"top1": True}
+    higher_is_better: Mapping[str, bool] = {"top1": True}
 
     def __init__(self, classes: int, ignore_index: int) -> None:
         self.classes, self.ignore_index = classes, ignore_index

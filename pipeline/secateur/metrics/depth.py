@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -15,7 +17,7 @@ NEAREST_METRES = 0.1  # predictions below this count as this, so that ratios sta
 class Depth:
     """Outputs (N, 1, h, w) metres; targets (N, H, W) metres, 0 where unknown."""
 
-    higher_is_better = {"abs_rel": False, "rmse": False, "delta1": True}
+    higher_is_better: Mapping[str, bool] = {"abs_rel": False, "rmse": False, "delta1": True}
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         error = (resized(output, target)[:, 0] - target).abs()

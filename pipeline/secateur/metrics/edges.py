@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -15,7 +17,7 @@ UNKNOWN = 255.0
 class Edges:
     """Outputs (N, 1, h, w) logits; targets (N, H, W): 1 edge, 0 none, 255 unknown."""
 
-    higher_is_better = {"f1": True}
+    higher_is_better: Mapping[str, bool] = {"f1": True}
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         valid = target != UNKNOWN

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from secateur.core.task import Task
-from secateur.metrics.kind import TaskKind
+from secateur.metrics.kind import Evaluator, TaskKind
 from secateur.metrics.regression import Regression
 
 
 class Keypoints(Regression):
     """Outputs (N, 2K), x and y alternating; targets (N, K, 2), NaN where not visible."""
 
-    higher_is_better = {"mean_error": False, "pck_10": True}
+    higher_is_better: Mapping[str, bool] = {"mean_error": False, "pck_10": True}
 
-    def evaluator(self) -> KeypointsEvaluator:  # type: ignore[override]
+    def evaluator(self) -> Evaluator:
         return KeypointsEvaluator()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -13,7 +15,7 @@ from secateur.metrics.kind import TaskKind, class_count
 class Multilabel:
     """Outputs (N, classes) logits; targets (N, classes) of 0 and 1."""
 
-    higher_is_better = {"accuracy": True, "macro_f1": True}
+    higher_is_better: Mapping[str, bool] = {"accuracy": True, "macro_f1": True}
 
     def __init__(self, classes: int) -> None:
         self.classes = classes

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -15,7 +17,11 @@ BINS = 1800  # of 0.1 degree, so that the median needs no list of all angles
 class Normals:
     """Outputs (N, 3, h, w) of any length; targets (N, 3, H, W) unit vectors, 0 where unknown."""
 
-    higher_is_better = {"mean_angle": False, "median_angle": False, "within_11": True}
+    higher_is_better: Mapping[str, bool] = {
+        "mean_angle": False,
+        "median_angle": False,
+        "within_11": True,
+    }
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         cosine = functional.cosine_similarity(resized(output, target), target, dim=1)

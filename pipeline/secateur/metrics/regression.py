@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from secateur.core.task import Task
-from secateur.metrics.kind import TaskKind, masked_mean
+from secateur.metrics.kind import Evaluator, TaskKind, masked_mean
 
 
 class Regression:
     """Outputs and targets (N, D); NaN in the target where unknown."""
 
-    higher_is_better = {"mae": False, "rmse": False}
+    higher_is_better: Mapping[str, bool] = {"mae": False, "rmse": False}
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         truth = target.reshape(output.shape)
@@ -28,7 +30,7 @@ class Regression:
         spread = parent.std().nan_to_num() + 1e-3
         return parent + 0.1 * spread * torch.randn(parent.shape, generator=generator)
 
-    def evaluator(self) -> RegressionEvaluator:
+    def evaluator(self) -> Evaluator:
         return RegressionEvaluator()
 
 

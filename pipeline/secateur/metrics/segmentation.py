@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -14,7 +16,7 @@ from secateur.metrics.kind import TaskKind, class_count, resized
 class Segmentation:
     """Outputs (N, classes, h, w) logits; targets (N, H, W) int64."""
 
-    higher_is_better = {"miou": True, "pixel_accuracy": True}
+    higher_is_better: Mapping[str, bool] = {"miou": True, "pixel_accuracy": True}
 
     def __init__(self, classes: int, ignore_index: int) -> None:
         self.classes, self.ignore_index = classes, ignore_index

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch_pruning
 from torch import Tensor, nn
@@ -61,11 +62,7 @@ def output_layers(model: MultiTaskModel, example: Tensor) -> list[nn.Module]:
                 continue
             seen.add(node)
             parents = [parent for parent, _ in node.next_functions if parent is not None]
-            owned = [
-                owners[id(leaf.variable)]
-                for leaf in _leaves(parents)
-                if id(leaf.variable) in owners
-            ]
+            owned = [owners[leaf] for leaf in _leaves(parents) if leaf in owners]
             if owned:
                 found.extend(owned)
             else:
@@ -73,13 +70,13 @@ def output_layers(model: MultiTaskModel, example: Tensor) -> list[nn.Module]:
     return found
 
 
-def _leaves(nodes: Sequence[object]) -> Iterator[object]:
-    """Yield weight leaves among ``nodes``, looking through transposes (as Linear inserts)."""
+def _leaves(nodes: Sequence[Any]) -> Iterator[int]:
+    """Yield the ids of weights among autograd ``nodes``, looking through Linear's transposes."""
     for node in nodes:
         if hasattr(node, "variable"):
-            yield node
+            yield id(node.variable)
         elif type(node).__name__ in ("TBackward0", "TransposeBackward0"):
-            yield from _leaves([parent for parent, _ in node.next_functions])  # type: ignore[attr-defined]
+            yield from _leaves([parent for parent, _ in node.next_functions])
 
 
 def find_groups(model: MultiTaskModel, example: Tensor) -> tuple[ChannelGroup, ...]:
@@ -93,9 +90,7 @@ def find_groups(model: MultiTaskModel, example: Tensor) -> tuple[ChannelGroup, .
     attention = _attention_layers(model)
     protected = output_layers(model, example) + attention
     found: list[ChannelGroup] = []
-    for group in graph.get_all_groups(
-        ignored_layers=protected, root_module_types=list(ROOT_TYPES)
-    ):
+    for group in graph.get_all_groups(ignored_layers=protected, root_module_types=list(ROOT_TYPES)):
         if not _touches(group, set(attention)):
             found.extend(_split(group, names))
     return tuple(found)
@@ -137,9 +132,7 @@ def _split(group: Group, names: dict[nn.Module, str]) -> Iterator[ChannelGroup]:
             places[root][layer, axis].append(index)
     by_members: dict[tuple[tuple[str, Axis, int], ...], list[int]] = defaultdict(list)
     for channel in sorted(places):
-        key = tuple(
-            sorted((layer, axis, len(at)) for (layer, axis), at in places[channel].items())
-        )
+        key = tuple(sorted((layer, axis, len(at)) for (layer, axis), at in places[channel].items()))
         by_members[key].append(channel)
     root = names[group[0].dep.target.module]
     for part, (key, channels) in enumerate(by_members.items()):

@@ -31,10 +31,7 @@ def count_macs(model: nn.Module, example: Tensor) -> int:
 def count_layer_macs(model: nn.Module, example: Tensor) -> dict[str, int]:
     """Return MACs per convolution and linear layer, by module name."""
     sizes = _output_positions(model, example)
-    return {
-        name: positions * module.weight.numel()
-        for name, (module, positions) in sizes.items()
-    }
+    return {name: positions * module.weight.numel() for name, (module, positions) in sizes.items()}
 
 
 @dataclass(frozen=True)
@@ -60,9 +57,7 @@ class MacsModel:
         return self.constant + round(float((self.unit * widths_in * widths_out).sum()))
 
 
-def macs_model(
-    model: MultiTaskModel, groups: Sequence[ChannelGroup], example: Tensor
-) -> MacsModel:
+def macs_model(model: MultiTaskModel, groups: Sequence[ChannelGroup], example: Tensor) -> MacsModel:
     """Read off ``model`` how its MACs depend on the widths of ``groups``."""
     layers = _output_positions(model, example)
     order = {name: row for row, name in enumerate(layers)}

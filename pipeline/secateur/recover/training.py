@@ -15,7 +15,7 @@ from torch import Tensor
 
 from secateur.core.errors import DataError, ModelError
 from secateur.core.files import atomic_path
-from secateur.core.model import MultiTaskModel, ModelInput
+from secateur.core.model import ModelInput, MultiTaskModel
 from secateur.core.progress import track
 from secateur.data.loading import Batch, batches, has_labels
 from secateur.data.sample import Reader

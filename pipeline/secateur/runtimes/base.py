@@ -36,7 +36,7 @@ def runtime_of(name: str) -> Runtime:
         DeviceError: there is no file (or entry point) of that name.
     """
     try:
-        module: Runtime = registry.load("secateur.runtimes", name)  # type: ignore[assignment]
+        module: Runtime = registry.load("secateur.runtimes", name)
     except KeyError as error:
         raise DeviceError(
             f"there is no runtime '{name}'",

@@ -24,10 +24,8 @@ class TaskUse:
     macs: Mapping[str, int]
 
     def private(self, task: str, amounts: Mapping[str, int]) -> int:
-        """Return the amount (params or MACs) in layers only ``task`` uses: what dropping it saves."""
-        return sum(
-            amounts.get(name, 0) for name, users in self.layers.items() if users == {task}
-        )
+        """Return the amount in layers only ``task`` uses: what dropping it saves."""
+        return sum(amounts.get(name, 0) for name, users in self.layers.items() if users == {task})
 
     def used(self, task: str, amounts: Mapping[str, int]) -> int:
         """Return the amount in all layers that ``task`` uses."""
@@ -43,8 +41,7 @@ class TaskUse:
 def decompose(model: MultiTaskModel, example: Tensor, macs: Mapping[str, int]) -> TaskUse:
     """Return which tasks depend on which layer; ``macs`` are per layer of ``model``."""
     owners = {
-        name: [p for p in module.parameters(recurse=False)]
-        for name, module in model.named_modules()
+        name: list(module.parameters(recurse=False)) for name, module in model.named_modules()
     }
     owners = {name: parameters for name, parameters in owners.items() if parameters}
     for parameter in model.parameters():

@@ -16,7 +16,9 @@ from secateur.core.model import MultiTaskModel
 class SelectsOutputs(Protocol):
     """A network that can build itself with fewer outputs, faster than we can by tracing."""
 
-    def select_outputs(self, names: Collection[str]) -> nn.Module: ...
+    def select_outputs(self, names: Collection[str]) -> nn.Module:
+        """Return a copy that computes only these outputs."""
+        ...
 
 
 def select_tasks(model: MultiTaskModel, keep: Collection[str]) -> MultiTaskModel:

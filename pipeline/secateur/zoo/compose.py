@@ -77,9 +77,7 @@ def compose(
 def _feature_backbone(name: str, min_stride: int, options: Mapping[str, Any]) -> Any:
     if name not in timm.list_models():
         near = timm.list_models(f"{name[:8]}*")[:5] or timm.list_models()[:5]
-        raise ModelError(
-            f"timm has no backbone '{name}'", hint=f"names like it: {', '.join(near)}"
-        )
+        raise ModelError(f"timm has no backbone '{name}'", hint=f"names like it: {', '.join(near)}")
     try:
         probe = timm.create_model(name, features_only=True, **options)
         reductions = probe.feature_info.reduction()
