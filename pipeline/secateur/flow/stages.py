@@ -145,14 +145,15 @@ class Cut:
 def make_cut(job: Job, groups: Sequence[ChannelGroup], plan: PrunePlan) -> Cut:
     """Apply the plan, compensate and recover."""
     pruned = apply_plan(job.selected, groups, plan, job.example)
-    compensated = _compensated(job, groups, plan, pruned)
-    recovered, steps = _recovered(job, compensated)
-    return Cut(compensated, recovered, steps, model_fingerprint(recovered))
+    refitted = compensated(job, groups, plan, pruned)
+    recovered, steps = _recovered(job, refitted)
+    return Cut(refitted, recovered, steps, model_fingerprint(recovered))
 
 
-def _compensated(
+def compensated(
     job: Job, groups: Sequence[ChannelGroup], plan: PrunePlan, pruned: MultiTaskModel
 ) -> MultiTaskModel:
+    """Return ``pruned`` refitted on unlabelled training images, if the recipe says so."""
     wanted = job.recipe.compensate
     if wanted is False:
         return pruned

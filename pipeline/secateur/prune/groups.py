@@ -9,7 +9,9 @@ from typing import Any
 
 import torch_pruning
 from torch import Tensor, nn
+from torch_pruning import ops
 from torch_pruning.dependency import Group
+from torch_pruning.dependency.index_mapping import update_index_mapping
 
 from secateur.core.channels import Axis, ChannelGroup, Member
 from secateur.core.errors import ModelError
@@ -30,7 +32,7 @@ def dependency_graph(model: MultiTaskModel, example: Tensor) -> torch_pruning.De
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch-pruning warns of each unwrapped parameter
-            return torch_pruning.DependencyGraph().build_dependency(
+            graph = torch_pruning.DependencyGraph().build_dependency(
                 model, example_inputs=example, verbose=False
             )
     except (RuntimeError, IndexError, ValueError, TypeError, AttributeError, KeyError) as error:
@@ -38,6 +40,28 @@ def dependency_graph(model: MultiTaskModel, example: Tensor) -> torch_pruning.De
             f"the dependency graph of the model cannot be traced: {error}",
             hint="forward must be made of differentiable torch calls on module parameters",
         ) from error
+    _map_concats(graph)
+    return graph
+
+
+def _map_concats(graph: torch_pruning.DependencyGraph) -> None:
+    """Give every concat its channel offsets back.
+
+    torch-pruning 1.6 switches them off for each concat downstream of a 3-D parameter (a position
+    embedding), although only the concat with the class token needs that.
+    """
+    bare = (ops.OPTYPE.PARAMETER, ops.OPTYPE.EXPAND)
+    switched_off = [
+        node
+        for node in graph.module2node.values()
+        if node.type == ops.OPTYPE.CONCAT
+        and not node.enable_index_mapping
+        and not any(source.type in bare for source in node.inputs)
+    ]
+    for node in switched_off:
+        node.enable_index_mapping = True
+    if switched_off:
+        update_index_mapping(graph)
 
 
 def output_layers(model: MultiTaskModel, example: Tensor) -> list[nn.Module]:
@@ -87,11 +111,11 @@ def find_groups(model: MultiTaskModel, example: Tensor) -> tuple[ChannelGroup, .
     """
     graph = dependency_graph(model, example)
     names = {module: name for name, module in model.named_modules()}
-    attention = _attention_layers(model)
-    protected = output_layers(model, example) + attention
+    fixed = _attention_layers(model) + _grouped_layers(model)
+    protected = output_layers(model, example) + fixed
     found: list[ChannelGroup] = []
     for group in graph.get_all_groups(ignored_layers=protected, root_module_types=list(ROOT_TYPES)):
-        if not _touches(group, set(attention)):
+        if not _touches(group, set(fixed)):
             found.extend(_split(group, names))
     return tuple(found)
 
@@ -104,6 +128,15 @@ def _attention_layers(model: nn.Module) -> list[nn.Module]:
         if hasattr(module, "qkv") or hasattr(module, "in_proj_weight")
         for layer in module.modules()
         if isinstance(layer, ROOT_TYPES)
+    ]
+
+
+def _grouped_layers(model: nn.Module) -> list[nn.Module]:
+    """Return grouped, not depth-wise, convolutions: their groups must stay equally wide."""
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Conv2d) and module.groups > 1 and not _is_depthwise(module)
     ]
 
 

@@ -1,0 +1,62 @@
+"""What every suite writes: where, with what, which rows, and whether each claim holds."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from secateur.core.files import write_json
+from secateur.devices.host import host_facts, library_versions
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+@dataclass(frozen=True)
+class Show:
+    """One claim, computed here: ``value`` against ``target`` in the direction of ``sense``."""
+
+    claim: str
+    target: float
+    value: float
+    sense: str  # "<=" or ">="
+
+    @property
+    def ok(self) -> bool:
+        return self.value <= self.target if self.sense == "<=" else self.value >= self.target
+
+
+def write_suite(
+    name: str, command: str, seeds: list[int], rows: list[dict[str, Any]], shows: list[Show]
+) -> Path:
+    """Write ``results/<name>.json`` and print the claims."""
+    path = RESULTS / f"{name}.json"
+    write_json(
+        path,
+        {
+            "suite": name,
+            "command": command,
+            "host": host_facts(),
+            "versions": library_versions(),
+            "seeds": seeds,
+            "rows": rows,
+            "shows": [{**asdict(show), "ok": show.ok} for show in shows],
+        },
+    )
+    for show in shows:
+        mark = "ok    " if show.ok else "MISSED"
+        print(f"{mark} {show.claim}: {show.value:.6g} {show.sense} {show.target:g}")
+    print(f"written to {path}")
+    return path
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def exit_status(shows: list[Show]) -> None:
+    """Leave with 1 when a claim does not hold."""
+    sys.exit(0 if all(show.ok for show in shows) else 1)

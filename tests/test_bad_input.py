@@ -1,0 +1,170 @@
+"""The user's mistakes: exit 2, one sentence and a hint, no traceback, nothing half-written."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from cli_run import FACTORY, RECIPE, make_project, run
+from conftest import tiny_model
+from safetensors.torch import save_file
+
+FOLDER_DATA = RECIPE.replace(
+    "{reader: scenes, split: train, options: {count: 16, height: 32, width: 48}}",
+    "{reader: folder, root: ROOT, split: train}",
+)
+
+
+def write_folder(root: Path, label: int = 3, broken: bool = False) -> None:
+    """Four images with segmentation and 16-bit depth."""
+    for name in ("image", "segmentation", "depth"):
+        (root / "train" / name).mkdir(parents=True)
+    for i in range(4):
+        blank = np.full((32, 48), 1, np.uint8)
+        cv2.imwrite(str(root / f"train/image/{i}.png"), np.dstack([blank * 50 * i] * 3))
+        cv2.imwrite(str(root / f"train/segmentation/{i}.png"), blank * label)
+        cv2.imwrite(str(root / f"train/depth/{i}.png"), blank.astype(np.uint16) * 2000)
+    if broken:
+        (root / "train/image/2.png").write_bytes(b"not an image")
+
+
+def expect_error(capsys, folder: Path, *arguments, says: str, code: int = 2) -> None:
+    out = folder / "out"
+    got, stdout, stderr = run(capsys, *arguments, "--out", out)
+    assert got == code, stderr
+    assert says in stderr.replace("\n", " ")
+    assert "hint:" in stderr and "Traceback" not in stderr + stdout
+    assert not [path for path in out.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (("  input: {shape: [3, 32, 48]}\n", ""), "line 1: key 'model.input' is missing"),
+        (("budget: {macs: 0.5}", "budget: {macs: half}"), "line 13: prune.budget.macs: "),
+        (("compensate:", "compensat:"), "line 14: key 'compensat' is not known"),
+        (("keep: [segmentation, depth]", "keep: [segmentation, dept]"), "there is no task 'dept'"),
+        (("keep: [segmentation, depth]", "keep: []"), "keep: is empty"),
+        (("macs: 0.5", "macs: 0"), "greater than 0"),
+        (("macs: 0.5", "macs: 2.0"), "less than or equal to 1"),
+        (("macs: 0.5", "macs: 0.02"), "below the least that whole channels in multiples of 8"),
+        (("reader: scenes, split: train", "reader: scene, split: train"), "no reader 'scene'"),
+        (("split: test", "split: tset"), "no split 'tset'"),
+        (("count: 8", "count: 0"), "is empty"),
+        (("output: depth", "output: dept"), "reads output 'dept'"),
+        (("kind: depth", "kind: dpth"), "'dpth' is not a task kind"),
+        (("classes: 8}", "max_drop: 1}"), "tasks.segmentation.classes is missing"),
+        (("classes: 8}", "classes: 3}"), "is out of range for task 'segmentation'"),
+        (("tinyproject:make", "tinyproject:mak"), "cannot import 'tinyproject:mak'"),
+        (("tinyproject:make", "tinyproject:make_wide"), "is of another architecture"),
+        (("tiny.safetensors", "absent.safetensors"), "there is no file absent.safetensors"),
+        (("[3, 32, 48]", "[4, 32, 48]"), "forward fails on an input of shape (1, 4, 32, 48)"),
+        (("count: 16", "cuont: 16"), "reader 'scenes' does not take these options"),
+        (("images: 16}", "images: 16, criterion: tailor}"), "'tailor' is not a criterion"),
+        (("images: 16}", "images: 16, fusion: cutt}"), "'cutt' is not a fusion rule"),
+        (("keep: [", "keep: [["), "is not YAML"),
+        (("split: train", "split: train, root: '${NO_SUCH_VARIABLE}'"), "which is not set"),
+    ],
+)
+def test_a_wrong_recipe(capsys, tmp_path: Path, change: tuple[str, str], says: str) -> None:
+    assert change[0] in RECIPE
+    recipe = make_project(tmp_path, RECIPE.replace(*change, 1))
+    expect_error(capsys, tmp_path, "build", recipe, says=says)
+
+
+def test_an_unknown_target_with_a_near_name(capsys, tmp_path: Path) -> None:
+    recipe = make_project(tmp_path)
+    expect_error(
+        capsys, tmp_path, "build", recipe, "--target", "raspberry-pi-6",
+        says="there is no target 'raspberry-pi-6'; did you mean 'raspberry-pi-5'?",
+    )  # fmt: skip
+
+
+def test_a_checkpoint_with_missing_and_unexpected_keys(capsys, tmp_path: Path) -> None:
+    recipe = make_project(tmp_path)
+    state = tiny_model().network.state_dict()
+    state["stranger"] = state.pop("stem.weight").clone()
+    save_file(state, tmp_path / "tiny.safetensors")
+    expect_error(
+        capsys, tmp_path, "build", recipe,
+        says="1 missing keys (first 'stem.weight') and 1 unexpected keys (first 'stranger')",
+    )  # fmt: skip
+
+
+class Payload:
+    """What an attacker would put into a checkpoint."""
+
+    def __reduce__(self):
+        return (Path.touch, (Path("pwned"),))
+
+
+def test_a_pickled_checkpoint_is_not_executed(capsys, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = make_project(tmp_path, RECIPE.replace("tiny.safetensors", "evil.pt"))
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps({"state_dict": Payload()}))
+    expect_error(capsys, tmp_path, "build", recipe, says="cannot read the checkpoint")
+    torch.save({"state_dict": Payload()}, tmp_path / "evil.pt")
+    expect_error(capsys, tmp_path, "build", recipe, says="cannot read the checkpoint")
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_nan_in_the_parents_output(capsys, tmp_path: Path) -> None:
+    recipe = make_project(tmp_path)
+    model = tiny_model()
+    model.network.depth.bias.data[:] = float("nan")
+    save_file(model.network.state_dict(), tmp_path / "tiny.safetensors")
+    expect_error(capsys, tmp_path, "build", recipe, says="output for task 'depth' has 96 NaN")
+
+
+def test_a_class_label_out_of_range(capsys, tmp_path: Path) -> None:
+    write_folder(tmp_path / "data", label=77)
+    recipe = make_project(tmp_path, FOLDER_DATA.replace("ROOT", str(tmp_path / "data")))
+    expect_error(capsys, tmp_path, "build", recipe, says="label 77 in sample 0 is out of range")
+
+
+def test_an_unreadable_image(capsys, tmp_path: Path) -> None:
+    write_folder(tmp_path / "data", broken=True)
+    recipe = make_project(tmp_path, FOLDER_DATA.replace("ROOT", str(tmp_path / "data")))
+    expect_error(capsys, tmp_path, "build", recipe, says="cannot decode image image/2.png")
+
+
+def test_evaluation_data_without_labels(capsys, tmp_path: Path) -> None:
+    write_folder(tmp_path / "data")
+    eval_line = "{reader: scenes, split: test, options: {count: 8, height: 32, width: 48}}"
+    images = f"{{reader: folder, root: {tmp_path / 'data/train/image'}, split: all}}"
+    recipe = make_project(tmp_path, RECIPE.replace(eval_line, images))
+    expect_error(capsys, tmp_path, "build", recipe, says="data.eval has no label 'segmentation'")
+
+
+def test_an_output_folder_that_cannot_be_written(capsys, tmp_path: Path) -> None:
+    recipe = make_project(tmp_path)
+    (tmp_path / "file").write_text("in the way")
+    code, _, stderr = run(capsys, "build", recipe, "--out", tmp_path / "file" / "out")
+    assert code == 2 and "cannot write" in stderr and "Traceback" not in stderr
+
+
+@pytest.mark.parametrize("verb", ["inspect", "score", "plan", "build"])
+def test_no_such_recipe(capsys, verb: str) -> None:
+    code, _, stderr = run(capsys, verb, "absent.yaml")
+    assert code == 2 and "cannot read the recipe absent.yaml" in stderr
+
+
+@pytest.mark.parametrize("verb", ["verify", "bench"])
+def test_a_folder_that_is_no_bundle(capsys, tmp_path: Path, verb: str) -> None:
+    code, _, stderr = run(capsys, verb, tmp_path)
+    assert code == 2 and "is not a bundle" in stderr
+
+
+def test_errors_are_json_when_asked(capsys) -> None:
+    code, stdout, _ = run(capsys, "plan", "absent.yaml", "--json")
+    assert code == 2 and '"hint"' in stdout
+
+
+def test_a_factory_that_returns_no_module(capsys, tmp_path: Path) -> None:
+    recipe = make_project(tmp_path, RECIPE.replace("tinyproject:make", "odd_factory:make"))
+    (tmp_path / "odd_factory.py").write_text(FACTORY.replace("return TinyNet()", "return 3"))
+    expect_error(capsys, tmp_path, "build", recipe, says="returned int")

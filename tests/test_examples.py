@@ -1,0 +1,61 @@
+"""The worked example on one's own model runs as its README section says."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import cv2
+import pytest
+import torch
+from cli_run import run
+from conftest import REPOSITORY
+from safetensors.torch import save_file
+from secateur.data.loading import open_reader
+from secateur.flow.recipe import load_recipe
+
+
+def write_images(root: Path, labelled: bool) -> None:
+    reader = open_reader("scenes", None, "train", count=6, height=64, width=96)
+    (root / "image").mkdir(parents=True)
+    rows = ["name,weather,daytime"]
+    for i in range(6):
+        cv2.imwrite(str(root / f"image/{i}.png"), reader[i].image[:, :, ::-1])
+        rows.append(f"{i},{i % 4},{i % 2}")
+    if labelled:
+        (root / "lane").mkdir()
+        for i in range(6):
+            cv2.imwrite(str(root / f"lane/{i}.png"), reader[i].labels["segmentation"] % 3)
+        (root / "labels.csv").write_text("\n".join(rows))
+
+
+def test_bring_your_own_from_a_tuple_model_and_unlabelled_images(capsys, tmp_path: Path) -> None:
+    project = Path(shutil.copytree(REPOSITORY / "examples/bring_your_own", tmp_path / "own"))
+    spec = importlib.util.spec_from_file_location("own_model", project / "model.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    torch.manual_seed(0)
+    save_file(module.make().state_dict(), project / "weights.safetensors")
+    write_images(project / "images/train", labelled=False)
+    write_images(project / "images/eval", labelled=True)
+    recipe = (project / "recipe.yaml").read_text()
+    for limit in (", max_drop: 5", "epochs: 2"):  # random weights have nothing to keep
+        recipe = recipe.replace(limit, {"epochs: 2": "epochs: 1"}.get(limit, ""))
+    (project / "recipe.yaml").write_text(recipe)
+    code, stdout, stderr = run(
+        capsys, "build", project / "recipe.yaml", "--out", tmp_path / "out", "--json"
+    )
+    assert code == 0, stderr
+    (built,) = json.loads(stdout)
+    assert [task["name"] for task in built["manifest"]["tasks"]] == ["lane", "daytime"]
+    cost = built["manifest"]["cost"]["macs"] / built["manifest"]["cost_parent"]["macs"]
+    assert 0.59 <= cost <= 0.6
+    assert run(capsys, "verify", tmp_path / "out/x86-64-cpu/fp32")[0] == 0
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "examples").rglob("*.yaml")), ids=lambda p: p.name)  # fmt: skip
+def test_every_recipe_is_valid(path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("SECATEUR_DATA", "anywhere")
+    assert load_recipe(path).kept_names()

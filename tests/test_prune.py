@@ -1,0 +1,168 @@
+"""Groups, cost, budget and surgery: what must hold for any cut."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import SPEC, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from secateur import zoo
+from secateur.core.errors import PlanError
+from secateur.core.model import MultiTaskModel
+from secateur.core.plan import GroupCut, PrunePlan, dropped_indices
+from secateur.core.task import Task
+from secateur.prune import apply_plan, count_macs, find_groups, macs_model, plan_prune
+from secateur.prune.plan import Budget
+from torch import nn
+
+EXAMPLE = SPEC.example(2)
+
+
+def random_plan(groups, seed, grid=4, macs=0.5, cost=None) -> PrunePlan:
+    rng = np.random.default_rng(seed)
+    scores = {group.name: rng.uniform(size=group.width) for group in groups}
+    return plan_prune(
+        groups, cost, scores, {"any": scores}, Budget(macs, grid), criterion="random", fusion="mean"
+    )
+
+
+def masked(model: MultiTaskModel, groups, plan: PrunePlan) -> MultiTaskModel:
+    """The parent with every dropped channel silenced where it is read."""
+    silent = copy.deepcopy(model)
+    modules = dict(silent.named_modules())
+    for (layer, axis), gone in dropped_indices(groups, plan).items():
+        if axis == "in":
+            modules[layer].weight.data[:, sorted(gone)] = 0
+    return silent
+
+
+def largest_relative_difference(a, b) -> float:
+    return max(float((a[n] - b[n]).abs().max() / a[n].abs().max()) for n in a)
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10_000), macs=st.floats(0.35, 0.95), grid=st.sampled_from([1, 2, 4, 8]))
+def test_pruned_model_equals_masked_parent(seed: int, macs: float, grid: int) -> None:
+    model = tiny_model(seed=seed)
+    groups = find_groups(model, EXAMPLE)
+    plan = random_plan(groups, seed, grid, macs, macs_model(model, groups, EXAMPLE))
+    pruned = apply_plan(model, groups, plan, EXAMPLE)
+    with torch.no_grad():
+        difference = largest_relative_difference(
+            masked(model, groups, plan)(EXAMPLE), pruned(EXAMPLE)
+        )
+    assert difference <= 1e-5
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10_000), macs=st.floats(0.35, 1.0), grid=st.sampled_from([1, 4, 8]))
+def test_planned_macs_are_the_counted_macs_and_within_the_budget(
+    seed: int, macs: float, grid: int
+) -> None:
+    model = tiny_model()
+    groups = find_groups(model, EXAMPLE)
+    plan = random_plan(groups, seed, grid, macs, macs_model(model, groups, EXAMPLE))
+    pruned = apply_plan(model, groups, plan, EXAMPLE)
+    assert plan.macs_before == count_macs(model, EXAMPLE)
+    assert plan.macs_after == count_macs(pruned, EXAMPLE)
+    assert plan.macs_after <= macs * plan.macs_before
+
+
+@pytest.mark.parametrize("budget", [0.25, 0.5, 0.8])
+def test_a_real_model_lands_within_one_percent_below_its_budget(budget: float) -> None:
+    heads = {
+        "seg": zoo.HeadSpec("segmentation", 13),
+        "depth": zoo.HeadSpec("depth", 1),
+        "room": zoo.HeadSpec("classification", 4),
+    }
+    tasks = [Task(name, name, spec.kind, name, spec.channels) for name, spec in heads.items()]
+    model = MultiTaskModel(zoo.compose("mobilenetv2_050", heads), tasks).eval()
+    example = SPEC.example()
+    groups = find_groups(model, example)
+    plan = random_plan(groups, 0, 8, budget, macs_model(model, groups, example))
+    pruned = apply_plan(model, groups, plan, example)
+    counted = count_macs(pruned, example)
+    assert 0.99 * budget * plan.macs_before <= counted <= budget * plan.macs_before
+    changed = [len(cut.kept) for cut in plan.cuts if len(cut.kept) < cut.width]
+    assert changed and all(width % 8 == 0 for width in changed)
+
+
+@pytest.mark.parametrize(
+    "backbone", ["resnet18", "mobilenetv3_small_050", "regnetx_002", "convnext_atto", "vit_tiny_patch16_224"]
+)  # fmt: skip
+def test_backbones_of_many_kinds_survive_a_cut(backbone: str) -> None:
+    options = {"img_size": (64, 64)} if backbone.startswith("vit") else {}
+    heads = {"seg": zoo.HeadSpec("segmentation", 5, 16), "room": zoo.HeadSpec("classification", 4)}
+    tasks = [Task(name, name, spec.kind, name, spec.channels) for name, spec in heads.items()]
+    model = MultiTaskModel(zoo.compose(backbone, heads, **options), tasks).eval()
+    example = torch.randn(1, 3, 64, 64)
+    groups = find_groups(model, example)
+    cost = macs_model(model, groups, example)
+    least = {"vit": 0.8, "reg": 0.8}.get(backbone[:3], 0.5)  # attention, grouped convs stay
+    plan = random_plan(groups, 1, 8, least, cost)
+    pruned = apply_plan(model, groups, plan, example)
+    with torch.no_grad():
+        assert largest_relative_difference(
+            masked(model, groups, plan)(example), pruned(example)
+        ) <= 1e-4  # fmt: skip
+    assert count_macs(pruned, example) == plan.macs_after
+
+
+def test_outputs_keep_all_their_channels(model: MultiTaskModel) -> None:
+    groups = find_groups(model, EXAMPLE)
+    made = {m.layer for g in groups for m in g.members if m.axis == "out"}
+    assert not made & {"network.seg", "network.depth", "network.room"}
+
+
+def test_a_concat_is_split_into_its_sources(model: MultiTaskModel) -> None:
+    groups = {group.name: group for group in find_groups(model, EXAMPLE)}
+    readers = [g for g in groups.values() if any(m.layer == "network.seg_mix" and m.axis == "in" for m in g.members)]  # fmt: skip
+    assert sorted(group.width for group in readers) == [16, 32]
+
+
+def test_budget_below_what_the_grid_allows_says_the_least(model: MultiTaskModel) -> None:
+    groups = find_groups(model, EXAMPLE)
+    cost = macs_model(model, groups, EXAMPLE)
+    with pytest.raises(PlanError, match="below the least that whole channels in multiples of 8"):
+        random_plan(groups, 0, 8, 0.01, cost)
+
+
+def test_a_plan_of_another_model_is_refused(model: MultiTaskModel) -> None:
+    groups = find_groups(model, EXAMPLE)
+    foreign = PrunePlan((GroupCut("elsewhere", 8, (0,)),), 1, 1, 1, 8, "taylor", "mean", {})
+    with pytest.raises(PlanError, match="another model"):
+        apply_plan(model, groups, foreign, EXAMPLE)
+
+
+def test_a_plan_survives_json(model: MultiTaskModel) -> None:
+    groups = find_groups(model, EXAMPLE)
+    plan = random_plan(groups, 0, 4, 0.5, macs_model(model, groups, EXAMPLE))
+    assert PrunePlan.from_json(plan.to_json()) == plan
+
+
+def test_apply_leaves_the_parent_as_it_was(model: MultiTaskModel) -> None:
+    groups = find_groups(model, EXAMPLE)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    apply_plan(model, groups, random_plan(groups, 0, 4, 0.5, macs_model(model, groups, EXAMPLE)), EXAMPLE)  # fmt: skip
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_linear_layers_on_tokens_count_their_tokens() -> None:
+    class Mlp(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.out = nn.Linear(3 * 16, 24), nn.Linear(24, 4)
+
+        def forward(self, image):
+            tokens = image.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).flatten(3)
+            return {"room": self.out(self.inner(tokens.flatten(1, 2))).mean(1)}
+
+    model = MultiTaskModel(Mlp(), [Task("room", "room", "classification", "room", 4)]).eval()
+    example = torch.randn(2, 3, 8, 8)  # 4 tokens
+    cost = macs_model(model, find_groups(model, example), example)
+    assert cost.macs([24]) == 4 * (48 * 24 + 24 * 4)
+    assert cost.macs([8]) == 4 * (48 * 8 + 8 * 4)

@@ -1,0 +1,245 @@
+"""Selection, importance, fusion, compensation, recovery and export, on a model made here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SPEC, TASKS, TinyNet, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from secateur import zoo
+from secateur.compensate import refit
+from secateur.core.errors import DataError, ModelError, RecipeError
+from secateur.core.model import MultiTaskModel
+from secateur.core.task import Task
+from secateur.data.loading import batches, open_reader
+from secateur.fusion.scores import fuse
+from secateur.importance.bank import load_scores, save_scores, score_task
+from secateur.lower import compare_outputs, export_onnx
+from secateur.prune import apply_plan, find_groups, macs_model, plan_prune
+from secateur.prune.macs import count_layer_macs
+from secateur.prune.plan import Budget
+from secateur.recover import TrainSettings, train
+from secateur.runtimes.base import runtime_of
+from secateur.tasks import decompose, select_tasks
+from torch import nn
+
+EXAMPLE = SPEC.example(2)
+
+
+def scenes(count: int = 16):
+    return open_reader("scenes", None, "train", count=count, height=32, width=48)
+
+
+@settings(max_examples=8, deadline=None)
+@given(keep=st.sets(st.sampled_from([t.name for t in TASKS]), min_size=1))
+def test_dropping_tasks_leaves_the_others_bit_equal(keep: set[str]) -> None:
+    model = tiny_model()
+    selected = select_tasks(model, keep)
+    with torch.no_grad():
+        before, after = model(EXAMPLE), selected(EXAMPLE)
+    assert set(after) == keep
+    assert all(torch.equal(before[name], after[name]) for name in keep)
+
+
+def test_what_only_dropped_tasks_need_is_gone() -> None:
+    selected = select_tasks(tiny_model(), ["depth"])
+    names = {name.split(".")[1] for name, _ in selected.named_parameters()}
+    assert not names & {"seg", "seg_mix", "room", "room_hidden"}
+    assert {"stem", "down", "depth_mix", "depth"} <= names
+
+
+def test_a_tuple_model_is_selected_by_position() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk, self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 1, 1), nn.Conv2d(8, 2, 1)
+
+        def forward(self, image):
+            x = self.trunk(image)
+            return self.a(x), self.b(x)
+
+    tasks = [Task("one", "0", "depth", "depth"), Task("two", "1", "depth", "depth")]
+    model = MultiTaskModel(Pair(), tasks).eval()
+    selected = select_tasks(model, ["two"])
+    assert torch.equal(selected(EXAMPLE)["two"], model(EXAMPLE)["two"])
+    assert not any("network.a" in name for name, _ in selected.named_parameters())
+
+
+def test_a_model_that_cannot_be_traced_says_what_to_add() -> None:
+    class Branching(nn.Module):
+        def forward(self, image):
+            return {"seg": image if image.sum() > 0 else -image, "depth": image}
+
+    model = MultiTaskModel(Branching(), TASKS[:2])
+    with pytest.raises(ModelError, match="cannot be traced") as caught:
+        select_tasks(model, ["depth"])
+    assert "select_outputs" in caught.value.hint
+
+
+def test_decompose_finds_use_not_names() -> None:
+    model = tiny_model()
+    use = decompose(model, EXAMPLE, count_layer_macs(model, EXAMPLE))
+    assert use.layers["network.seg_mix"] == {"segmentation"}
+    assert use.layers["network.down"] == {"segmentation", "depth", "room"}
+    assert use.private("room", use.params) == (32 * 32 + 32) + (32 * 4 + 4)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert sum(use.shared_by(n, use.params) for n in (1, 2, 3)) == total
+
+
+def test_taylor_scores_a_dead_channel_zero_and_other_tasks_heads_zero() -> None:
+    model = tiny_model()
+    model.network.depthwise_norm.weight.data[5] = 0
+    model.network.depthwise_norm.bias.data[5] = 0
+    model.network.expand_norm.weight.data[5] = 0
+    model.network.expand_norm.bias.data[5] = 0
+    groups = find_groups(model, EXAMPLE)
+    scores = score_task(
+        model, groups, TASKS[1], "taylor", lambda: batches(scenes(8), [TASKS[1]], SPEC, 4), 2
+    )
+    by_layer = {m.layer: scores[g.name] for g in groups for m in g.members if m.axis == "out"}
+    inner = by_layer["network.depthwise"]
+    assert inner[5] == 0 and np.delete(inner, 5).mean() > 0
+    assert (by_layer["network.seg_mix"] == 0).all()
+    assert (by_layer["network.depth_mix"] > 0).any()
+
+
+def test_scoring_leaves_weights_and_gradients_alone() -> None:
+    model = tiny_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    groups = find_groups(model, EXAMPLE)
+    score_task(model, groups, TASKS[0], "taylor", lambda: batches(scenes(4), TASKS[:1], SPEC, 4), 1)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.kind)
+def test_without_labels_targets_are_drawn_and_scores_are_not_zero(task: Task) -> None:
+    model = tiny_model()
+    groups = find_groups(model, EXAMPLE)
+    scores = score_task(model, groups, task, "taylor", lambda: batches(scenes(4), [], SPEC, 4), 1)
+    assert sum(values.sum() for values in scores.values()) > 0
+
+
+def test_the_bank_on_disk_gives_back_what_was_stored(tmp_path: Path) -> None:
+    path = tmp_path / "scores.safetensors"
+    assert load_scores(path) is None
+    save_scores(path, {"a": np.array([1.0, 2.0])})
+    assert load_scores(path)["a"].tolist() == [1.0, 2.0]
+    path.write_bytes(b"damaged")
+    assert load_scores(path) is None
+
+
+def test_mean_fusion_gives_each_task_the_same_say() -> None:
+    tasks = {"loud": {"g": np.array([100.0, 300.0])}, "quiet": {"g": np.array([0.003, 0.001])}}
+    fused = fuse(tasks, {"loud": 1.0, "quiet": 1.0}, "mean")
+    assert fused["g"].tolist() == pytest.approx([0.5, 0.5])
+    weighted = fuse(tasks, {"loud": 3.0, "quiet": 1.0}, "mean")
+    assert weighted["g"].tolist() == pytest.approx([0.375, 0.625])
+    with pytest.raises(RecipeError, match="not a fusion rule"):
+        fuse(tasks, {"loud": 1.0, "quiet": 1.0}, "median")
+
+
+def half_cut(model: MultiTaskModel):
+    groups = find_groups(model, EXAMPLE)
+    scores = {g.name: np.random.default_rng(0).uniform(size=g.width) for g in groups}
+    plan = plan_prune(
+        groups, macs_model(model, groups, EXAMPLE), scores, {}, Budget(0.5, 4),
+        criterion="random", fusion="mean",
+    )  # fmt: skip
+    return groups, plan, apply_plan(model, groups, plan, EXAMPLE)
+
+
+def test_refitting_brings_outputs_nearer_to_the_parent_on_images_not_seen() -> None:
+    model = tiny_model()
+    groups, plan, cut = half_cut(model)
+    fitted = refit(model, cut, groups, plan, SPEC.example(32, seed=1), ridge=0.01)
+    unseen = SPEC.example(16, seed=2)
+    with torch.no_grad():
+        wanted, plain, better = model(unseen), cut(unseen), fitted(unseen)
+    for name in wanted:
+        assert (better[name] - wanted[name]).norm() < 0.8 * (plain[name] - wanted[name]).norm()
+
+
+def test_refitting_an_uncut_model_changes_nothing() -> None:
+    model = tiny_model()
+    groups = find_groups(model, EXAMPLE)
+    plan = plan_prune(
+        groups, macs_model(model, groups, EXAMPLE), {g.name: np.ones(g.width) for g in groups}, {},
+        Budget(1.0, 1), criterion="none", fusion="mean",
+    )  # fmt: skip
+    fitted = refit(model, model, groups, plan, SPEC.example(8))
+    with torch.no_grad():
+        for name, wanted in model(EXAMPLE).items():
+            assert torch.allclose(fitted(EXAMPLE)[name], wanted, atol=2e-5)
+
+
+def test_training_resumes_exactly_where_it_stopped(tmp_path: Path) -> None:
+    reader, model = scenes(8), tiny_model()
+    settings_ = TrainSettings(epochs=3, batch_size=4, seed=1)
+    whole = train(model, reader, SPEC, settings_, parent=model)
+
+    class Stop(Exception):
+        pass
+
+    def stop_after_two(epoch: int, _model: MultiTaskModel, _loss: float) -> None:
+        if epoch == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(model, reader, SPEC, settings_, parent=model, checkpoint=tmp_path, after_epoch=stop_after_two)  # fmt: skip
+    resumed = train(model, reader, SPEC, settings_, parent=model, checkpoint=tmp_path)
+    assert resumed.steps == whole.steps == 6
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.allclose(resumed.model.state_dict()[name], tensor, atol=1e-6), name
+
+
+def test_training_without_labels_distils_and_lowers_the_loss(tmp_path: Path) -> None:
+    import cv2
+
+    for i in range(8):
+        cv2.imwrite(str(tmp_path / f"{i}.png"), scenes(8)[i].image)
+    reader = open_reader("folder", tmp_path, "train")
+    assert reader.label_names == frozenset()
+    model = tiny_model()
+    _, _, cut = half_cut(model)
+    result = train(
+        cut, reader, SPEC, TrainSettings(epochs=6, batch_size=4, learning_rate=3e-3), parent=model
+    )
+    assert result.losses[-1] < 0.8 * result.losses[0]
+    with pytest.raises(DataError, match="no labels"):
+        train(cut, reader, SPEC, TrainSettings(epochs=1))
+
+
+def test_onnx_equals_torch_at_any_batch(tmp_path: Path) -> None:
+    _, _, cut = half_cut(tiny_model())
+    path = tmp_path / "model.onnx"
+    export_onnx(cut, EXAMPLE, path)
+    session = runtime_of("onnxruntime").open_session(path, threads=1)
+    for batch in (1, 3):
+        images = SPEC.example(batch, seed=batch)
+        with torch.no_grad():
+            wanted = {name: tensor.numpy() for name, tensor in cut(images).items()}
+        parity = compare_outputs(wanted, session.run(images.numpy()), tolerance=1e-4)
+        assert set(parity) == {"segmentation", "depth", "room"}
+
+
+def test_zoo_heads_have_the_stride_and_channels_asked_for() -> None:
+    heads = {"seg": zoo.HeadSpec("segmentation", 5), "vector": zoo.HeadSpec("regression", 2)}
+    for backbone, options in (("resnet18", {}), ("vit_tiny_patch16_224", {"img_size": (64, 96)})):
+        outputs = zoo.compose(backbone, heads, **options)(torch.randn(2, 3, 64, 96))
+        assert outputs["seg"].shape == (2, 5, 16, 24)
+        assert outputs["vector"].shape == (2, 2)
+    with pytest.raises(ModelError, match="no backbone"):
+        zoo.compose("resnet18x", heads)
+    with pytest.raises(ModelError, match="unknown kind"):
+        zoo.compose("resnet18", {"x": zoo.HeadSpec("smell", 1)})
+
+
+def test_an_output_that_forward_does_not_return_is_named() -> None:
+    model = MultiTaskModel(TinyNet(), [Task("depth", "dept", "depth", "depth")])
+    with pytest.raises(ModelError, match="reads output 'dept'.*returns depth, room, seg"):
+        model(EXAMPLE)
