@@ -69,7 +69,8 @@ def test_mirroring_turns_labels_with_the_image() -> None:
     )
     plain, turned = (target_tensor(sample, NORMALS, spec, v) for v in (None, view))
     assert torch.equal(turned[0], -plain[0].flip(1)) and torch.equal(turned[1:], plain[1:].flip(2))
-    assert torch.equal(target_tensor(sample, DEPTH, spec, view), target_tensor(sample, DEPTH, spec).flip(1))  # fmt: skip
+    plain, turned = (target_tensor(sample, DEPTH, spec, v) for v in (None, view))
+    assert torch.equal(turned, plain.flip(1))
 
 
 def test_zooming_brings_the_depth_nearer() -> None:
@@ -144,7 +145,7 @@ def test_a_folder_of_ones_own_images(tmp_path: Path) -> None:
 def test_a_folder_with_a_gap_in_its_labels_names_the_gap(tmp_path: Path) -> None:
     write_folder(tmp_path / "train")
     (tmp_path / "train/depth/1.png").unlink()
-    with pytest.raises(DataError, match="label 'depth' .* lacks 1 of 3 images, first '1'"):
+    with pytest.raises(DataError, match=r"label 'depth' .* lacks 1 of 3 images, first '1'"):
         open_reader("folder", tmp_path, "train")
 
 
@@ -170,7 +171,7 @@ def test_the_official_nyuv2_file_layout(tmp_path: Path) -> None:
     assert len(reader) == 2 and sample.id == "0002" and sample.image.shape == (6, 8, 3)
     assert sample.image[4, 5].tolist() == images[1, :, 5, 4].tolist()
     assert sample.labels["segmentation"][0].tolist() == [255, 255, 0, 0, 0, 0, 0, 1]
-    with pytest.raises(DataError, match="indices are 1-based|images 1..3"):
+    with pytest.raises(DataError, match=r"indices are 1-based|images 1..3"):
         open_reader("nyuv2", path, "test", indices=[4])
 
 

@@ -55,7 +55,10 @@ def test_bring_your_own_from_a_tuple_model_and_unlabelled_images(capsys, tmp_pat
     assert run(capsys, "verify", tmp_path / "out/x86-64-cpu/fp32")[0] == 0
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "examples").rglob("*.yaml")), ids=lambda p: p.name)  # fmt: skip
+RECIPES = sorted((REPOSITORY / "examples").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_every_recipe_is_valid(path: Path, monkeypatch) -> None:
     monkeypatch.setenv("SECATEUR_DATA", "anywhere")
     assert load_recipe(path).kept_names()

@@ -92,8 +92,9 @@ def test_a_real_model_lands_within_one_percent_below_its_budget(budget: float) -
 
 
 @pytest.mark.parametrize(
-    "backbone", ["resnet18", "mobilenetv3_small_050", "regnetx_002", "convnext_atto", "vit_tiny_patch16_224"]
-)  # fmt: skip
+    "backbone",
+    ["resnet18", "mobilenetv3_small_050", "regnetx_002", "convnext_atto", "vit_tiny_patch16_224"],
+)
 def test_backbones_of_many_kinds_survive_a_cut(backbone: str) -> None:
     options = {"img_size": (64, 64)} if backbone.startswith("vit") else {}
     heads = {"seg": zoo.HeadSpec("segmentation", 5, 16), "room": zoo.HeadSpec("classification", 4)}
@@ -120,7 +121,11 @@ def test_outputs_keep_all_their_channels(model: MultiTaskModel) -> None:
 
 def test_a_concat_is_split_into_its_sources(model: MultiTaskModel) -> None:
     groups = {group.name: group for group in find_groups(model, EXAMPLE)}
-    readers = [g for g in groups.values() if any(m.layer == "network.seg_mix" and m.axis == "in" for m in g.members)]  # fmt: skip
+    readers = [
+        group
+        for group in groups.values()
+        if any((m.layer, m.axis) == ("network.seg_mix", "in") for m in group.members)
+    ]
     assert sorted(group.width for group in readers) == [16, 32]
 
 
@@ -147,7 +152,8 @@ def test_a_plan_survives_json(model: MultiTaskModel) -> None:
 def test_apply_leaves_the_parent_as_it_was(model: MultiTaskModel) -> None:
     groups = find_groups(model, EXAMPLE)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    apply_plan(model, groups, random_plan(groups, 0, 4, 0.5, macs_model(model, groups, EXAMPLE)), EXAMPLE)  # fmt: skip
+    plan = random_plan(groups, 0, 4, 0.5, macs_model(model, groups, EXAMPLE))
+    apply_plan(model, groups, plan, EXAMPLE)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 

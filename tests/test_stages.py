@@ -190,7 +190,10 @@ def test_training_resumes_exactly_where_it_stopped(tmp_path: Path) -> None:
             raise Stop
 
     with pytest.raises(Stop):
-        train(model, reader, SPEC, settings_, parent=model, checkpoint=tmp_path, after_epoch=stop_after_two)  # fmt: skip
+        train(
+            model, reader, SPEC, settings_,
+            parent=model, checkpoint=tmp_path, after_epoch=stop_after_two,
+        )  # fmt: skip
     resumed = train(model, reader, SPEC, settings_, parent=model, checkpoint=tmp_path)
     assert resumed.steps == whole.steps == 6
     for name, tensor in whole.model.state_dict().items():
@@ -241,5 +244,5 @@ def test_zoo_heads_have_the_stride_and_channels_asked_for() -> None:
 
 def test_an_output_that_forward_does_not_return_is_named() -> None:
     model = MultiTaskModel(TinyNet(), [Task("depth", "dept", "depth", "depth")])
-    with pytest.raises(ModelError, match="reads output 'dept'.*returns depth, room, seg"):
+    with pytest.raises(ModelError, match=r"reads output 'dept'.*returns depth, room, seg"):
         model(EXAMPLE)

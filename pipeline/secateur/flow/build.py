@@ -212,7 +212,11 @@ def _manifest(
         ),
         files={},
         parent={"factory": job.recipe.model.factory, "fingerprint": job.parent_key},
-        data={"train": job.train.fingerprint, "eval": job.eval.fingerprint},
+        data={
+            "train": job.train.fingerprint,
+            "eval": job.eval.fingerprint,
+            "eval_root": str(job.recipe.data_root(job.recipe.data.eval)),
+        },
         plan={**summary, "recovery_steps": cut.steps},
         cost_parent=_cost(job.selected, job, files["parent"]),
         cost=_cost(cut.recovered, job, files["cut"]),

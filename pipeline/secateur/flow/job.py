@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -51,7 +50,7 @@ def open_job(recipe: Recipe, cache: StageCache) -> Job:
     """
     for task in recipe.all_tasks():
         kind_of(task)
-    train, evaluation = _open(recipe.data.train), _open(recipe.data.eval)
+    train, evaluation = _open(recipe, recipe.data.train), _open(recipe, recipe.data.eval)
     parent = load_parent(recipe)
     spec = recipe.model.input.model_input()
     return Job(
@@ -67,6 +66,5 @@ def open_job(recipe: Recipe, cache: StageCache) -> Job:
     )
 
 
-def _open(spec: DataSpec) -> Reader:
-    options: dict[str, Any] = dict(spec.options)
-    return InMemory(open_reader(spec.reader, spec.root, spec.split, **options))
+def _open(recipe: Recipe, spec: DataSpec) -> Reader:
+    return InMemory(open_reader(spec.reader, recipe.data_root(spec), spec.split, **spec.options))

@@ -140,6 +140,12 @@ class Recipe(_Strict):
         """Return the kept tasks' names; all of them when ``keep`` is not given."""
         return self.keep or tuple(self.tasks)
 
+    def data_root(self, spec: DataSpec) -> Path:
+        """Return a data set's root; a relative one lies beside the recipe or where we run."""
+        root = Path(spec.root or ".")
+        beside = self.path.parent / root
+        return (beside if beside.exists() else root).resolve()
+
     def find_file(self, path: Path) -> Path:
         """Return a file named in the recipe: beside the recipe, in the working or shipped folder.
 

@@ -77,7 +77,10 @@ def _accuracy(
 ) -> dict[str, dict[str, float]]:
     recipe = parse_recipe(manifest.recipe, folder / "recipe.yaml")
     spec = recipe.data.eval
-    reader = open_reader(spec.reader, spec.root, spec.split, **spec.options)
+    root = Path(spec.root or ".")
+    if not root.exists():  # relative to a recipe that is elsewhere
+        root = Path(manifest.data["eval_root"])
+    reader = open_reader(spec.reader, root, spec.split, **spec.options)
     if reader.fingerprint != manifest.data["eval"]:
         raise DataError(
             "the evaluation data are not those of the build", hint="point the recipe at the same"
