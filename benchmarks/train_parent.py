@@ -29,7 +29,7 @@ from secateur.core.task import Task
 from secateur.data.loading import InMemory, open_reader
 from secateur.data.sample import Reader
 from secateur.data.transforms import Augment
-from secateur.recover.training import TrainSettings, train
+from secateur.recover.training import TrainResult, TrainSettings, train
 
 HERE = Path(__file__).resolve().parent
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -113,7 +113,8 @@ def main() -> None:
             model, train_set, parent.spec, settings,
             augment=parent.augment, checkpoint=work, after_epoch=after_epoch, title=options.name,
         )  # fmt: skip
-    _write(options, parent, result.model, curve, settings, test_set, time.time() - started)
+    seconds = time.time() - started
+    _write(options, parent, result, curve, settings, test_set, seconds)
 
 
 def _options() -> argparse.Namespace:
@@ -141,13 +142,14 @@ def _test(model: MultiTaskModel, reader: Reader, spec: ModelInput) -> dict[str, 
 def _write(
     options: argparse.Namespace,
     parent: Parent,
-    model: MultiTaskModel,
+    result: TrainResult,
     curve: list[dict[str, object]],
     settings: TrainSettings,
     test_set: Reader,
     seconds: float,
 ) -> None:
     """Write the fp16 weights, and the card from what those very weights score."""
+    model = result.model
     state = {
         key: tensor.half().contiguous() if tensor.is_floating_point() else tensor
         for key, tensor in model.network.state_dict().items()
@@ -165,6 +167,7 @@ def _write(
         f" --seed {options.seed}{' --bf16' if options.bf16 else ''}",
         "settings": asdict(settings),
         "augment": asdict(parent.augment),
+        "steps": result.steps,
         "test_metrics": metrics,
         "curve": curve,
         "seconds_of_last_run": round(seconds),

@@ -127,3 +127,11 @@ def test_the_wheel_holds_code_targets_recipes_and_parents(tmp_path: Path) -> Non
         "assert (shipped('examples') / 'scenes.yaml').is_file()"
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
+
+
+def test_published_figures_are_those_of_the_results() -> None:
+    script = REPOSITORY / "benchmarks" / "publish.py"
+    result = subprocess.run(
+        [sys.executable, script, "--check"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +28,6 @@ from secateur.core.progress import track
 Layer = nn.Conv2d | nn.Linear
 SAMPLES = 32_768  # positions over all images that one layer is fitted on
 PARENT_BATCH = 16
-
-
-@dataclass(frozen=True)
-class _Sites:
-    """Which (flattened) output positions of each layer are compared, the same in every image."""
-
-    positions: dict[str, Tensor]
 
 
 def refit(
@@ -55,7 +47,7 @@ def refit(
     fitted = copy.deepcopy(cut)
     layers = {n: m for n, m in fitted.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     norms = _following_norms(fitted, images[:1])
-    sites, wanted = _parent_outputs(parent, set(layers), images)
+    positions, wanted = _parent_outputs(parent, set(layers), images)
     dropped = dropped_indices(groups, plan)
 
     def before(name: str, layer: Layer, inputs: Tensor) -> None:
@@ -64,7 +56,7 @@ def refit(
         gone = dropped.get((name, "out"), set())
         kept = [i for i in range(wanted[name].shape[0]) if i not in gone]
         target = wanted.pop(name)[kept]  # (c_out, S)
-        offset = _fit(layer, _patches(layer, inputs, sites.positions[name]), target, ridge)
+        offset = _fit(layer, _patches(layer, inputs, positions[name]), target, ridge)
         _shift(layer, norms.get(name), offset)
 
     hooks = [
@@ -82,19 +74,19 @@ def refit(
 
 def _parent_outputs(
     parent: MultiTaskModel, names: set[str], images: Tensor
-) -> tuple[_Sites, dict[str, Tensor]]:
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the compared positions and the parent's outputs (c_out, S) there, per layer."""
-    sites = _Sites({})
+    positions: dict[str, Tensor] = {}
     parts: dict[str, list[Tensor]] = {}
     per_image = max(1, SAMPLES // len(images))
     generator = torch.Generator().manual_seed(0)
 
     def after(name: str, layer: Layer, output: Tensor) -> None:
         flat = _positions_last(layer, output)  # (N, c_out, P)
-        if name not in sites.positions:
+        if name not in positions:
             order = torch.randperm(flat.shape[2], generator=generator)
-            sites.positions[name] = order[:per_image].sort().values
-        chosen = flat[:, :, sites.positions[name]]
+            positions[name] = order[:per_image].sort().values
+        chosen = flat[:, :, positions[name]]
         parts.setdefault(name, []).append(chosen.transpose(0, 1).flatten(1))
 
     hooks = [
@@ -112,7 +104,7 @@ def _parent_outputs(
             hook.remove()
     # A layer called more than once per pass has no single target; it keeps its weights.
     calls = len(chunks)
-    return sites, {name: torch.cat(p, 1) for name, p in parts.items() if len(p) == calls}
+    return positions, {name: torch.cat(p, 1) for name, p in parts.items() if len(p) == calls}
 
 
 def _positions_last(layer: Layer, tensor: Tensor) -> Tensor:

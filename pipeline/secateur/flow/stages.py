@@ -32,7 +32,7 @@ from secateur.metrics.delta import Delta, delta
 from secateur.metrics.kind import kind_of
 from secateur.prune import apply_plan, find_groups, macs_model, plan_prune
 from secateur.prune.plan import Budget
-from secateur.recover import TrainSettings, train
+from secateur.recover import TrainSettings, steps_per_epoch, train
 from secateur.runtimes.base import Session
 
 SCORE_BATCH = 8
@@ -176,7 +176,7 @@ def _recovered(job: Job, model: MultiTaskModel) -> tuple[MultiTaskModel, int]:
            [asdict(task) for task in job.tasks])  # fmt: skip
     folder = job.cache.folder("recover", *key)
     recovered = copy.deepcopy(model)
-    steps = job.recipe.recover.epochs * (len(job.train) // wanted.batch_size + 1)  # type: ignore[union-attr]
+    steps = wanted.epochs * steps_per_epoch(len(job.train), wanted.batch_size)
     if load_weights(folder / "weights.safetensors", recovered):
         return recovered, steps
     result = train(
@@ -186,7 +186,7 @@ def _recovered(job: Job, model: MultiTaskModel) -> tuple[MultiTaskModel, int]:
     )  # fmt: skip
     save_weights(folder / "weights.safetensors", result.model)
     (folder / "state.pt").unlink(missing_ok=True)
-    return result.model, result.steps
+    return result.model, steps
 
 
 def torch_accuracy(job: Job, model: MultiTaskModel, title: str) -> Metrics:

@@ -1,0 +1,138 @@
+"""Put what was made into a bundle: every file first, the manifest last."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from secateur.bench.pictures import contact_sheet, savings_chart
+from secateur.bundle.manifest import SCHEMA_VERSION, InputContract, Manifest, TaskContract
+from secateur.bundle.write import file_records, write_bundle, write_check, write_runner
+from secateur.core.files import atomic_path, write_json, write_text
+from secateur.core.model import MultiTaskModel, evaluating
+from secateur.core.plan import PrunePlan
+from secateur.data.loading import image_batch, spread
+from secateur.data.transforms import image_tensor
+from secateur.devices.host import host_facts, library_versions
+from secateur.devices.target import Target
+from secateur.flow.evidence import Evidence
+from secateur.flow.job import Job
+from secateur.flow.stages import Cut, plain_image
+from secateur.lower.export import INPUT_NAME
+
+SHEET_IMAGES = 6
+
+
+@dataclass(frozen=True)
+class Made:
+    """The outcome of a build, before it is packed."""
+
+    target: Target
+    plan: PrunePlan
+    cut: Cut
+    evidence: Evidence
+    seconds: Mapping[str, float]
+    command: str
+
+
+def pack(job: Job, made: Made, folder: Path) -> Manifest:
+    """Write the bundle into ``folder`` and return its manifest."""
+    (folder / "manifest.json").unlink(missing_ok=True)  # an older one must not vouch for new files
+    with atomic_path(folder / "model.onnx") as temporary:
+        temporary.write_bytes(made.evidence.onnx.read_bytes())
+    write_json(folder / "plan.json", made.plan.to_json())
+    write_text(folder / "recipe.yaml", job.recipe.source)
+    write_runner(folder)
+    _write_check(job, made.cut.recovered, folder)
+    _write_pictures(job, made, folder / "pictures")
+    manifest = _manifest(job, made).model_copy(update={"files": file_records(folder)})
+    write_bundle(folder, manifest)
+    return manifest
+
+
+def _manifest(job: Job, made: Made) -> Manifest:
+    evidence, spec = made.evidence, job.spec
+    summary = {key: value for key, value in made.plan.to_json().items() if key != "cuts"}
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        device=made.target.name,
+        precision=job.recipe.precision.mode,
+        runtime=made.target.runtime,
+        threads=made.target.threads,
+        input=InputContract(name=INPUT_NAME, **asdict(spec)),
+        tasks=_task_contracts(job, made.cut.recovered),
+        files={},
+        parent={"factory": job.recipe.model.factory, "fingerprint": job.parent_key},
+        data={
+            "train": job.train.fingerprint,
+            "eval": job.eval.fingerprint,
+            "eval_root": str(job.recipe.data_root(job.recipe.data.eval)),
+        },
+        plan={**summary, "recovery_steps": made.cut.steps},
+        cost_parent=evidence.cost_parent,
+        cost=evidence.cost,
+        accuracy=evidence.accuracy,
+        parity={
+            name: {"max_abs_difference": p.max_abs_difference, "of_range": p.relative}
+            for name, p in evidence.parity.items()
+        },
+        latency_ms={name: result.to_json() for name, result in evidence.latency.items()},
+        seconds=dict(made.seconds),
+        versions=library_versions(),
+        host=host_facts(),
+        command=made.command,
+        recipe=job.recipe.source,
+    )
+
+
+def _task_contracts(job: Job, model: MultiTaskModel) -> tuple[TaskContract, ...]:
+    with evaluating(model):
+        outputs = model(job.example)
+    return tuple(
+        TaskContract(
+            name=task.name,
+            kind=task.kind,
+            classes=task.classes,
+            ignore_index=task.ignore_index,
+            max_drop=task.max_drop,
+            shape=tuple(outputs[task.name].shape[1:]),
+        )
+        for task in job.tasks
+    )
+
+
+def _write_check(job: Job, model: MultiTaskModel, folder: Path) -> None:
+    """Write one image and the torch model's outputs for it, for `verify` on any machine."""
+    image = plain_image(job, 0)
+    with evaluating(model):
+        outputs = model(image_tensor(image, job.spec)[None])
+    write_check(folder, image, {name: tensor.numpy() for name, tensor in outputs.items()})
+
+
+def _write_pictures(job: Job, made: Made, folder: Path) -> None:
+    indices = spread(job.eval, SHEET_IMAGES)
+    inputs = [image_batch(job.eval, [i], job.spec) for i in indices]
+
+    def outputs(model: MultiTaskModel) -> list[dict[str, torch.Tensor]]:
+        with evaluating(model):
+            return [model(image) for image in inputs]
+
+    models = {"parent": outputs(job.selected), "cut": outputs(made.cut.recovered)}
+    contact_sheet(folder / "contact_sheet.png", job.eval, indices, job.tasks, job.spec, models)
+    evidence = made.evidence
+    costs = {"parent": evidence.cost_parent, "cut": evidence.cost}
+    before, after = (
+        {
+            "M MACs": cost.macs / 1e6,
+            "M parameters": cost.params / 1e6,
+            "MB of ONNX": cost.onnx_bytes / 1e6,
+            "ms (median)": evidence.latency[name].median_ms,
+        }
+        for name, cost in costs.items()
+    )
+    savings_chart(folder / "savings.png", before, after)
