@@ -130,6 +130,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--bf16", action="store_true", help="train in bfloat16 autocast")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     parser.add_argument("--work", type=Path, help="folder for checkpoints")
+    parser.add_argument("--note", default="", help="anything the card should say of this run")
     parser.add_argument("--out", type=Path, default=HERE / "parents")
     return parser.parse_args()
 
@@ -165,6 +166,7 @@ def _write(
         "command": f"python benchmarks/train_parent.py {options.name} --epochs {options.epochs}"
         f" --batch-size {options.batch_size} --learning-rate {options.learning_rate}"
         f" --seed {options.seed}{' --bf16' if options.bf16 else ''}",
+        "note": options.note,
         "settings": asdict(settings),
         "augment": asdict(parent.augment),
         "steps": result.steps,
@@ -208,7 +210,7 @@ def _card(name: str, parent: Parent, record: dict[str, object]) -> str:
             "|---|---|---|",
             *rows,
             "",
-            f"**Command.** `{record['command']}`",
+            f"**Command.** `{record['command']}` {record['note']}".rstrip(),
             "",
             f"Seeds, settings, versions and the curve of test metrics are in `{name}.json`.",
             "",

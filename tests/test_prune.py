@@ -26,7 +26,13 @@ def random_plan(groups, seed, grid=4, macs=0.5, cost=None) -> PrunePlan:
     rng = np.random.default_rng(seed)
     scores = {group.name: rng.uniform(size=group.width) for group in groups}
     return plan_prune(
-        groups, cost, scores, {"any": scores}, Budget(macs, grid), criterion="random", fusion="mean"
+        groups,
+        cost,
+        scores,
+        {"any": scores},
+        Budget(macs, grid, floor=0.1),
+        criterion="random",
+        fusion="mean",
     )
 
 

@@ -147,7 +147,7 @@ def half_cut(model: MultiTaskModel):
     groups = find_groups(model, EXAMPLE)
     scores = {g.name: np.random.default_rng(0).uniform(size=g.width) for g in groups}
     plan = plan_prune(
-        groups, macs_model(model, groups, EXAMPLE), scores, {}, Budget(0.5, 4),
+        groups, macs_model(model, groups, EXAMPLE), scores, {}, Budget(0.5, 4, floor=0.1),
         criterion="random", fusion="mean",
     )  # fmt: skip
     return groups, plan, apply_plan(model, groups, plan, EXAMPLE)

@@ -126,7 +126,7 @@ def make_plan(job: Job, grid: int) -> tuple[tuple[ChannelGroup, ...], PrunePlan]
     cost = macs_model(job.selected, groups, job.example)
     plan = plan_prune(
         groups, cost, fused, per_task,
-        Budget(macs=wanted.budget.macs, grid=grid, floor=wanted.floor),
+        Budget(wanted.budget.macs, grid, wanted.floor, wanted.balance),
         criterion=wanted.criterion, fusion=wanted.fusion,
     )  # fmt: skip
     return groups, plan

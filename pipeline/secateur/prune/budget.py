@@ -17,6 +17,7 @@ from secateur.core.errors import PlanError
 from secateur.prune.macs import MacsModel
 
 Scores = Sequence[NDArray[np.float64]]
+WIDE = 12  # grid steps from which on a group counts as wide
 GAP = 0.005  # how far below the budget a solution may stay before swaps are tried
 
 
@@ -31,13 +32,16 @@ class Ladder:
 def ladders(scores: Scores, grid: int, floor: float) -> list[Ladder]:
     """Return each group's ladder: its full width, then multiples of ``grid`` down to the floor.
 
-    The floor is ``max(grid, floor * width)``, rounded up to the grid.
+    The floor is ``max(grid, floor * width)``, rounded up. A wide group moves two grid steps at a
+    time: relative to its width that is still fine, and runtimes with kernels of 16 channels
+    (AVX-512) waste nothing there.
     """
     result = []
     for channel_scores in scores:
         width = len(channel_scores)
-        least = max(grid, int(np.ceil(floor * width / grid)) * grid)
-        steps = [width, *range((width - 1) // grid * grid, least - 1, -grid)]
+        step = 2 * grid if width >= WIDE * grid else grid
+        least = max(step, int(np.ceil(floor * width / step)) * step)
+        steps = [width, *range((width - 1) // step * step, least - 1, -step)]
         best_first = np.concatenate([[0.0], np.cumsum(np.sort(channel_scores)[::-1])])
         result.append(Ladder(tuple(steps), tuple(float(best_first[k]) for k in steps)))
     return result

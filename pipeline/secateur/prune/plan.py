@@ -21,12 +21,14 @@ class Budget:
     """``macs``: share of the parent's MACs, restricted to the kept tasks, that may stay (0..1].
 
     ``grid``: every changed width is a multiple of it. ``floor``: the least share of a group's
-    channels that stays.
+    channels that stays. ``balance``: 0 ranks all channels of the network together, 1 compares
+    them only within their group (every group keeps about the same share), between is between.
     """
 
     macs: float
     grid: int = 8
-    floor: float = 0.1
+    floor: float = 0.3
+    balance: float = 0.65
 
 
 def plan_prune(
@@ -48,7 +50,7 @@ def plan_prune(
     """
     full = cost.macs([group.width for group in groups])
     limit = int(budget.macs * full)
-    scores = [fused[group.name] for group in groups]
+    scores = [_balanced(fused[group.name], budget.balance) for group in groups]
     counts = solve(scores, cost, limit, budget.grid, budget.floor)
     cuts = tuple(
         GroupCut(group.name, group.width, _best(scores[g], counts[g]))
@@ -64,6 +66,16 @@ def plan_prune(
         fusion=fusion,
         lost={task: _lost_share(cuts, values) for task, values in per_task.items()},
     )
+
+
+def _balanced(scores: NDArray[np.float64], balance: float) -> NDArray[np.float64]:
+    """Divide a group's scores by their mean to the power ``balance``.
+
+    First-order scores of deep, wide groups are small per channel although losing many of them at
+    once is not; a purely global ranking starves those groups.
+    """
+    mean = float(scores.mean())
+    return scores / mean**balance if mean > 0 else scores
 
 
 def _best(scores: NDArray[np.float64], count: int) -> tuple[int, ...]:
