@@ -101,7 +101,7 @@ def main() -> None:
 
     def after_epoch(epoch: int, model: MultiTaskModel, loss: float) -> None:
         row: dict[str, object] = {"epoch": epoch, "loss": round(loss, 4)}
-        if epoch % options.every == 0 or epoch >= options.epochs - 4:
+        if epoch % options.every == 0 or epoch == options.epochs - 2:
             row["test"] = _test(model, test_set, parent.spec)
         curve.append(row)
         write_json(curve_file, curve)

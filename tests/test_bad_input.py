@@ -58,11 +58,16 @@ def expect_error(capsys, folder: Path, *arguments, says: str, code: int = 2) -> 
         (("output: depth", "output: dept"), "reads output 'dept'"),
         (("kind: depth", "kind: dpth"), "'dpth' is not a task kind"),
         (("classes: 8}", "max_drop: 1}"), "tasks.segmentation.classes is missing"),
-        (("classes: 8}", "classes: 3}"), "is out of range for task 'segmentation'"),
+        (("classes: 8}", "classes: 3}"), "expected (N, C, h, w) with C = 3"),
         (("tinyproject:make", "tinyproject:mak"), "cannot import 'tinyproject:mak'"),
         (("tinyproject:make", "tinyproject:make_wide"), "is of another architecture"),
         (("tiny.safetensors", "absent.safetensors"), "there is no file absent.safetensors"),
-        (("[3, 32, 48]", "[4, 32, 48]"), "forward fails on an input of shape (1, 4, 32, 48)"),
+        (("[3, 32, 48]", "[3, 30, 48]"), "forward fails on an input of shape (1, 3, 30, 48)"),
+        (("[3, 32, 48]", "[1, 32, 48]"), "line 4: model.input.shape.0: "),
+        (
+            ("split: test, options: {count: 8", "split: train, options: {count: 16"),
+            "are the same images",
+        ),
         (("count: 16", "cuont: 16"), "reader 'scenes' does not take these options"),
         (("images: 16}", "images: 16, criterion: tailor}"), "'tailor' is not a criterion"),
         (("images: 16}", "images: 16, fusion: cutt}"), "'cutt' is not a fusion rule"),
@@ -135,7 +140,7 @@ def test_an_unreadable_image(capsys, tmp_path: Path) -> None:
 def test_evaluation_data_without_labels(capsys, tmp_path: Path) -> None:
     write_folder(tmp_path / "data")
     eval_line = "{reader: scenes, split: test, options: {count: 8, height: 32, width: 48}}"
-    images = f"{{reader: folder, root: {tmp_path / 'data/train/image'}, split: all}}"
+    images = f"{{reader: folder, root: {tmp_path / 'data/train/image'}, split: .}}"
     recipe = make_project(tmp_path, RECIPE.replace(eval_line, images))
     expect_error(capsys, tmp_path, "build", recipe, says="data.eval has no label 'segmentation'")
 

@@ -178,3 +178,34 @@ def test_linear_layers_on_tokens_count_their_tokens() -> None:
     cost = macs_model(model, find_groups(model, example), example)
     assert cost.macs([24]) == 4 * (48 * 24 + 24 * 4)
     assert cost.macs([8]) == 4 * (48 * 8 + 8 * 4)
+
+
+def test_a_learnt_scale_after_the_last_layer_does_not_unprotect_it() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk, self.head = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 8, 1)
+            self.scale = nn.Parameter(torch.ones(1))
+
+        def forward(self, image):
+            return {"seg": self.scale * self.head(self.trunk(image))}
+
+    model = MultiTaskModel(Scaled(), [Task("seg", "seg", "segmentation", "seg", 8)]).eval()
+    assert [group.name for group in find_groups(model, EXAMPLE)] == ["trunk"]
+
+
+def test_layers_the_cost_model_does_not_follow_stay_whole() -> None:
+    class Upsampling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.mid = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 1)
+            self.up, self.head = nn.ConvTranspose2d(16, 16, 2, 2), nn.Conv2d(16, 1, 1)
+
+        def forward(self, image):
+            return {"depth": self.head(self.up(self.mid(self.inner(image))))}
+
+    model = MultiTaskModel(Upsampling(), [Task("depth", "depth", "depth", "depth")]).eval()
+    groups = find_groups(model, EXAMPLE)
+    assert [group.name for group in groups] == ["inner"]
+    plan = random_plan(groups, 0, 4, 0.97, macs_model(model, groups, EXAMPLE))
+    assert count_macs(apply_plan(model, groups, plan, EXAMPLE), EXAMPLE) == plan.macs_after

@@ -205,7 +205,7 @@ def test_training_without_labels_distils_and_lowers_the_loss(tmp_path: Path) -> 
 
     for i in range(8):
         cv2.imwrite(str(tmp_path / f"{i}.png"), scenes(8)[i].image)
-    reader = open_reader("folder", tmp_path, "train")
+    reader = open_reader("folder", tmp_path, ".")
     assert reader.label_names == frozenset()
     model = tiny_model()
     _, _, cut = half_cut(model)
@@ -213,7 +213,7 @@ def test_training_without_labels_distils_and_lowers_the_loss(tmp_path: Path) -> 
         cut, reader, SPEC, TrainSettings(epochs=6, batch_size=4, learning_rate=3e-3), parent=model
     )
     assert result.losses[-1] < 0.8 * result.losses[0]
-    with pytest.raises(DataError, match="no labels"):
+    with pytest.raises(DataError, match="has no labels"):
         train(cut, reader, SPEC, TrainSettings(epochs=1))
 
 

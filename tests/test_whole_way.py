@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import shutil
 import subprocess
 import sys
@@ -180,3 +181,14 @@ def test_targets_and_doctor_report(capsys) -> None:
     assert all(f["source"] for target in targets.values() for f in target["facts"].values())
     assert run(capsys, "doctor", "--json")[0] == 0
     assert run(capsys, "targets", "raspberry-pi-5")[0] == 0
+
+
+def test_a_bundle_for_another_kind_of_machine_claims_no_latency(capsys, project: Path) -> None:
+    code, stdout, _ = run(
+        capsys, "build", project / "recipe.yaml", "--target", "raspberry-pi-5", "--cache",
+        project / "cache", "--out", project / "pi", "--json",
+    )  # fmt: skip
+    (built,) = json.loads(stdout)
+    assert code == 0 and built["manifest"]["device"] == "raspberry-pi-5"
+    if platform.machine() != "aarch64":
+        assert built["manifest"]["latency_ms"] == {}

@@ -44,5 +44,10 @@ def evaluate_model(
     model: MultiTaskModel, reader: Reader, spec: ModelInput, **options: object
 ) -> dict[str, dict[str, float]]:
     """``evaluate`` a torch model in eval mode."""
+    device = next(model.parameters()).device
+
+    def predict(images: Tensor) -> dict[str, Tensor]:
+        return {name: output.cpu() for name, output in model(images.to(device)).items()}
+
     with evaluating(model):
-        return evaluate(model, model.tasks, reader, spec, **options)  # type: ignore[arg-type]
+        return evaluate(predict, model.tasks, reader, spec, **options)  # type: ignore[arg-type]

@@ -11,6 +11,8 @@ from secateur.bundle.manifest import SCHEMA_VERSION, Manifest
 from secateur.core.errors import BundleError, VerifyError
 from secateur.core.files import file_sha256
 
+REQUIRED_FILES = {"model.onnx", "run.py", "check.npz", "plan.json", "recipe.yaml"}
+
 
 def read_bundle(folder: Path) -> Manifest:
     """Return the manifest of a bundle.
@@ -50,6 +52,11 @@ def check_files(folder: Path, manifest: Manifest) -> None:
     Raises:
         VerifyError: a file is missing or its bytes changed, or a name leaves the folder.
     """
+    unlisted = REQUIRED_FILES - manifest.files.keys()
+    if unlisted:
+        raise VerifyError(
+            f"the manifest of {folder} does not list {min(unlisted)}", hint="build it again"
+        )
     root = folder.resolve()
     for name, record in manifest.files.items():
         path = (folder / name).resolve()

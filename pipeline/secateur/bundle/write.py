@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 
 from secateur.bundle import runner
 from secateur.bundle.manifest import FileRecord, Manifest
+from secateur.bundle.read import REQUIRED_FILES
 from secateur.core.files import atomic_path, file_sha256, not_writable, write_json
 
 CHECK_FILE = "check.npz"
+PICTURES = "pictures/*.png"
 
 
 def write_check(
@@ -33,13 +35,12 @@ def write_runner(folder: Path) -> None:
 
 
 def file_records(folder: Path) -> dict[str, FileRecord]:
-    """Return the digest and size of every file in ``folder`` but the manifest and bench results."""
+    """Return the digest and size of every file of the bundle, whatever else lies beside them."""
     return {
         path.relative_to(folder).as_posix(): FileRecord(
             sha256=file_sha256(path), bytes=path.stat().st_size
         )
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in ("manifest.json", "bench.json")
+        for path in sorted([*(folder / name for name in REQUIRED_FILES), *folder.glob(PICTURES)])
     }
 
 

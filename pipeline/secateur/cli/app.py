@@ -47,9 +47,10 @@ def main() -> None:
     except SecateurError as error:
         _report(error.message, error.hint)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        _report("stopped", "run the same command again: finished stages are kept")
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == 130:  # typer turns Ctrl-C into this
+            _report("stopped", "run the same command again: finished stages are kept")
+        raise
     except Exception:  # a bug of ours: say so, keep the traceback where it can be sent
         with tempfile.NamedTemporaryFile(
             "w", prefix="secateur-crash-", suffix=".txt", delete=False

@@ -99,16 +99,19 @@ def _accuracy_table(manifest: Manifest) -> Table:
 def _cost_table(manifest: Manifest) -> Table:
     parent, cut = manifest.cost_parent, manifest.cost
     table = Table("one image", "parent (kept tasks)", "cut", "ratio")
-    latency = manifest.latency_ms
     rows = [
         ("M MACs", parent.macs / 1e6, cut.macs / 1e6),
         ("M parameters", parent.params / 1e6, cut.params / 1e6),
         ("ONNX bytes", parent.onnx_bytes, cut.onnx_bytes),
-        (f"p50 ms, {manifest.threads} thread", latency["parent"]["median_ms"],
-         latency["cut"]["median_ms"]),
-    ]  # fmt: skip
+    ]
+    latency = manifest.latency_ms
+    if latency:
+        before, after = (latency[name]["median_ms"] for name in ("parent", "cut"))
+        rows.append((f"p50 ms, {manifest.threads} thread", before, after))
     for name, before, after in rows:
         table.add_row(name, f"{before:,.5g}", f"{after:,.5g}", f"{after / before:.4f}")
-    if latency["cut"]["noisy"] or latency["parent"]["noisy"]:
+    if any(result["noisy"] for result in latency.values()):
         table.caption = "noisy: the latencies varied by more than 10 %"
+    if not latency:
+        table.caption = f"latency: run `secateur bench` on the {manifest.device} itself"
     return table

@@ -16,8 +16,6 @@ from secateur.devices.target import load_target, target_names
 
 OPTIONAL = {
     "h5py": ("official nyu_depth_v2_labeled.mat", "pip install 'secateur[mat]'"),
-    "tensorrt_rtx": ("parse and build check of TensorRT models", "pip install 'secateur[rtx]'"),
-    "ncnn": ("ncnn runtime for ARM", "pip install 'secateur[ncnn]'"),
 }
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ def refit(
     """
     images = views(images)
     fitted = copy.deepcopy(cut)
-    layers = {n: m for n, m in fitted.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    layers = {name: m for name, m in fitted.named_modules() if _is_plain(m)}
     norms = _following_norms(fitted, images[:1])
     positions, wanted = _parent_outputs(parent, set(layers), images)
     dropped = dropped_indices(groups, plan)
@@ -72,6 +73,17 @@ def refit(
         for hook in hooks:
             hook.remove()
     return fitted
+
+
+def _is_plain(module: nn.Module) -> TypeGuard[Layer]:
+    """Say whether a layer computes just what its class says.
+
+    Subclasses that pad or standardise their weights in ``forward``, and padding other than zeros,
+    are left as the cut made them.
+    """
+    if type(module).forward is nn.Linear.forward:
+        return True
+    return type(module).forward is nn.Conv2d.forward and module.padding_mode == "zeros"
 
 
 def views(images: Tensor) -> Tensor:
@@ -200,17 +212,18 @@ def _shift(layer: Layer, norm: nn.Module | None, offset: Tensor) -> None:
 
 def _following_norms(model: MultiTaskModel, image: Tensor) -> dict[str, nn.Module]:
     """Return, per layer, the batch norm that reads its output tensor directly."""
-    made: dict[int, str] = {}
+    made: dict[tuple[int, int], str] = {}
     alive: list[Tensor] = []  # keeps tensors alive, so that ids stay unique
     found: dict[str, nn.Module] = {}
 
     def after(name: str, output: Tensor) -> None:
-        made[id(output)] = name
+        made[id(output), output._version] = name
         alive.append(output)
 
     def before(norm: nn.Module, tensor: Tensor) -> None:
-        if id(tensor) in made:
-            found[made[id(tensor)]] = norm
+        key = id(tensor), tensor._version  # an in-place activation between raises the version
+        if key in made:
+            found[made[key]] = norm
 
     hooks = []
     for name, module in model.named_modules():

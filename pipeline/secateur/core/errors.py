@@ -21,6 +21,11 @@ do. The command line prints both in one place (``cli.app``), so nobody else form
 from __future__ import annotations
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of a foreign error's text, or its type where it has none."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 class SecateurError(Exception):
     """Base of all errors that are the user's to mend; never raised itself."""
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -108,13 +110,27 @@ def check_outputs(model: MultiTaskModel, example: Tensor) -> dict[str, Tensor]:
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """Return a digest of the architecture's text and of every weight's name, shape and bytes."""
+    """Return a digest of the architecture, the code of its classes and all weights' bytes.
+
+    The code counts because two models of the same layers may differ in ``forward`` alone.
+    """
     digest = hashlib.sha256(repr(model).encode())
+    for file in sorted({_source_file(type(module)) for module in model.modules()}):
+        digest.update(Path(file).read_bytes() if file else b"")
     for name, tensor in model.state_dict().items():
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(data.numpy().tobytes())
     return digest.hexdigest()[:20]
+
+
+def _source_file(kind: type) -> str:
+    """Return the file that defines a class, or "" for one made at run time (torch.fx)."""
+    try:
+        file = inspect.getsourcefile(kind) or ""
+    except TypeError:
+        return ""
+    return file if Path(file).is_file() else ""
 
 
 def parameter_count(model: nn.Module) -> int:

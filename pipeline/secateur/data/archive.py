@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from pathlib import Path
 
 import cv2
@@ -27,7 +28,7 @@ class ImageArchive:
             self.names = sorted(
                 file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()
             )
-            sizes = [(name, (path / name).stat().st_size) for name in self.names]
+            marks = [(name, _crc32(path / name)) for name in self.names]
         elif path.is_file():
             try:
                 self._zip = zipfile.ZipFile(path)
@@ -35,13 +36,13 @@ class ImageArchive:
                 raise DataError(f"{path} is not a zip file", hint="download it again") from error
             infos = [info for info in self._zip.infolist() if not info.is_dir()]
             self.names = sorted(info.filename for info in infos)
-            sizes = [(info.filename, info.CRC) for info in infos]
+            marks = [(info.filename, info.CRC) for info in infos]
         else:
             raise DataError(
                 f"no data at {path}",
                 hint="set data.<split>.root in the recipe, or SECATEUR_DATA if the recipe uses it",
             )
-        self.fingerprint = value_digest(sizes)
+        self.fingerprint = value_digest(marks)
 
     def read(self, name: str) -> bytes:
         """Return a member's bytes."""
@@ -76,3 +77,12 @@ class ImageArchive:
                 hint="the file is damaged or not an image OpenCV reads; replace or remove it",
             )
         return np.asarray(image)
+
+
+def _crc32(path: Path) -> int:
+    """Return the checksum of a file's bytes, as a zip's directory already holds it."""
+    checksum = 0
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            checksum = zlib.crc32(block, checksum)
+    return checksum

@@ -8,7 +8,7 @@
     root/train/normals/0001.png          RGB = (n + 1) * 127.5
     root/train/labels.csv                name,<label>,...: one number per image and label
 
-Without the ``train`` folder, ``root`` itself is the split; without ``image/``, the images lie in
+With ``split: .`` the root itself is the split; without ``image/``, the images lie in
 the split's folder. Images alone are enough for calibration, compensation and label-free recovery.
 """
 
@@ -30,9 +30,13 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
 
 def create(root: Path, split: str, depth_scale: float = 0.001) -> Reader:
-    """Open ``root/split`` (or ``root``). ``depth_scale`` turns stored depth into metres."""
+    """Open ``root/split``. ``depth_scale`` turns stored depth into metres."""
     path = root / split
-    return Folder(path if path.is_dir() else root, depth_scale)
+    if not path.is_dir() and split not in ("", "."):
+        raise DataError(
+            f"there is no folder {path}", hint="give an existing split, or '.' for the root itself"
+        )
+    return Folder(path, depth_scale)
 
 
 class Folder:
@@ -78,7 +82,8 @@ class Folder:
         return unit_normals(stored) if label == "normals" else stored
 
     def _read_csv(self) -> dict[str, dict[str, Array]]:
-        rows = csv.DictReader(io.StringIO(self._archive.read("labels.csv").decode()))
+        text = self._archive.read("labels.csv").decode("utf-8", errors="replace")
+        rows = csv.DictReader(io.StringIO(text))
         result: dict[str, dict[str, Array]] = {}
         for number, row in enumerate(rows, start=2):
             try:

@@ -42,6 +42,11 @@ def create(root: Path, split: str, **options: Any) -> Reader:
     ``.mat``: the 1-based image numbers of the split, since the file itself carries none).
     """
     if root.suffix == ".mat":
+        if "indices" not in options:
+            raise DataError(
+                f"{root.name} does not say which images are the '{split}' split",
+                hint="give options: {indices: [...]}, the 1-based image numbers of the split",
+            )
         return NyuMat(root, **options)
     return NyuZip(root, split, **options)
 
@@ -90,7 +95,7 @@ class NyuMat:
     (the official 13- and 40-class maps are separate downloads); there are no normals.
     """
 
-    def __init__(self, path: Path, indices: list[int] | None = None) -> None:
+    def __init__(self, path: Path, indices: list[int]) -> None:
         try:
             import h5py
         except ImportError as error:
@@ -105,12 +110,12 @@ class NyuMat:
                 f"{path} is not nyu_depth_v2_labeled.mat: {error}",
                 hint="it must be the MATLAB v7.3 file with images, depths and labels",
             ) from error
-        wrong = [i for i in indices or () if not 1 <= i <= count]
+        wrong = [i for i in indices if not 1 <= i <= count]
         if wrong:
             raise DataError(
                 f"{path} has images 1..{count}, got index {wrong[0]}", hint="indices are 1-based"
             )
-        self._indices = [i - 1 for i in indices] if indices else list(range(count))
+        self._indices = [i - 1 for i in indices]
         self._lookup = self._frequent_classes()
         self.fingerprint = value_digest(["nyuv2-mat", path.stat().st_size, self._indices])
 

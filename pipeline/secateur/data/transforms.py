@@ -84,6 +84,14 @@ def target_tensor(sample: Sample, task: Task, spec: ModelInput, view: View | Non
         )
     label = sample.labels[task.label]
     if task.kind in DENSE:
+        if label.ndim != (3 if task.kind == "normals" else 2):
+            raise DataError(
+                f"label '{task.label}' of sample {sample.id} has shape {label.shape}, expected "
+                + ("(h, w, 3)" if task.kind == "normals" else "(h, w)"),
+                hint="store one channel per pixel: class indices, not colours",
+            )
+        if label.dtype == np.int64:  # OpenCV cannot resize 64-bit integers
+            label = label.astype(np.int32)
         label = _window(label, view, spec, cv2.INTER_NEAREST)
     if task.kind in ("segmentation", "classification"):
         _check_classes(label, task, sample.id)

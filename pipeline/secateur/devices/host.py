@@ -43,7 +43,7 @@ def host_facts() -> dict[str, Any]:
 
 
 def temperature_c() -> float | None:
-    """Return the hottest CPU sensor in deg C, or None where the system shows none."""
+    """Return the hottest sensor in deg C, or None where the system shows none."""
     sensors: dict[str, list[Any]] = getattr(psutil, "sensors_temperatures", dict)()
     readings = [entry.current for entries in sensors.values() for entry in entries]
     return max(readings, default=None)

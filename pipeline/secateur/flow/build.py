@@ -9,16 +9,13 @@ from pathlib import Path
 from secateur.bench.latency import Protocol
 from secateur.bundle.manifest import Manifest
 from secateur.bundle.write import prepare_folder
-from secateur.core.errors import BuildError
-from secateur.core.plan import PrunePlan
 from secateur.devices.target import load_target
 from secateur.flow.cache import StageCache
 from secateur.flow.evidence import gather_evidence
-from secateur.flow.job import Job, open_job
+from secateur.flow.job import open_job
 from secateur.flow.pack import Made, pack
 from secateur.flow.recipe import Recipe
-from secateur.flow.stages import Cut, check_evaluable, make_cut, make_plan
-from secateur.prune import count_macs
+from secateur.flow.stages import check_evaluable, make_cut, make_plan
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,6 @@ def build(
     groups, plan = make_plan(job, job.grid(target))
     clock.lap("score_and_plan")
     cut = make_cut(job, groups, plan)
-    _check_macs(cut, plan, job)
     clock.lap("cut_compensate_recover")
     evidence = gather_evidence(job, cut, target, protocol)
     clock.lap("export_and_measure")
@@ -73,12 +69,3 @@ class _Clock:
         now = time.monotonic()
         self.seconds[name] = round(now - self._last, 2)
         self._last = now
-
-
-def _check_macs(cut: Cut, plan: PrunePlan, job: Job) -> None:
-    counted = count_macs(cut.recovered, job.example)
-    if counted != plan.macs_after:
-        raise BuildError(
-            f"the cut model has {counted} MACs, the plan said {plan.macs_after}",
-            hint="report this with the recipe: the cost model missed a layer",
-        )

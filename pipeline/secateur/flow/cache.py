@@ -53,6 +53,8 @@ def load_weights(path: Path, model: nn.Module) -> bool:
 
 def save_weights(path: Path, model: nn.Module) -> None:
     """Write a model's state as safetensors."""
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    state = {
+        name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()
+    }
     with atomic_path(path) as temporary:
         save_file(state, temporary)

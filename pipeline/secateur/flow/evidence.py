@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,11 @@ PARITY_IMAGES = 8
 
 @dataclass(frozen=True)
 class Evidence:
-    """``onnx`` is the cut's file; ``latency`` has "parent" (kept tasks only) and "cut"."""
+    """``onnx`` is the cut's file.
+
+    ``latency`` has "parent" (kept tasks only) and "cut", or is empty where this machine is not of
+    the target's kind: a latency is measured there or not at all.
+    """
 
     onnx: Path
     parity: Mapping[str, Parity]
@@ -58,7 +63,7 @@ def gather_evidence(
         onnx=files["cut"],
         parity=_parity(job, cut.recovered, sessions["cut"]),
         accuracy=_accuracy(job, cut, sessions["cut"], files["cut"]),
-        latency=_latency(job, sessions, protocol),
+        latency=_latency(job, sessions, protocol) if _is_here(target) else {},
         cost_parent=_cost(job, job.selected, files["parent"]),
         cost=_cost(job, cut.recovered, files["cut"]),
     )
@@ -95,6 +100,10 @@ def _latency(
     image = image_batch(job.eval, [0], job.spec).numpy()
     calls = {name: lambda s=session: s.run(image) for name, session in sessions.items()}
     return measure(calls, protocol)
+
+
+def _is_here(target: Target) -> bool:
+    return target.arch == platform.machine() and target.accelerator == "cpu"
 
 
 def _cost(job: Job, model: MultiTaskModel, onnx: Path) -> Cost:

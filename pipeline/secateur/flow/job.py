@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from secateur.core.errors import DataError
 from secateur.core.model import ModelInput, MultiTaskModel, model_fingerprint
 from secateur.core.task import Task
 from secateur.data.loading import InMemory, open_reader
@@ -51,6 +52,11 @@ def open_job(recipe: Recipe, cache: StageCache) -> Job:
     for task in recipe.all_tasks():
         kind_of(task)
     train, evaluation = _open(recipe, recipe.data.train), _open(recipe, recipe.data.eval)
+    if train.fingerprint == evaluation.fingerprint:
+        raise DataError(
+            "data.train and data.eval are the same images, so nothing would be known of new ones",
+            hint="give data.eval another split or folder",
+        )
     parent = load_parent(recipe)
     spec = recipe.model.input.model_input()
     return Job(

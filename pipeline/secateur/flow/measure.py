@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import resource
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-import psutil
 
 from secateur.bench.latency import Protocol, measure
 from secateur.bundle.read import check_files, read_bundle
@@ -68,9 +68,14 @@ def bench(
         "threads": used,
         "model_sha256": manifest.files["model.onnx"].sha256,
         "latency": {name: result.to_json() for name, result in results.items()},
-        "peak_memory_mb": round(psutil.Process().memory_info().rss / 1e6, 1),
+        "process_peak_memory_mb": _peak_memory_mb(),
         "host": host_facts(),
         "versions": library_versions(),
     }
     write_json(folder / "bench.json", record)
     return record
+
+
+def _peak_memory_mb() -> float:
+    """Return the largest resident size this whole process had, libraries included."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000, 1)

@@ -131,7 +131,7 @@ def _write_pictures(job: Job, made: Made, folder: Path) -> None:
             "M MACs": cost.macs / 1e6,
             "M parameters": cost.params / 1e6,
             "MB of ONNX": cost.onnx_bytes / 1e6,
-            "ms (median)": evidence.latency[name].median_ms,
+            **({"ms (median)": evidence.latency[name].median_ms} if evidence.latency else {}),
         }
         for name, cost in costs.items()
     )

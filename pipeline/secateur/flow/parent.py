@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import pickle
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from secateur.core.errors import ModelError
+from secateur.core.errors import ModelError, first_line
 from secateur.core.model import MultiTaskModel, check_outputs
+from secateur.core.task import Task
+from secateur.data.transforms import DENSE
 from secateur.flow.recipe import Recipe
 
 
@@ -32,34 +36,47 @@ def load_parent(recipe: Recipe) -> MultiTaskModel:
     model = MultiTaskModel(network, recipe.all_tasks()).eval()
     example = recipe.model.input.model_input().example()
     try:
-        check_outputs(model, example)
-    except RuntimeError as error:
+        outputs = check_outputs(model, example)
+    except ModelError:
+        raise
+    except Exception as error:  # the user's own code may raise anything
         raise ModelError(
-            f"forward fails on an input of shape {tuple(example.shape)}: {error}",
+            f"forward fails on an input of shape {tuple(example.shape)}: {error!r}",
             hint="check model.input.shape (channels, height, width)",
         ) from error
+    for task in model.tasks:
+        _check_channels(task, outputs[task.name])
     return model
+
+
+def _check_channels(task: Task, output: Tensor) -> None:
+    """Compare an output's channels with what the task's kind and classes need."""
+    wanted = {"depth": 1, "normals": 3, "edges": 1}.get(task.kind, task.classes)
+    dense = task.kind in DENSE
+    if dense != (output.dim() == 4) or (wanted is not None and output.shape[1] != wanted):
+        form = "(N, C, h, w)" if dense else "(N, C)"
+        raise ModelError(
+            f"task '{task.name}' ({task.kind}) has an output of shape {tuple(output.shape)}, "
+            f"expected {form} with C = {wanted if wanted is not None else 'any'}",
+            hint="correct tasks.<name>.output, kind or classes",
+        )
 
 
 def _call_factory(recipe: Recipe) -> nn.Module:
     module_name, function_name = recipe.model.factory.split(":")
-    folder = str(recipe.path.parent.resolve())
-    if folder not in sys.path:  # the user's own model file lies beside the recipe
-        sys.path.insert(0, folder)
     try:
-        factory: Callable[..., nn.Module] = getattr(
-            importlib.import_module(module_name), function_name
-        )
-    except (ImportError, AttributeError) as error:
+        module = _import_factory(module_name, recipe.path.parent.resolve())
+        factory: Callable[..., nn.Module] = getattr(module, function_name)
+    except (ImportError, AttributeError, SyntaxError) as error:
         raise ModelError(
             f"model.factory: cannot import '{recipe.model.factory}': {error}",
             hint="write it as module:function, importable from the recipe's folder",
         ) from error
     try:
         network = factory(**recipe.model.arguments)
-    except (TypeError, ValueError, RuntimeError, OSError) as error:
+    except Exception as error:  # the user's own code may raise anything
         raise ModelError(
-            f"model.factory: {recipe.model.factory} failed: {error}",
+            f"model.factory: {recipe.model.factory} failed: {error!r}",
             hint="call it yourself with model.arguments",
         ) from error
     if not isinstance(network, nn.Module):
@@ -68,6 +85,22 @@ def _call_factory(recipe: Recipe) -> nn.Module:
             hint="it must return an nn.Module",
         )
     return network
+
+
+def _import_factory(name: str, folder: Path) -> ModuleType:
+    """Import a module by name; a file of that name beside the recipe comes first."""
+    if str(folder) not in sys.path:  # what that file imports may lie there too
+        sys.path.append(str(folder))
+    file = folder / f"{name}.py"
+    if not file.is_file():
+        return importlib.import_module(name)
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"cannot load {file}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # another recipe's module of the same name is replaced
+    spec.loader.exec_module(module)
+    return module
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
@@ -84,7 +117,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise ModelError(
-            f"cannot read the checkpoint {path}: {str(error).splitlines()[0]}",
+            f"cannot read the checkpoint {path}: {first_line(error)}",
             hint="save the state dict with safetensors, or with torch.save(model.state_dict())",
         ) from error
     for key in ("state_dict", "model"):

@@ -22,12 +22,13 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+Positive = Annotated[float, Field(gt=0)]
+
+
 class InputSpec(_Strict):
-    shape: tuple[
-        Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]
-    ]
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[Annotated[float, Field(gt=0)], ...] = (0.229, 0.224, 0.225)
+    shape: tuple[Literal[3], Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
     layout: Literal["RGB", "BGR"] = "RGB"
 
     def model_input(self) -> ModelInput:

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from secateur.bench.accuracy import evaluate, evaluate_model
 from secateur.compensate import refit
 from secateur.core.channels import ChannelGroup
-from secateur.core.errors import RecipeError
+from secateur.core.errors import BuildError, RecipeError
 from secateur.core.files import file_sha256
-from secateur.core.model import ModelInput, MultiTaskModel, model_fingerprint
+from secateur.core.model import ModelInput, MultiTaskModel, evaluating, model_fingerprint
 from secateur.core.plan import PrunePlan
+from secateur.core.task import Task
 from secateur.data.loading import batches, has_labels, image_batch, spread
 from secateur.data.sample import Reader, Sample
 from secateur.data.transforms import Augment, image_tensor
@@ -28,9 +29,10 @@ from secateur.flow.job import Job
 from secateur.fusion.scores import fuse
 from secateur.importance.bank import load_scores, save_scores, score_task
 from secateur.lower import export_onnx
+from secateur.lower.export import OPSET
 from secateur.metrics.delta import Delta, delta
 from secateur.metrics.kind import kind_of
-from secateur.prune import apply_plan, find_groups, macs_model, plan_prune
+from secateur.prune import apply_plan, count_macs, find_groups, macs_model, plan_prune
 from secateur.prune.plan import Budget
 from secateur.recover import TrainSettings, steps_per_epoch, train
 from secateur.runtimes.base import Session
@@ -71,7 +73,7 @@ def score_bank(job: Job, tasks: Sequence[str]) -> dict[str, Scores]:
     for task in job.parent.tasks:
         if task.name not in tasks:
             continue
-        key = (job.parent_key, job.train.fingerprint, asdict(task), wanted.criterion,
+        key = (job.parent_key, job.train.fingerprint, _meaning(task), wanted.criterion,
                wanted.images, asdict(job.spec))  # fmt: skip
         path = job.cache.folder("scores", *key) / "scores.safetensors"
         scores = load_scores(path)
@@ -145,9 +147,33 @@ class Cut:
 def make_cut(job: Job, groups: Sequence[ChannelGroup], plan: PrunePlan) -> Cut:
     """Apply the plan, compensate and recover."""
     pruned = apply_plan(job.selected, groups, plan, job.example)
+    _check_surgery(job, pruned, plan)
     refitted = compensated(job, groups, plan, pruned)
-    recovered, steps = _recovered(job, refitted)
+    recovered, steps = _recovered(job, plan, refitted)
     return Cut(refitted, recovered, steps, model_fingerprint(recovered))
+
+
+def _check_surgery(job: Job, pruned: MultiTaskModel, plan: PrunePlan) -> None:
+    """Compare the cut with its plan before any time is spent on it.
+
+    Raises:
+        BuildError: its MACs are not the plan's, or an output changed its shape.
+    """
+    counted = count_macs(pruned, job.example)
+    if counted != plan.macs_after:
+        raise BuildError(
+            f"the cut model has {counted} MACs, the plan said {plan.macs_after}",
+            hint="report this with the recipe: the cost model missed a layer",
+        )
+    with evaluating(pruned):
+        before, after = job.selected(job.example), pruned(job.example)
+    for name, tensor in before.items():
+        if tensor.shape != after[name].shape:
+            raise BuildError(
+                f"task '{name}' has shape {tuple(after[name].shape)} after the cut, expected "
+                f"{tuple(tensor.shape)}",
+                hint="report this with the recipe: an output layer was not protected",
+            )
 
 
 def compensated(
@@ -161,7 +187,7 @@ def compensated(
     return refit(job.selected, pruned, groups, plan, images, ridge=wanted.ridge)
 
 
-def _recovered(job: Job, model: MultiTaskModel) -> tuple[MultiTaskModel, int]:
+def _recovered(job: Job, plan: PrunePlan, model: MultiTaskModel) -> tuple[MultiTaskModel, int]:
     wanted = job.recipe.recover
     if wanted == "none":
         return model, 0
@@ -172,8 +198,9 @@ def _recovered(job: Job, model: MultiTaskModel) -> tuple[MultiTaskModel, int]:
         distill=wanted.distill,
         seed=wanted.seed,
     )
-    key = (model_fingerprint(model), job.train.fingerprint, wanted.model_dump(), asdict(job.spec),
-           [asdict(task) for task in job.tasks])  # fmt: skip
+    key = (job.parent_key, asdict(plan)["cuts"], str(job.recipe.compensate),
+           job.train.fingerprint, wanted.model_dump(), asdict(job.spec),
+           [(_meaning(task), task.weight) for task in job.tasks])  # fmt: skip
     folder = job.cache.folder("recover", *key)
     recovered = copy.deepcopy(model)
     steps = wanted.epochs * steps_per_epoch(len(job.train), wanted.batch_size)
@@ -213,12 +240,18 @@ def session_accuracy(job: Job, session: Session, onnx: Path, title: str) -> Metr
 
 
 def _eval_key(job: Job) -> tuple[Any, ...]:
-    return (job.eval.fingerprint, asdict(job.spec), [asdict(task) for task in job.tasks])
+    return (job.eval.fingerprint, asdict(job.spec), [_meaning(task) for task in job.tasks])
+
+
+def _meaning(task: Task) -> dict[str, Any]:
+    """Return what of a task changes its scores and metrics (how much may be lost does not)."""
+    return {k: v for k, v in asdict(task).items() if k not in ("max_drop", "weight")}
 
 
 def exported(job: Job, model: MultiTaskModel, key: str) -> Path:
     """Return an ONNX file of ``model``, made now or found."""
-    path = job.cache.folder("onnx", key, [task.name for task in job.tasks]) / "model.onnx"
+    outputs = [(task.name, task.output) for task in job.tasks]
+    path = job.cache.folder("onnx", key, outputs, asdict(job.spec), OPSET) / "model.onnx"
     if not path.exists():
         export_onnx(model, job.example, path)
     return path

@@ -77,9 +77,9 @@ def _accuracy(
 ) -> dict[str, dict[str, float]]:
     recipe = parse_recipe(manifest.recipe, folder / "recipe.yaml")
     spec = recipe.data.eval
-    root = Path(spec.root or ".")
-    if not root.exists():  # relative to a recipe that is elsewhere
-        root = Path(manifest.data["eval_root"])
+    root = Path(manifest.data["eval_root"])
+    if not root.exists():  # the bundle has moved to a machine with data of its own
+        root = Path(spec.root or ".")
     reader = open_reader(spec.reader, root, spec.split, **spec.options)
     if reader.fingerprint != manifest.data["eval"]:
         raise DataError(

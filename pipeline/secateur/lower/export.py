@@ -14,7 +14,7 @@ import onnxslim
 import torch
 from torch import Tensor, nn
 
-from secateur.core.errors import BuildError
+from secateur.core.errors import BuildError, first_line
 from secateur.core.files import atomic_path
 from secateur.core.model import MultiTaskModel
 
@@ -62,7 +62,7 @@ def export_onnx(model: MultiTaskModel, example: Tensor, path: Path) -> None:
         onnx.checker.check_model(exported)
     except Exception as error:  # the exporter raises dozens of types of its own
         raise BuildError(
-            f"the model cannot be exported to ONNX: {str(error).splitlines()[0]}",
+            f"the model cannot be exported to ONNX: {first_line(error)}",
             hint="forward must be traceable by torch.export: no data-dependent Python branches",
         ) from error
     with atomic_path(path) as temporary:

@@ -42,7 +42,9 @@ def compare_outputs(
                 f"task '{task}' has shape {got.shape} after export, expected {wanted.shape}",
                 hint="report this with the model: export must not change shapes",
             )
-        parity = Parity(float(np.abs(wanted - got).max()), float(wanted.max() - wanted.min()))
+        spread = float(wanted.max() - wanted.min())
+        # A single value has no spread; its own size is its range then.
+        parity = Parity(float(np.abs(wanted - got).max()), spread or float(np.abs(wanted).max()))
         if tolerance is not None and not parity.relative <= tolerance:
             raise BuildError(
                 f"task '{task}' differs by {parity.relative:.2e} of its range after export, "

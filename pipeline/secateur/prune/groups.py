@@ -74,6 +74,7 @@ def output_layers(model: MultiTaskModel, example: Tensor) -> list[nn.Module]:
         id(parameter): module
         for module in model.modules()
         for parameter in module.parameters(recurse=False)
+        if parameter.numel() > 1  # a learnt scale after the last layer is not that layer
     }
     found: list[nn.Module] = []
     for parameter in model.parameters():
@@ -111,7 +112,7 @@ def find_groups(model: MultiTaskModel, example: Tensor) -> tuple[ChannelGroup, .
     """
     graph = dependency_graph(model, example)
     names = {module: name for name, module in model.named_modules()}
-    fixed = _attention_layers(model) + _grouped_layers(model)
+    fixed = _attention_layers(model) + _grouped_layers(model) + _uncounted_layers(model)
     protected = output_layers(model, example) + fixed
     found: list[ChannelGroup] = []
     for group in graph.get_all_groups(ignored_layers=protected, root_module_types=list(ROOT_TYPES)):
@@ -137,6 +138,17 @@ def _grouped_layers(model: nn.Module) -> list[nn.Module]:
         module
         for module in model.modules()
         if isinstance(module, nn.Conv2d) and module.groups > 1 and not _is_depthwise(module)
+    ]
+
+
+def _uncounted_layers(model: nn.Module) -> list[nn.Module]:
+    """Return layers with weights whose cost the cost model does not follow, so they stay whole."""
+    counted = (*ROOT_TYPES, nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+    return [
+        module
+        for module in model.modules()
+        if any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
+        and not isinstance(module, counted)
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from secateur.core.errors import DataError, ModelError
 from secateur.core.files import atomic_path
 from secateur.core.model import ModelInput, MultiTaskModel
 from secateur.core.progress import track
+from secateur.core.task import Task
 from secateur.data.loading import Batch, batches, has_labels
 from secateur.data.sample import Reader
 from secateur.data.transforms import Augment
@@ -27,8 +28,8 @@ from secateur.metrics.kind import TaskKind, kind_of
 class TrainSettings:
     """AdamW with a linear warm-up and a cosine decay to zero.
 
-    ``distill`` weighs the distance to the parent's outputs against the task losses (1.0); when
-    the data carry no labels it is the whole loss.
+    ``distill`` weighs the distance to the parent's outputs against the task losses (1.0); for a
+    task without labels that distance is the whole loss.
     """
 
     epochs: int
@@ -72,10 +73,10 @@ def train(
         DataError: the data carry no labels and there is no parent to learn from.
         ModelError: the loss became NaN or infinite.
     """
-    labelled = has_labels(reader, model.tasks)
-    if not labelled and parent is None:
+    labelled = [task for task in model.tasks if has_labels(reader, [task])]
+    if len(labelled) < len(model.tasks) and parent is None:
         raise DataError(
-            "the training data carry no labels and there is no parent to distil from",
+            "some task has no labels in the training data, and there is no parent to distil from",
             hint="use a reader with labels",
         )
     started = time.monotonic()
@@ -90,7 +91,7 @@ def train(
     for epoch in range(len(losses), settings.epochs):
         stream = batches(
             reader,
-            model.tasks if labelled else (),
+            labelled,
             spec,
             settings.batch_size,
             augment=augment,
@@ -99,6 +100,9 @@ def train(
         steps = steps_per_epoch(len(reader), settings.batch_size)
         bar = track(stream, f"{title} epoch {epoch + 1}/{settings.epochs}", steps)
         network.train()
+        torch.manual_seed(
+            settings.seed * 10_000 + epoch
+        )  # dropout resumes as it would have gone on
         total = 0.0
         for step, batch in enumerate(bar):
             done = (epoch + step / steps) / settings.epochs
@@ -108,6 +112,7 @@ def train(
         _save(checkpoint, trained, optimizer, losses)
         if after_epoch is not None:
             after_epoch(epoch + 1, trained, losses[-1])
+    trained = accelerator.unwrap_model(network, keep_fp32_wrapper=False)
     trained = trained.cpu().to(memory_format=torch.contiguous_format).eval()
     taken = settings.epochs * steps_per_epoch(len(reader), settings.batch_size)
     return TrainResult(trained, taken, tuple(losses), time.monotonic() - started)
@@ -150,18 +155,19 @@ class _Objective:
         self,
         model: MultiTaskModel,
         parent: MultiTaskModel | None,
-        labelled: bool,
+        labelled: Sequence[Task],
         distill: float,
         accelerator: Accelerator,
     ) -> None:
         self.tasks = model.tasks
         self.kinds: Mapping[str, TaskKind] = {task.name: kind_of(task) for task in model.tasks}
-        self.labelled = labelled
-        self.distill = distill if labelled else 1.0
+        # A task without labels learns from the parent alone, at full weight.
+        names = {task.name for task in labelled}
+        self.distill = {t.name: distill if t.name in names else 1.0 for t in model.tasks}
         self.device = accelerator.device
         self.accelerator = accelerator
         self.parent = None
-        if parent is not None and self.distill > 0:
+        if parent is not None and any(self.distill.values()):
             self.parent = copy.deepcopy(parent).to(memory_format=torch.channels_last)
             self.parent = self.parent.to(self.device).eval()
 
@@ -172,13 +178,13 @@ class _Objective:
         loss = images.new_zeros(())
         for task in self.tasks:
             kind, output = self.kinds[task.name], outputs[task.name].float()
-            if self.labelled:
+            if task.name in batch.targets:
                 loss = loss + task.weight * kind.loss(
                     output, batch.targets[task.name].to(self.device)
                 )
             if wanted:
                 distance = kind.distillation_loss(output, wanted[task.name])
-                loss = loss + task.weight * self.distill * distance
+                loss = loss + task.weight * self.distill[task.name] * distance
         return loss
 
     def _parent_outputs(self, images: Tensor) -> dict[str, Tensor]:

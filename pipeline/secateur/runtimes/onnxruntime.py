@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from secateur.core.errors import BundleError
+from secateur.core.errors import BundleError, first_line
 
 
 class OnnxRuntimeSession:
@@ -26,7 +26,7 @@ class OnnxRuntimeSession:
             )
         except Exception as error:  # onnxruntime's own exception types share no base
             raise BundleError(
-                f"ONNX Runtime cannot load {model}: {str(error).splitlines()[0]}",
+                f"ONNX Runtime cannot load {model}: {first_line(error)}",
                 hint="check the file with `secateur verify`",
             ) from error
         self._input = self._session.get_inputs()[0].name

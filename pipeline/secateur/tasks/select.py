@@ -34,6 +34,8 @@ def select_tasks(model: MultiTaskModel, keep: Collection[str]) -> MultiTaskModel
     names = [task.output for task in tasks]
     if isinstance(model.network, SelectsOutputs):
         return MultiTaskModel(model.network.select_outputs(names), tasks)
+    if len(tasks) == len(model.tasks):
+        return copy.deepcopy(model)
     return MultiTaskModel(_eliminate(model.network, names), tasks)
 
 
@@ -49,6 +51,11 @@ def _eliminate(network: nn.Module, names: Collection[str]) -> nn.Module:
         ) from error
     output = next(node for node in graph.graph.nodes if node.op == "output")
     result = output.args[0]
+    if isinstance(result, fx.Node):
+        raise ModelError(
+            "forward returns its outputs as one opaque value, so none can be left out",
+            hint="return a dict or a tuple literal with one entry per task",
+        )
     if not isinstance(result, dict):
         result = {str(i): value for i, value in enumerate(result)}
     output.args = ({name: result[name] for name in names},)
