@@ -89,7 +89,7 @@ class RecoverSpec(_Strict):
     batch_size: int = Field(default=8, ge=2)
     learning_rate: float = Field(default=5e-4, gt=0)
     distill: float = Field(default=1.0, ge=0)
-    augment: bool = True
+    augment: Literal["none", "flip", "full"] = "flip"
     seed: int = 0
 
 

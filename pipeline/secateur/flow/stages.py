@@ -38,6 +38,8 @@ from secateur.recover import TrainSettings, steps_per_epoch, train
 from secateur.runtimes.base import Session
 
 SCORE_BATCH = 8
+# Recovery is short: zooms and colour jitter would move batch norm away from deployment's images.
+AUGMENTS = {"none": None, "flip": Augment(scale=1.0, jitter=0.0), "full": Augment()}
 Scores = dict[str, NDArray[np.float64]]
 Metrics = dict[str, dict[str, float]]
 
@@ -208,7 +210,7 @@ def _recovered(job: Job, plan: PrunePlan, model: MultiTaskModel) -> tuple[MultiT
         return recovered, steps
     result = train(
         model, job.train, job.spec, settings,
-        parent=job.selected, augment=Augment() if wanted.augment else None,
+        parent=job.selected, augment=AUGMENTS[wanted.augment],
         checkpoint=folder, title="recovering",
     )  # fmt: skip
     save_weights(folder / "weights.safetensors", result.model)
