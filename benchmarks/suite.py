@@ -12,6 +12,8 @@ from secateur.core.files import write_json
 from secateur.devices.host import host_facts, library_versions
 
 RESULTS = Path(__file__).resolve().parent / "results"
+# Of a manifest: what repeats files of the repository, and paths of the machine.
+LEFT_OUT: Any = {"recipe": True, "files": True, "data": {"eval_root"}}
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from secateur.flow.recipe import Recipe, load_recipe
 from secateur.flow.stages import change, compensated, make_plan, torch_accuracy
 from secateur.prune import apply_plan
 from secateur.runtimes.base import runtime_of
-from suite import Show, exit_status, read_json, write_suite
+from suite import LEFT_OUT, Show, exit_status, read_json, write_suite
 
 ROOT = Path(__file__).resolve().parents[2]
 CRITERIA = ("taylor", "magnitude", "random")
@@ -48,7 +48,7 @@ def main() -> None:
         result = build(recipe, "x86-64-cpu", options.out, command="benchmarks/nyuv2/run.py")
         manifest = result.manifest
         rows: list[dict[str, Any]] = [
-            {"what": "build", **manifest.model_dump(mode="json", exclude={"recipe", "files"})}
+            {"what": "build", **manifest.model_dump(mode="json", exclude=LEFT_OUT)}
         ]
         if not options.quick:
             rows += criteria_table(recipe)

@@ -12,7 +12,7 @@ from secateur.core.progress import shown
 from secateur.flow.build import build
 from secateur.flow.cache import StageCache
 from secateur.flow.recipe import load_recipe
-from suite import Show, exit_status, write_suite
+from suite import LEFT_OUT, Show, exit_status, write_suite
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,7 +32,7 @@ def main() -> None:
         Show("... and within 1 % of the budget", 0.495, ratio, ">="),
         Show("tasks below their max_drop", 0, len(manifest.accuracy.too_low), "<="),
     ]
-    row = manifest.model_dump(mode="json", exclude={"recipe", "files"})
+    row = manifest.model_dump(mode="json", exclude=LEFT_OUT)
     write_suite("scenes", "python benchmarks/scenes/run.py", [0], [row], shows)
     exit_status(shows)
 
