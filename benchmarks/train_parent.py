@@ -39,30 +39,44 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class Parent:
     """What to train, on what, and what the card says about the data."""
 
+    factory: str
     tasks: tuple[Task, ...]
     spec: ModelInput
     reader: str
     data: str
     terms: str
     augment: Augment
+    train_split: str = "train"
 
 
-PARENTS = {
-    "nyuv2_lite0": Parent(
+def _nyuv2(factory: str, height: int, width: int, backbone: str, **options: str) -> Parent:
+    return Parent(
+        factory=factory,
         tasks=(
             Task("segmentation", "segmentation", "segmentation", "segmentation", classes=13),
             Task("depth", "depth", "depth", "depth"),
             Task("normals", "normals", "normals", "normals", weight=2.0),
         ),
-        spec=ModelInput(3, 192, 256, MEAN, STD),
+        spec=ModelInput(3, height, width, MEAN, STD),
         reader="nyuv2",
         data="NYUv2 (Silberman, Hoiem, Kohli, Fergus, ECCV 2012), official 795 training and 654 "
         "test images at 288x384, 13 classes; normals derived from depth, so angles are not "
-        "comparable with published ones. Backbone pre-trained on ImageNet-1k (Apache-2.0).",
+        f"comparable with published ones. Backbone pre-trained on ImageNet-1k ({backbone}).",
         terms="NYUv2 is for research use only; so are these weights.",
         augment=Augment(),
+        **options,
+    )
+
+
+PARENTS = {
+    "nyuv2_lite0": _nyuv2("nyuv2_lite0", 192, 256, "Apache-2.0"),
+    # The small ones carry the benchmark grids; they never saw the validation images.
+    "nyuv2_lite0_96x128": _nyuv2("nyuv2_lite0", 96, 128, "Apache-2.0", train_split="fit"),
+    "nyuv2_mobilenetv2_96x128": _nyuv2(
+        "nyuv2_mobilenetv2", 96, 128, "torchvision, BSD-3-Clause", train_split="fit"
     ),
     "scenes_small": Parent(
+        factory="scenes_small",
         tasks=(
             Task("segmentation", "segmentation", "segmentation", "segmentation", classes=8),
             Task("depth", "depth", "depth", "depth"),
@@ -83,10 +97,10 @@ def main() -> None:
     options = _options()
     parent = PARENTS[options.name]
     work = options.work or HERE.parent / "out" / "parents" / options.name
-    train_set = InMemory(open_reader(parent.reader, options.data, "train"))
+    train_set = InMemory(open_reader(parent.reader, options.data, parent.train_split))
     test_set = InMemory(open_reader(parent.reader, options.data, "test"))
     torch.manual_seed(options.seed)
-    factory = getattr(zoo, options.name)
+    factory = getattr(zoo, parent.factory)
     network = factory(options.weights) if options.weights else factory()
     model = MultiTaskModel(network, parent.tasks)
     settings = TrainSettings(
@@ -162,7 +176,7 @@ def _write(
         save_file(state, temporary)
     record = {
         "name": options.name,
-        "factory": f"secateur.zoo:{options.name}",
+        "factory": f"secateur.zoo:{parent.factory}",
         "command": f"python benchmarks/train_parent.py {options.name} --epochs {options.epochs}"
         f" --batch-size {options.batch_size} --learning-rate {options.learning_rate}"
         f" --seed {options.seed}{' --bf16' if options.bf16 else ''}",
@@ -197,10 +211,10 @@ def _card(name: str, parent: Parent, record: dict[str, object]) -> str:
         [
             f"# {name}",
             "",
-            f"Factory `secateur.zoo:{name}`; input {spec.height}x{spec.width} RGB; "
+            f"Factory `secateur.zoo:{parent.factory}`; input {spec.height}x{spec.width} RGB; "
             f"fp16 weights in `{name}.safetensors`.",
             "",
-            f"**Data.** {parent.data}",
+            f"**Data.** {parent.data} Trained on the reader's split `{parent.train_split}`.",
             "",
             f"**Terms.** {parent.terms}",
             "",

@@ -18,6 +18,7 @@ from secateur.data.archive import ImageArchive
 from secateur.data.sample import Array, Reader, Sample
 
 DEPTH_METRES_PER_STEP = 9.99547 / 255  # the zip's depth is 8 bit; README of the data set
+BLOCK = 20  # consecutive images that are held out together
 CLASSES_13 = [
     "bed",
     "books",
@@ -38,6 +39,10 @@ CLASSES_13 = [
 def create(root: Path, split: str, **options: Any) -> Reader:
     """Open NYUv2 at ``root``: a folder with ``<split>.zip``, or the official ``.mat`` file.
 
+    Besides ``train`` (795) and ``test`` (654) there are ``fit`` and ``val``: the training images
+    without, and only, every eighth block of ``BLOCK`` images. Choose settings on ``val``; whole
+    blocks are held out because neighbouring images show the same room.
+
     Options: ``classes`` (13 or 40; the zip's 40 is really 39 classes), ``indices`` (for the
     ``.mat``: the 1-based image numbers of the split, since the file itself carries none).
     """
@@ -55,13 +60,14 @@ class NyuZip:
     """The zip layout: (H, W) labels as PNG, normals re-normalised to unit length."""
 
     def __init__(self, root: Path, split: str, classes: int = 13) -> None:
-        path = root / f"{split}.zip"
-        self._archive = ImageArchive(path if path.exists() else root / split)
+        stored = "train" if split in ("fit", "val") else split
+        path = root / f"{stored}.zip"
+        self._archive = ImageArchive(path if path.exists() else root / stored)
         if classes not in (13, 40):
             raise DataError(f"NYUv2 has no {classes}-class labels", hint="classes: 13 or 40")
         self._segmentation = f"seg{classes}"
-        self._ids = self._archive.stems("image")
-        self.fingerprint = value_digest(["nyuv2", classes, self._archive.fingerprint])
+        self._ids = _part(self._archive.stems("image"), split)
+        self.fingerprint = value_digest(["nyuv2", classes, self._archive.fingerprint, self._ids])
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -78,6 +84,14 @@ class NyuZip:
             "normals": unit_normals(self._archive.raw(f"normal/{name}.png")),
         }
         return Sample(name, self._archive.rgb(f"image/{name}.jpg"), labels)
+
+
+def _part(ids: list[str], split: str) -> list[str]:
+    """Return the images of ``fit`` or ``val`` among the training images; of others, all."""
+    if split not in ("fit", "val"):
+        return ids
+    held_out = [(i // BLOCK) % 8 == 7 for i in range(len(ids))]
+    return [name for name, held in zip(ids, held_out, strict=True) if held == (split == "val")]
 
 
 def unit_normals(stored: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,8 @@ def _feature_backbone(name: str, min_stride: int, options: Mapping[str, Any]) ->
 
 def _load_backbone(trunk: nn.Module, path: Path) -> None:
     weights = load_file(path)
+    if "features.0.0.weight" in weights:
+        weights = _in_order(weights, trunk, path)
     result = trunk.load_state_dict(weights, strict=False)
     if result.missing_keys:
         raise ModelError(
@@ -101,6 +103,32 @@ def _load_backbone(trunk: nn.Module, path: Path) -> None:
             f"first '{result.missing_keys[0]}'",
             hint="the file must hold the keys of timm.create_model(<backbone>)",
         )
+
+
+def _in_order(weights: dict[str, Tensor], trunk: nn.Module, path: Path) -> dict[str, Tensor]:
+    """Rename torchvision's keys (``features.3.conv.0.0.weight``) to timm's.
+
+    Both number the same layers in execution order; the shapes must agree one by one.
+    """
+
+    def layers(keys: Iterable[str]) -> list[str]:
+        return list(dict.fromkeys(key.rpartition(".")[0] for key in keys))
+
+    theirs = layers(k for k in weights if k.startswith("features."))
+    theirs.sort(key=lambda name: [int(part) for part in name.split(".") if part.isdigit()])
+    wanted = trunk.state_dict()
+    names = dict(zip(layers(wanted), theirs, strict=False))
+    renamed = {}
+    for key, ours in wanted.items():
+        layer, _, field = key.rpartition(".")
+        found = weights.get(f"{names.get(layer)}.{field}")
+        if found is None or found.shape != ours.shape:
+            raise ModelError(
+                f"{path} has no weight of shape {tuple(ours.shape)} in the place of '{key}'",
+                hint="the file must hold torchvision's weights of the same architecture",
+            )
+        renamed[key] = found
+    return renamed
 
 
 def _head(name: str, spec: HeadSpec, channels: list[int], reductions: list[int]) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The two parents we train and commit (``benchmarks/train_parent.py``, ``benchmarks/parents``)."""
+"""The parents we train and commit (``benchmarks/train_parent.py``, ``benchmarks/parents``)."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ from secateur.data.scenes import CLASSES as SCENE_CLASSES
 from secateur.data.scenes import ROOMS as SCENE_ROOMS
 from secateur.zoo.compose import ComposedModel, HeadSpec, compose
 
+NYUV2_HEADS = {
+    "segmentation": HeadSpec("segmentation", 13),
+    "depth": HeadSpec("depth", 1),
+    "normals": HeadSpec("normals", 3),
+}
+
 
 def nyuv2_lite0(backbone_weights: str | Path | None = None) -> ComposedModel:
     """EfficientNet-Lite0 with segmentation (13 classes), depth (metres) and normals heads."""
-    return compose(
-        "efficientnet_lite0",
-        {
-            "segmentation": HeadSpec("segmentation", 13),
-            "depth": HeadSpec("depth", 1),
-            "normals": HeadSpec("normals", 3),
-        },
-        backbone_weights=backbone_weights,
-    )
+    return compose("efficientnet_lite0", NYUV2_HEADS, backbone_weights=backbone_weights)
+
+
+def nyuv2_mobilenetv2(backbone_weights: str | Path | None = None) -> ComposedModel:
+    """MobileNetV2 with the same three heads; takes timm's or torchvision's ImageNet weights."""
+    return compose("mobilenetv2_100", NYUV2_HEADS, backbone_weights=backbone_weights)
 
 
 def scenes_small() -> ComposedModel:
