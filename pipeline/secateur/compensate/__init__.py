@@ -1,5 +1,5 @@
 """Refit the kept weights on a few unlabelled images, so that they do what the cut ones did."""
 
-from secateur.compensate.refit import refit
+from secateur.compensate.refit import refit, views
 
-__all__ = ["refit"]
+__all__ = ["refit", "views"]

@@ -6,14 +6,16 @@ channels and the kept weights ``W``, ridge least squares *towards the kept weigh
     W' = W + (Y - W X) X^T (X X^T + ridge * mean(diag(X X^T)) * I)^-1
 
 with means taken out of both sides and put back as a bias (into the following batch norm's mean
-where there is one). Layers are refitted while one forward pass of the images goes through the
-cut network, so each sees the inputs that the layers before it, already refitted, really give.
-Depth-wise convolutions are many such problems of kernel size, solved together.
+where there is one). Parent and cut network are walked side by side, so each layer sees the inputs
+that the layers before it, already refitted, really give. Where the layer's output is added to
+something, the sum is what is fitted (``residual``). Depth-wise convolutions are many such
+problems of kernel size, solved together.
 """
 
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Sequence
 from typing import TypeGuard
 
@@ -21,14 +23,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from secateur.compensate.moments import Moments, fit
+from secateur.compensate.residual import partners
+from secateur.compensate.walk import Stop, Walk
 from secateur.core.channels import ChannelGroup
 from secateur.core.model import MultiTaskModel, evaluating
 from secateur.core.plan import PrunePlan, dropped_indices
 from secateur.core.progress import track
 
 Layer = nn.Conv2d | nn.Linear
-SAMPLES = 16_384  # output positions, over all images, that one layer is fitted on
-PARENT_BATCH = 16
+PER_WEIGHT = 16  # output positions, over all images, for each weight of an output channel ...
+SAMPLES = 2048, 16_384  # ... within these limits
+CHUNK = 32  # images per forward pass
+HELD_OUT = 4  # every fourth chunk judges the ridge
 
 
 def refit(
@@ -38,41 +45,47 @@ def refit(
     plan: PrunePlan,
     images: Tensor,
     *,
-    ridge: float = 0.3,
+    ridge: float | None = None,
 ) -> MultiTaskModel:
     """Return a copy of ``cut`` with refitted weights.
 
-    ``images``: (N, C, H, W) network inputs, no labels needed; see ``views`` for what is made of
-    them.
-    ``parent`` is the model that ``plan`` was applied to.
+    ``images``: (N, C, H, W) network inputs, no labels needed; ``views`` makes more of a few.
+    ``parent`` is the model that ``plan`` was applied to. ``ridge`` None chooses it per
+    output channel on images held out of the fit.
     """
-    images = views(images)
-    fitted = copy.deepcopy(cut)
-    layers = {name: m for name, m in fitted.named_modules() if _is_plain(m)}
+    fitted = copy.deepcopy(cut).eval()
+    layers = _single_calls(fitted, images[:1])
     norms = _following_norms(fitted, images[:1])
-    positions, wanted = _parent_outputs(parent, set(layers), images)
+    added = partners(fitted, layers, norms, images[:1])
     dropped = dropped_indices(groups, plan)
-
-    def before(name: str, layer: Layer, inputs: Tensor) -> None:
-        if name not in wanted:
-            return
-        gone = dropped.get((name, "out"), set())
-        kept = [i for i in range(wanted[name].shape[0]) if i not in gone]
-        target = wanted.pop(name)[kept]  # (c_out, S)
-        offset = _fit(layer, _patches(layer, inputs, positions[name]), target, ridge)
-        _shift(layer, norms.get(name), offset)
-
-    hooks = [
-        layer.register_forward_pre_hook(lambda layer, args, name=name: before(name, layer, args[0]))
-        for name, layer in layers.items()
-    ]
-    try:
-        with evaluating(fitted):
-            fitted(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    chunks = torch.split(images, CHUNK)
+        with evaluating(parent):
+        pairs = [
+            (Walk(parent, chunk, layers, added, at_output=True),
+             Walk(fitted, chunk, layers, added, at_output=False))
+            for chunk in chunks
+        ]  # fmt: skip
+        for name, layer in track(layers.items(), "refitting", len(layers)):
+            norm = norms.get(name)
+            gone = dropped.get((name, "out"), set())
+            positions = -(-_samples(layer) // len(images))
+            parts = [_read(layer, norm, theirs, ours, gone, positions) for theirs, ours in pairs]
+            _update(layer, norm, parts, ridge)
+        for theirs, ours in pairs:
+            theirs.finish()
+            ours.finish()
     return fitted
+
+
+def _read(
+    layer: Layer, norm: nn.Module | None, theirs: Walk, ours: Walk, gone: set[int], count: int
+) -> Moments:
+    """Run one chunk on to ``layer`` in both networks and return its moments there."""
+    wanted, given = theirs.next(), ours.next()
+    kept = _kept(layer, gone, wanted.tensor)
+    positions = _draw(layer, wanted.tensor, count)
+    target = _target(layer, norm, wanted, given, kept, positions)
+    return _moments(layer, _patches(layer, given.tensor, positions), target)
 
 
 def _is_plain(module: nn.Module) -> TypeGuard[Layer]:
@@ -99,39 +112,79 @@ def views(images: Tensor) -> Tensor:
     return torch.cat([images, images.flip(3), near])
 
 
-def _parent_outputs(
-    parent: MultiTaskModel, names: set[str], images: Tensor
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the compared positions and the parent's outputs (c_out, S) there, per layer."""
-    positions: dict[str, Tensor] = {}
-    parts: dict[str, list[Tensor]] = {}
-    per_image = max(1, SAMPLES // len(images))
-    generator = torch.Generator().manual_seed(0)
+def _single_calls(model: MultiTaskModel, image: Tensor) -> dict[str, Layer]:
+    """Return the plain layers that run exactly once, in execution order.
 
-    def after(name: str, layer: Layer, output: Tensor) -> None:
-        flat = _positions_last(layer, output)  # (N, c_out, P)
-        if name not in positions:
-            order = torch.randperm(flat.shape[2], generator=generator)
-            positions[name] = order[:per_image].sort().values
-        chosen = flat.index_select(2, positions[name])
-        parts.setdefault(name, []).append(chosen.transpose(0, 1).flatten(1))
-
+    One that is called more often has no single target and keeps its weights.
+    """
+    calls: Counter[str] = Counter()
+    plain = {name: module for name, module in model.named_modules() if _is_plain(module)}
     hooks = [
-        module.register_forward_hook(lambda layer, _, out, name=name: after(name, layer, out))
-        for name, module in parent.named_modules()
-        if name in names
+        layer.register_forward_hook(lambda *_, name=name: calls.update([name]))
+        for name, layer in plain.items()
     ]
     try:
-        with evaluating(parent):
-            chunks = torch.split(images, PARENT_BATCH)
-            for chunk in track(chunks, "reading the parent", len(chunks)):
-                parent(chunk)
+        with evaluating(model):
+            model(image)
     finally:
         for hook in hooks:
             hook.remove()
-    # A layer called more than once per pass has no single target; it keeps its weights.
-    calls = len(chunks)
-    return positions, {name: torch.cat(p, 1) for name, p in parts.items() if len(p) == calls}
+    return {name: plain[name] for name, count in calls.items() if count == 1}
+
+
+def _kept(layer: Layer, gone: set[int], parent_output: Tensor) -> Tensor:
+    axis = 1 if isinstance(layer, nn.Conv2d) else -1
+    return torch.tensor([i for i in range(parent_output.shape[axis]) if i not in gone])
+
+
+def _samples(layer: Layer) -> int:
+    least, most = SAMPLES
+    return min(max(PER_WEIGHT * layer.weight[0].numel(), least), most)
+
+
+def _draw(layer: Layer, output: Tensor, count: int) -> Tensor:
+    """Return the output positions that are compared, the same in every image."""
+    total = _positions_last(layer, output[:1]).shape[2]
+    generator = torch.Generator().manual_seed(total)
+    return torch.randperm(total, generator=generator)[:count].sort().values
+
+
+def _target(
+    layer: Layer,
+    norm: nn.Module | None,
+    wanted: Stop,
+    given: Stop,
+    kept: Tensor,
+    positions: Tensor,
+) -> Tensor:
+    """Return what the layer should give at ``positions``: (c_out, S)."""
+
+    def pick(tensor: Tensor, channels: Tensor | None) -> Tensor:
+        flat = _positions_last(layer, tensor).index_select(2, positions)
+        flat = flat if channels is None else flat.index_select(1, channels)
+        return flat.transpose(0, 1).flatten(1)
+
+    target = pick(wanted.tensor, kept)
+    if wanted.partner is None or given.partner is None:
+        return target
+    lacking = pick(wanted.partner, kept) - pick(given.partner, None)
+    return target + lacking * _undo_scale(norm, len(target))[:, None]
+
+
+def _undo_scale(norm: nn.Module | None, channels: int) -> Tensor:
+    """Return, per channel, what one unit after the batch norm is before it.
+
+    A channel that the norm all but silences is left out, since nothing before it can mend the
+    sum; so are all channels of a norm with an activation of its own.
+    """
+    if norm is None:
+        return torch.ones(channels)
+    shape = (1, channels) if isinstance(norm, nn.BatchNorm1d) else (1, channels, 1, 1)
+    low, middle, high = (norm(torch.full(shape, x)).flatten() for x in (-1.0, 0.0, 1.0))
+    scale = high - middle
+    audible = scale.abs() > 0.1 * scale.abs().median()
+    audible &= torch.isclose(low + high, 2 * middle, atol=1e-4)
+    return torch.where(audible, 1 / torch.where(audible, scale, 1.0), 0.0)
 
 
 def _positions_last(layer: Layer, tensor: Tensor) -> Tensor:
@@ -177,27 +230,33 @@ def _padding(layer: nn.Conv2d) -> tuple[int, int, int, int]:
     return width // 2, width - width // 2, height // 2, height - height // 2
 
 
-def _fit(layer: Layer, inputs: Tensor, target: Tensor, ridge: float) -> Tensor:
-    """Refit ``layer.weight`` in place and return the offset (c_out,) its outputs still lack.
-
-    Shapes: inputs (G, D, S), target (c_out, S); the weight is seen as (G, c_out/G, D).
-    """
+def _moments(layer: Layer, inputs: Tensor, target: Tensor) -> Moments:
+    """Return the moments of inputs (G, D, S) and of what the layer still lacks, (G, O, S)."""
     groups, depth, samples = inputs.shape
-    weight = layer.weight.detach().reshape(groups, -1, depth).double()
-    wanted = target.reshape(groups, -1, samples)
-    mean_in = inputs.mean(2, keepdim=True)
-    mean_out = wanted.mean(2, keepdim=True)
-    x = inputs - mean_in
-    error = (wanted - mean_out) - weight.float() @ x
-    gram = (x @ x.transpose(1, 2)).double() / samples  # (G, D, D)
-    cross = (error @ x.transpose(1, 2)).double() / samples  # (G, c_out/G, D)
-    level = gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)
-    gram += torch.eye(depth, dtype=gram.dtype) * (ridge * level)[:, None, None]
-    weight = weight + torch.linalg.solve(gram, cross.transpose(1, 2)).transpose(1, 2)
-    layer.weight.data.copy_(weight.reshape(layer.weight.shape))
-    fitted_mean = weight @ mean_in.double()
-    offset: Tensor = (mean_out.double() - fitted_mean).flatten().float()
-    return offset if layer.bias is None else offset - layer.bias.detach()
+    weight = layer.weight.detach().reshape(groups, -1, depth)
+    return Moments.of(inputs, target.reshape(groups, -1, samples) - weight @ inputs)
+
+
+def _update(
+    layer: Layer, norm: nn.Module | None, parts: Sequence[Moments], ridge: float | None
+) -> None:
+    """Refit ``layer.weight`` in place and move the mean of its outputs to the target's."""
+    judges = parts[HELD_OUT - 1 :: HELD_OUT]
+    rest = [part for i, part in enumerate(parts) if i % HELD_OUT != HELD_OUT - 1]
+    change = fit(_total(rest), _total(judges) if judges else None, ridge)
+    layer.weight.data += change.reshape(layer.weight.shape).to(layer.weight.dtype)
+    whole = _total(parts)
+    mean_in, mean_error = whole.x / whole.count, whole.e / whole.count
+    offset = mean_error - (change @ mean_in[:, :, None])[:, :, 0]
+    offset = offset.flatten().float()
+    _shift(layer, norm, offset if layer.bias is None else offset - layer.bias.detach())
+
+
+def _total(parts: Sequence[Moments]) -> Moments:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
 
 
 def _shift(layer: Layer, norm: nn.Module | None, offset: Tensor) -> None:
