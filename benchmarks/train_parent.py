@@ -29,7 +29,7 @@ from secateur.core.task import Task
 from secateur.data.loading import InMemory, open_reader
 from secateur.data.sample import Reader
 from secateur.data.transforms import Augment
-from secateur.recover.training import TrainResult, TrainSettings, train
+from secateur.recover import TrainResult, TrainSettings, train
 
 HERE = Path(__file__).resolve().parent
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

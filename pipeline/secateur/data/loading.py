@@ -16,7 +16,7 @@ from secateur.core.errors import DataError
 from secateur.core.model import ModelInput
 from secateur.core.task import Task
 from secateur.data.sample import Reader, Sample
-from secateur.data.transforms import Augment, draw_view, image_tensor, target_tensor
+from secateur.data.transforms import Augment, draw_view, fit_sample, image_tensor, target_tensor
 
 
 @dataclass(frozen=True)
@@ -60,27 +60,73 @@ class InMemory:
     """A reader that decodes each sample once, as long as they fit in ``max_bytes``."""
 
     def __init__(self, reader: Reader, max_bytes: int = 1 << 30) -> None:
-        self._reader = reader
+        self.source = reader
         self._samples: dict[int, Sample] = {}
         self._room = max_bytes
         self.fingerprint = reader.fingerprint
 
     def __len__(self) -> int:
-        return len(self._reader)
+        return len(self.source)
+
+    @property
+    def label_names(self) -> frozenset[str]:
+        return self.source.label_names
+
+    def __getitem__(self, index: int) -> Sample:
+        if index in self._samples:
+            return self._samples[index]
+        sample = self.source[index]
+        size = sample.image.nbytes + sum(label.nbytes for label in sample.labels.values())
+        if size <= self._room:
+            self._room -= size
+            self._samples[index] = sample
+        return sample
+
+
+class Subset:
+    """Some samples of a reader, by index. Its fingerprint is the whole reader's."""
+
+    def __init__(self, reader: Reader, indices: Sequence[int]) -> None:
+        self._reader, self._indices = reader, list(indices)
+        self.fingerprint = reader.fingerprint
+
+    def __len__(self) -> int:
+        return len(self._indices)
 
     @property
     def label_names(self) -> frozenset[str]:
         return self._reader.label_names
 
     def __getitem__(self, index: int) -> Sample:
-        if index in self._samples:
-            return self._samples[index]
-        sample = self._reader[index]
-        size = sample.image.nbytes + sum(label.nbytes for label in sample.labels.values())
-        if size <= self._room:
-            self._room -= size
-            self._samples[index] = sample
-        return sample
+        return self._reader[self._indices[index]]
+
+
+class _Fitted:
+    """A reader whose samples have the input's size already."""
+
+    def __init__(self, reader: Reader, spec: ModelInput, tasks: Sequence[Task]) -> None:
+        self._reader, self._spec, self._tasks = reader, spec, tuple(tasks)
+        self.fingerprint = reader.fingerprint
+        self.label_names = reader.label_names & {task.label for task in tasks}
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def __getitem__(self, index: int) -> Sample:
+        return fit_sample(self._reader[index], self._spec, self._tasks)
+
+
+def resized_reader(
+    reader: Reader, spec: ModelInput, tasks: Sequence[Task], max_bytes: int = 1 << 30
+) -> Reader:
+    """Decode and resize each sample once, and keep the small ones in memory.
+
+    Batches of the result are bit-equal to those of ``reader`` as long as no augmentation zooms
+    (``Augment.scale`` 1); only the labels of ``tasks`` are there. Where ``reader`` keeps whole
+    samples in memory it is passed by, so that they are not held twice.
+    """
+    source = reader.source if isinstance(reader, InMemory) else reader
+    return InMemory(_Fitted(source, spec, tasks), max_bytes)
 
 
 def batches(

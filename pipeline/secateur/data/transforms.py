@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import cv2
 import numpy as np
@@ -84,15 +86,7 @@ def target_tensor(sample: Sample, task: Task, spec: ModelInput, view: View | Non
         )
     label = sample.labels[task.label]
     if task.kind in DENSE:
-        if label.ndim != (3 if task.kind == "normals" else 2):
-            raise DataError(
-                f"label '{task.label}' of sample {sample.id} has shape {label.shape}, expected "
-                + ("(h, w, 3)" if task.kind == "normals" else "(h, w)"),
-                hint="store one channel per pixel: class indices, not colours",
-            )
-        if label.dtype == np.int64:  # OpenCV cannot resize 64-bit integers
-            label = label.astype(np.int32)
-        label = _window(label, view, spec, cv2.INTER_NEAREST)
+        label = _dense_label(label, task, sample.id, spec, view)
     if task.kind in ("segmentation", "classification"):
         _check_classes(label, task, sample.id)
         return torch.from_numpy(np.array(label, dtype=np.int64, order="C"))
@@ -104,6 +98,37 @@ def target_tensor(sample: Sample, task: Task, spec: ModelInput, view: View | Non
     elif task.kind == "keypoints":
         values = _move_points(values, view)
     return torch.from_numpy(np.ascontiguousarray(values))
+
+
+def fit_sample(sample: Sample, spec: ModelInput, tasks: Sequence[Task]) -> Sample:
+    """Return ``sample`` with its image and the tasks' dense labels at the input's size.
+
+    What ``image_tensor`` and ``target_tensor`` make of the result is bit-equal to what they make
+    of ``sample``, for every view that does not zoom. Labels that no task reads are left out.
+
+    Raises:
+        DataError: a dense label has the wrong number of dimensions.
+    """
+    whole = View()
+    labels = {t.label: sample.labels[t.label] for t in tasks if t.label in sample.labels}
+    for task in tasks:
+        if task.kind in DENSE and task.label in labels:
+            labels[task.label] = _dense_label(labels[task.label], task, sample.id, spec, whole)
+    image = _window(sample.image, whole, spec, cv2.INTER_LINEAR)
+    return Sample(sample.id, cast("NDArray[np.uint8]", image), labels)
+
+
+def _dense_label(label: Array, task: Task, sample_id: str, spec: ModelInput, view: View) -> Array:
+    """Return the window of a label with one value, or vector, per pixel."""
+    if label.ndim != (3 if task.kind == "normals" else 2):
+        raise DataError(
+            f"label '{task.label}' of sample {sample_id} has shape {label.shape}, expected "
+            + ("(h, w, 3)" if task.kind == "normals" else "(h, w)"),
+            hint="store one channel per pixel: class indices, not colours",
+        )
+    if label.dtype == np.int64:  # OpenCV cannot resize 64-bit integers
+        label = label.astype(np.int32)
+    return _window(label, view, spec, cv2.INTER_NEAREST)
 
 
 def _window(array: Array, view: View, spec: ModelInput, interpolation: int) -> Array:

@@ -15,6 +15,7 @@ from secateur.flow.evidence import gather_evidence
 from secateur.flow.job import open_job
 from secateur.flow.pack import Made, pack
 from secateur.flow.recipe import Recipe
+from secateur.flow.recovery import check_recovery
 from secateur.flow.stages import check_evaluable, make_cut, make_plan
 
 
@@ -44,6 +45,7 @@ def build(
     target = load_target(target_name)
     job = open_job(recipe, cache or StageCache())
     check_evaluable(job)
+    check_recovery(job)
     folder = out / target.name / recipe.precision.mode
     prepare_folder(folder)
     clock.lap("load")

@@ -84,13 +84,33 @@ class CompensateSpec(_Strict):
     ridge: float = Field(default=0.1, gt=0)
 
 
+class EarlyStopSpec(_Strict):
+    patience: int = Field(default=2, ge=1)
+    images: int = Field(default=64, ge=2)
+
+
 class RecoverSpec(_Strict):
-    epochs: int = Field(ge=1)
+    epochs: int | None = Field(default=None, ge=1)
+    steps: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=8, ge=2)
     learning_rate: float = Field(default=5e-4, gt=0)
+    labels: bool = True
+    balance: Literal["fixed", "uncertainty", "dwa", "pcgrad"] = "fixed"
     distill: float = Field(default=1.0, ge=0)
+    feature_distill: float = Field(default=0.0, ge=0)
+    ema: float = Field(default=0.0, ge=0, lt=1)
+    early_stop: EarlyStopSpec | Literal[False] = False
     augment: Literal["none", "flip", "full"] = "flip"
+    reinit: bool = False
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> RecoverSpec:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give epochs or steps, one of the two")
+        if self.early_stop and not self.labels:
+            raise ValueError("early_stop compares accuracies, which labels: false forbids")
+        return self
 
 
 class PrecisionSpec(_Strict):
@@ -231,7 +251,9 @@ def _recipe_error(error: ValidationError, path: Path, root: yaml.Node | None) ->
 
 
 def _is_union_tag(part: object) -> bool:
-    return isinstance(part, str) and (part.endswith("Spec") or part.startswith("literal["))
+    if not isinstance(part, str):
+        return False
+    return part.endswith(("Spec", "Spec]")) or part.startswith("literal[")
 
 
 def _line_of(node: yaml.Node | None, location: list[Any]) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,11 +20,10 @@ from secateur.core.files import file_sha256
 from secateur.core.model import ModelInput, MultiTaskModel, evaluating, model_fingerprint
 from secateur.core.plan import PrunePlan
 from secateur.core.task import Task
-from secateur.data.loading import batches, has_labels, image_batch, spread
-from secateur.data.sample import Reader, Sample
-from secateur.data.transforms import Augment, image_tensor
-from secateur.flow.cache import load_weights, save_weights
+from secateur.data.loading import Subset, batches, has_labels, image_batch, spread
+from secateur.data.transforms import image_tensor
 from secateur.flow.job import Job
+from secateur.flow.recovery import forgets_weights, recovered
 from secateur.fusion.scores import fuse
 from secateur.importance.bank import load_scores, save_scores, score_task
 from secateur.lower import export_onnx
@@ -34,32 +32,11 @@ from secateur.metrics.delta import Delta, delta
 from secateur.metrics.kind import kind_of
 from secateur.prune import apply_plan, count_macs, find_groups, macs_model, plan_prune
 from secateur.prune.plan import Budget
-from secateur.recover import TrainSettings, steps_per_epoch, train
 from secateur.runtimes.base import Session
 
 SCORE_BATCH = 8
-# Recovery is short: zooms and colour jitter would move batch norm away from deployment's images.
-AUGMENTS = {"none": None, "flip": Augment(scale=1.0, jitter=0.0), "full": Augment()}
 Scores = dict[str, NDArray[np.float64]]
 Metrics = dict[str, dict[str, float]]
-
-
-class _Subset:
-    """Some samples of a reader."""
-
-    def __init__(self, reader: Reader, indices: Sequence[int]) -> None:
-        self._reader, self._indices = reader, list(indices)
-        self.fingerprint = reader.fingerprint
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    @property
-    def label_names(self) -> frozenset[str]:
-        return self._reader.label_names
-
-    def __getitem__(self, index: int) -> Sample:
-        return self._reader[self._indices[index]]
 
 
 def score_bank(job: Job, tasks: Sequence[str]) -> dict[str, Scores]:
@@ -69,7 +46,7 @@ def score_bank(job: Job, tasks: Sequence[str]) -> dict[str, Scores]:
     """
     groups = find_groups(job.parent, job.example)
     wanted = job.recipe.prune
-    subset = _Subset(job.train, spread(job.train, wanted.images))
+    subset = Subset(job.train, spread(job.train, wanted.images))
     labelled = [task for task in job.parent.tasks if has_labels(job.train, [task])]
     bank: dict[str, Scores] = {}
     for task in job.parent.tasks:
@@ -150,9 +127,9 @@ def make_cut(job: Job, groups: Sequence[ChannelGroup], plan: PrunePlan) -> Cut:
     """Apply the plan, compensate and recover."""
     pruned = apply_plan(job.selected, groups, plan, job.example)
     _check_surgery(job, pruned, plan)
-    refitted = compensated(job, groups, plan, pruned)
-    recovered, steps = _recovered(job, plan, refitted)
-    return Cut(refitted, recovered, steps, model_fingerprint(recovered))
+    refitted = pruned if forgets_weights(job) else compensated(job, groups, plan, pruned)
+    final, steps = recovered(job, plan, refitted)
+    return Cut(refitted, final, steps, model_fingerprint(final))
 
 
 def _check_surgery(job: Job, pruned: MultiTaskModel, plan: PrunePlan) -> None:
@@ -187,35 +164,6 @@ def compensated(
         return pruned
     images = image_batch(job.train, spread(job.train, wanted.images), job.spec)
     return refit(job.selected, pruned, groups, plan, images, ridge=wanted.ridge)
-
-
-def _recovered(job: Job, plan: PrunePlan, model: MultiTaskModel) -> tuple[MultiTaskModel, int]:
-    wanted = job.recipe.recover
-    if wanted == "none":
-        return model, 0
-    settings = TrainSettings(
-        epochs=wanted.epochs,
-        batch_size=wanted.batch_size,
-        learning_rate=wanted.learning_rate,
-        distill=wanted.distill,
-        seed=wanted.seed,
-    )
-    key = (job.parent_key, asdict(plan)["cuts"], str(job.recipe.compensate),
-           job.train.fingerprint, wanted.model_dump(), asdict(job.spec),
-           [(_meaning(task), task.weight) for task in job.tasks])  # fmt: skip
-    folder = job.cache.folder("recover", *key)
-    recovered = copy.deepcopy(model)
-    steps = wanted.epochs * steps_per_epoch(len(job.train), wanted.batch_size)
-    if load_weights(folder / "weights.safetensors", recovered):
-        return recovered, steps
-    result = train(
-        model, job.train, job.spec, settings,
-        parent=job.selected, augment=AUGMENTS[wanted.augment],
-        checkpoint=folder, title="recovering",
-    )  # fmt: skip
-    save_weights(folder / "weights.safetensors", result.model)
-    (folder / "state.pt").unlink(missing_ok=True)
-    return result.model, steps
 
 
 def torch_accuracy(job: Job, model: MultiTaskModel, title: str) -> Metrics:

@@ -1,55 +1,33 @@
-"""One training loop for recovery and for parents: task losses and distillation, resumable."""
+"""One training loop for recovery and for parents: balanced losses, distillation, resumable."""
 
 from __future__ import annotations
 
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import cast
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from secateur.core.errors import DataError, ModelError
-from secateur.core.files import atomic_path
+from secateur.core.errors import ModelError
 from secateur.core.model import ModelInput, MultiTaskModel
 from secateur.core.progress import track
-from secateur.core.task import Task
 from secateur.data.loading import Batch, batches, has_labels
 from secateur.data.sample import Reader
 from secateur.data.transforms import Augment
-from secateur.metrics.kind import TaskKind, kind_of
+from secateur.recover.balance import BALANCES
+from secateur.recover.checkpoint import Progress, Stateful, load_checkpoint, save_checkpoint
+from secateur.recover.objective import Objective
+from secateur.recover.settings import TrainResult, TrainSettings, steps_per_epoch
 
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """AdamW with a linear warm-up and a cosine decay to zero.
-
-    ``distill`` weighs the distance to the parent's outputs against the task losses (1.0); for a
-    task without labels that distance is the whole loss.
-    """
-
-    epochs: int
-    batch_size: int = 8
-    learning_rate: float = 1e-3
-    weight_decay: float = 1e-4
-    warmup: float = 0.05
-    distill: float = 0.0
-    seed: int = 0
-    bf16: bool = False
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """The trained copy, the optimiser steps it took and the mean loss of each epoch."""
-
-    model: MultiTaskModel
-    steps: int
-    losses: tuple[float, ...]
-    seconds: float
+# Log variances move by about one rate per step; a recovery is too short for the network's rate.
+BALANCE_RATE = 10.0
 
 
 def train(
@@ -62,137 +40,148 @@ def train(
     augment: Augment | None = None,
     checkpoint: Path | None = None,
     after_epoch: Callable[[int, MultiTaskModel, float], None] | None = None,
+    validate: Callable[[MultiTaskModel], float] | None = None,
     title: str = "training",
 ) -> TrainResult:
     """Train a copy of ``model`` on ``reader`` and return it.
 
     With ``checkpoint``, the state after each epoch is kept there (written whole or not at all),
-    and a later call with the same arguments goes on from it.
+    and a later call with the same arguments goes on from it. ``validate`` scores the network after
+    each epoch, higher is better: the best epoch's weights are returned, and ``settings.patience``
+    ends the training early. Both callbacks see the weights that would be returned (the averaged
+    ones with ``settings.ema``), on the device and in training mode.
 
     Raises:
-        DataError: the data carry no labels and there is no parent to learn from.
-        ModelError: the loss became NaN or infinite.
+        DataError: the data carry no labels, or features are to be distilled, without a parent.
+        ModelError: the loss became NaN or infinite, or no features can be compared.
     """
-    labelled = [task for task in model.tasks if has_labels(reader, [task])]
-    if len(labelled) < len(model.tasks) and parent is None:
-        raise DataError(
-            "some task has no labels in the training data, and there is no parent to distil from",
-            hint="use a reader with labels",
-        )
     started = time.monotonic()
+    labelled = [task for task in model.tasks if settings.labels and has_labels(reader, [task])]
     accelerator = Accelerator(mixed_precision="bf16" if settings.bf16 else "no")
-    trained = copy.deepcopy(model).to(memory_format=torch.channels_last)  # 1.7x faster on CPUs
-    optimizer = torch.optim.AdamW(
-        trained.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
-    )
-    losses = _resume(checkpoint, trained, optimizer)
-    network, optimizer = accelerator.prepare(trained, optimizer)
-    objective = _Objective(trained, parent, labelled, settings.distill, accelerator)
-    for epoch in range(len(losses), settings.epochs):
+    run = _Run(model, settings, accelerator)
+    objective = Objective(run.model, parent, labelled, spec, settings, accelerator)
+    progress = load_checkpoint(checkpoint, run.parts())
+    run.prepare()
+    per_epoch = steps_per_epoch(len(reader), settings.batch_size)
+    total = settings.total_steps(len(reader))
+    epochs = -(-total // per_epoch)
+    for epoch in range(len(progress.losses), epochs):
+        if 0 < settings.patience <= progress.stale():
+            break
+        seed = settings.seed * 10_000 + epoch
         stream = batches(
-            reader,
-            labelled,
-            spec,
-            settings.batch_size,
-            augment=augment,
-            shuffle_seed=settings.seed * 10_000 + epoch,
+            reader, labelled, spec, settings.batch_size, augment=augment, shuffle_seed=seed
         )
-        steps = steps_per_epoch(len(reader), settings.batch_size)
-        bar = track(stream, f"{title} epoch {epoch + 1}/{settings.epochs}", steps)
-        network.train()
-        torch.manual_seed(
-            settings.seed * 10_000 + epoch
-        )  # dropout resumes as it would have gone on
-        total = 0.0
-        for step, batch in enumerate(bar):
-            done = (epoch + step / steps) / settings.epochs
-            _set_rate(optimizer, settings.learning_rate * _schedule(done, settings.warmup))
-            total += _step(objective, network, optimizer, accelerator, batch)
-        losses.append(total / steps)
-        _save(checkpoint, trained, optimizer, losses)
+        steps = min(per_epoch, total - epoch * per_epoch)
+        bar = track(islice(stream, steps), f"{title} epoch {epoch + 1}/{epochs}", steps)
+        torch.manual_seed(seed)  # dropout resumes as it would have gone on
+        done = [(epoch + step / per_epoch) / (total / per_epoch) for step in range(steps)]
+        rates = [settings.learning_rate * _schedule(share, settings.warmup) for share in done]
+        progress.losses.append(run.epoch(objective, bar, rates))
+        if validate is not None:
+            _judge(run.result(), validate, progress)
+        save_checkpoint(checkpoint, run.parts(), progress)
         if after_epoch is not None:
-            after_epoch(epoch + 1, trained, losses[-1])
-    trained = accelerator.unwrap_model(network, keep_fp32_wrapper=False)
-    trained = trained.cpu().to(memory_format=torch.contiguous_format).eval()
-    taken = settings.epochs * steps_per_epoch(len(reader), settings.batch_size)
-    return TrainResult(trained, taken, tuple(losses), time.monotonic() - started)
+            after_epoch(epoch + 1, run.result(), progress.losses[-1])
+    trained = run.finish(progress)
+    taken = min(total, len(progress.losses) * per_epoch)
+    seconds = time.monotonic() - started
+    return TrainResult(trained, taken, tuple(progress.losses), seconds, tuple(progress.scores))
 
 
-def steps_per_epoch(samples: int, batch_size: int) -> int:
-    """Return the optimiser steps of one epoch; a last batch of one sample is left out."""
-    whole, rest = divmod(samples, batch_size)
-    return whole + (rest > 1 or whole == 0)
-
-
-def _step(
-    objective: _Objective,
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    accelerator: Accelerator,
-    batch: Batch,
-) -> float:
-    """Take one optimiser step and return the loss before it."""
-    loss = objective(network, batch)
-    optimizer.zero_grad()
-    accelerator.backward(loss)
-    accelerator.clip_grad_norm_(network.parameters(), 5.0)
-    optimizer.step()
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise ModelError(f"the training loss became {value}", hint="lower recover.learning_rate")
-    return value
-
-
-def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-
-
-class _Objective:
-    """Sum over tasks of weight * (task loss + distill * distance to the parent)."""
+class _Run:
+    """The network in training and all that moves with it."""
 
     def __init__(
-        self,
-        model: MultiTaskModel,
-        parent: MultiTaskModel | None,
-        labelled: Sequence[Task],
-        distill: float,
-        accelerator: Accelerator,
+        self, model: MultiTaskModel, settings: TrainSettings, accelerator: Accelerator
     ) -> None:
-        self.tasks = model.tasks
-        self.kinds: Mapping[str, TaskKind] = {task.name: kind_of(task) for task in model.tasks}
-        # A task without labels learns from the parent alone, at full weight.
-        names = {task.name for task in labelled}
-        self.distill = {t.name: distill if t.name in names else 1.0 for t in model.tasks}
-        self.device = accelerator.device
+        self.model = copy.deepcopy(model)
+        self.model.to(memory_format=torch.channels_last)  # 1.7x faster on CPUs
+        self.balance = BALANCES[settings.balance]({task.name: task.weight for task in model.tasks})
+        self.balance.to(accelerator.device)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+        learned = list(self.balance.parameters())
+        if learned:
+            group = {"params": learned, "weight_decay": 0.0, "rate": BALANCE_RATE}
+            self.optimizer.add_param_group(group)
+        self.average: AveragedModel | None = None
+        if settings.ema:
+            rule = get_ema_multi_avg_fn(settings.ema)  # type: ignore[no-untyped-call]
+            self.average = AveragedModel(self.model, multi_avg_fn=rule, use_buffers=True)
         self.accelerator = accelerator
-        self.parent = None
-        if parent is not None and any(self.distill.values()):
-            self.parent = copy.deepcopy(parent).to(memory_format=torch.channels_last)
-            self.parent = self.parent.to(self.device).eval()
+        self.network: nn.Module = self.model
 
-    def __call__(self, network: nn.Module, batch: Batch) -> Tensor:
-        images = batch.images.to(self.device).to(memory_format=torch.channels_last)
-        outputs = network(images)
-        wanted = self._parent_outputs(images)
-        loss = images.new_zeros(())
-        for task in self.tasks:
-            kind, output = self.kinds[task.name], outputs[task.name].float()
-            if task.name in batch.targets:
-                loss = loss + task.weight * kind.loss(
-                    output, batch.targets[task.name].to(self.device)
-                )
-            if wanted:
-                distance = kind.distillation_loss(output, wanted[task.name])
-                loss = loss + task.weight * self.distill[task.name] * distance
-        return loss
+    def parts(self) -> dict[str, Stateful]:
+        """Return what a checkpoint has to hold; parts without a state are left out."""
+        parts: dict[str, Stateful] = {"model": self.model, "optimizer": self.optimizer}
+        if self.balance.state_dict():
+            parts["balance"] = self.balance
+        if self.average is not None:
+            parts["average"] = self.average
+        return parts
 
-    def _parent_outputs(self, images: Tensor) -> dict[str, Tensor]:
-        if self.parent is None:
-            return {}
-        with torch.no_grad(), self.accelerator.autocast():
-            outputs = self.parent(images)
-        return {name: tensor.float() for name, tensor in outputs.items()}
+    def prepare(self) -> None:
+        """Move everything to the device."""
+        self.network, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        if self.average is not None:
+            self.average.to(self.accelerator.device)
+
+    def epoch(self, objective: Objective, stream: Iterable[Batch], rates: Sequence[float]) -> float:
+        """Take one step per batch and return the mean loss, tasks added by their fixed weights."""
+        self.network.train()
+        sums = [0.0] * (len(self.balance.names) + 1)
+        for batch, rate in zip(stream, rates, strict=True):
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate * group.get("rate", 1.0)
+            sums = [a + b for a, b in zip(sums, self._step(objective, batch), strict=True)]
+        means = [value / len(rates) for value in sums]
+        self.balance.end_epoch(dict(zip(self.balance.names, means[:-1], strict=True)))
+        return sum(means)
+
+    def _step(self, objective: Objective, batch: Batch) -> list[float]:
+        """Take one optimiser step and return each task's loss before it, then the features'."""
+        losses, shared = objective(self.network, batch)
+        extra = shared if shared is not None else torch.zeros(())
+        values = [float(loss.detach()) for loss in (*losses.values(), extra)]
+        if not math.isfinite(sum(values)):
+            raise ModelError(
+                f"the training loss became {sum(values)}", hint="lower recover.learning_rate"
+            )
+        parameters = list(self.network.parameters())
+        self.optimizer.zero_grad()
+        self.balance.backward(losses, shared, parameters, self.accelerator.backward)
+        self.accelerator.clip_grad_norm_(parameters, 5.0)
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        return values
+
+    def result(self) -> MultiTaskModel:
+        """Return the weights as they would be delivered now, on the device."""
+        if self.average is None:
+            return self.model
+        return cast(MultiTaskModel, self.average.module)
+
+    def finish(self, progress: Progress) -> MultiTaskModel:
+        """Return the network, of the best epoch if any was judged, on the CPU in eval mode."""
+        self.accelerator.unwrap_model(self.network, keep_fp32_wrapper=False)
+        model = self.result()
+        if progress.best:
+            model.load_state_dict(progress.best)
+        return model.cpu().to(memory_format=torch.contiguous_format).eval()
+
+
+def _judge(
+    model: MultiTaskModel, validate: Callable[[MultiTaskModel], float], progress: Progress
+) -> None:
+    """Note the score of ``model``, and its weights when it is the best so far."""
+    score = float(validate(model))
+    if score > max(progress.scores, default=-math.inf):
+        state = model.state_dict()
+        progress.best = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+    progress.scores.append(score)
 
 
 def _schedule(done: float, warmup: float) -> float:
@@ -200,30 +189,3 @@ def _schedule(done: float, warmup: float) -> float:
     if done < warmup:
         return (done + 1e-3) / warmup
     return 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
-
-
-def _save(
-    folder: Path | None,
-    model: MultiTaskModel,
-    optimizer: torch.optim.Optimizer,
-    losses: list[float],
-) -> None:
-    if folder is None:
-        return
-    with atomic_path(folder / "state.pt") as temporary:
-        torch.save(
-            {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses},
-            temporary,
-        )
-
-
-def _resume(
-    folder: Path | None, model: MultiTaskModel, optimizer: torch.optim.Optimizer
-) -> list[float]:
-    """Load the last state, if there is one, and return the losses of the epochs done."""
-    if folder is None or not (folder / "state.pt").exists():
-        return []
-    state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return list(state["losses"])

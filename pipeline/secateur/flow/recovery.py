@@ -1,0 +1,110 @@
+"""The recovery stage: the recipe's wishes turned into one training, found again when finished."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+
+from secateur.bench.accuracy import evaluate_model
+from secateur.core.errors import RecipeError
+from secateur.core.files import write_json
+from secateur.core.model import MultiTaskModel
+from secateur.core.plan import PrunePlan
+from secateur.data.loading import Subset, has_labels, resized_reader
+from secateur.data.sample import Reader
+from secateur.data.transforms import Augment
+from secateur.flow.cache import load_weights, save_weights
+from secateur.flow.job import Job
+from secateur.flow.recipe import RecoverSpec
+from secateur.metrics.delta import delta
+from secateur.metrics.kind import kind_of
+from secateur.recover import TrainSettings, reinitialised, train
+
+# Recovery is short: zooms and colour jitter would move batch norm away from deployment's images.
+AUGMENTS = {"none": None, "flip": Augment(scale=1.0, jitter=0.0), "full": Augment()}
+
+
+def forgets_weights(job: Job) -> bool:
+    """Say whether recovery starts from random weights, which makes compensation pointless."""
+    return job.recipe.recover != "none" and job.recipe.recover.reinit
+
+
+def check_recovery(job: Job) -> None:
+    """Raise when the training data do not allow the early stop that the recipe asks for.
+
+    Raises:
+        RecipeError: a kept task has no labels there, or no image would be left to train on.
+    """
+    wanted = job.recipe.recover
+    if wanted == "none" or not wanted.early_stop:
+        return
+    for task in job.tasks:
+        if not has_labels(job.train, [task]):
+            raise RecipeError(
+                f"recover.early_stop: data.train has no label '{task.label}' for '{task.name}'",
+                hint="leave early_stop out; the schedule ends on its own",
+            )
+    if wanted.early_stop.images + wanted.batch_size > len(job.train):
+        raise RecipeError(
+            f"recover.early_stop.images: {wanted.early_stop.images} of {len(job.train)} training "
+            f"images leave less than one batch of {wanted.batch_size}",
+            hint="hold out fewer images",
+        )
+
+
+def recovered(job: Job, plan: PrunePlan, model: MultiTaskModel) -> tuple[MultiTaskModel, int]:
+    """Return ``model`` trained as the recipe says, and the optimiser steps that took."""
+    wanted = job.recipe.recover
+    if wanted == "none":
+        return model, 0
+    key = (job.parent_key, asdict(plan)["cuts"], str(job.recipe.compensate),
+           job.train.fingerprint, wanted.model_dump(), asdict(job.spec),
+           [{**asdict(task), "max_drop": None} for task in job.tasks])  # fmt: skip
+    folder = job.cache.folder("recover", *key)
+    weights, steps = folder / "weights.safetensors", folder / "steps.json"
+    found = copy.deepcopy(model)
+    if steps.exists() and load_weights(weights, found):
+        return found, int(json.loads(steps.read_text(encoding="utf-8")))
+    settings = TrainSettings(
+        **wanted.model_dump(exclude={"augment", "early_stop", "reinit"}),
+        patience=wanted.early_stop.patience if wanted.early_stop else 0,
+    )
+    training, held_out = _split(job, wanted)
+    result = train(
+        reinitialised(model, wanted.seed) if wanted.reinit else model,
+        training, job.spec, settings,
+        parent=job.selected, augment=AUGMENTS[wanted.augment], checkpoint=folder,
+        validate=_validation(job, held_out) if held_out is not None else None, title="recovering",
+    )  # fmt: skip
+    write_json(steps, result.steps)
+    save_weights(weights, result.model)
+    (folder / "state.pt").unlink(missing_ok=True)
+    return result.model, result.steps
+
+
+def _split(job: Job, wanted: RecoverSpec) -> tuple[Reader, Reader | None]:
+    """Return what is trained on and, with an early stop, what is held out.
+
+    The last images are held out, in one piece: neighbours often show the same scene.
+    """
+    reader = job.train
+    if wanted.augment != "full":  # nothing zooms, so every sample is resized once
+        reader = resized_reader(reader, job.spec, job.tasks if wanted.labels else ())
+    if not wanted.early_stop:
+        return reader, None
+    first = len(reader) - wanted.early_stop.images
+    return Subset(reader, range(first)), Subset(reader, range(first, len(reader)))
+
+
+def _validation(job: Job, held_out: Reader) -> Callable[[MultiTaskModel], float]:
+    """Return a function that gives a network's ΔT in percent on ``held_out``."""
+    higher = {task.name: kind_of(task).higher_is_better for task in job.tasks}
+    parent = evaluate_model(job.selected, held_out, job.spec, title="parent on held-out images")
+
+    def change(model: MultiTaskModel) -> float:
+        metrics = evaluate_model(model, held_out, job.spec, title="held-out images")
+        return delta(parent, metrics, higher).mean
+
+    return change
