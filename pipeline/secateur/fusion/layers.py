@@ -1,0 +1,192 @@
+"""A network seen as its convolutions and linear layers: inputs, outputs, batch norms folded."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
+
+from secateur.core.model import evaluating
+
+Layer = nn.Conv2d | nn.Linear
+Norm = nn.modules.batchnorm._BatchNorm
+SAMPLES = 8_192  # output positions, over all images, that one layer is compared on
+CHUNK = 16  # images that pass at once where a pass may be split
+
+
+def plain_layers(model: nn.Module) -> dict[str, Layer]:
+    """Return the layers that compute just what their class says, by name.
+
+    Subclasses with a ``forward`` of their own are left out.
+    """
+    return {name: module for name, module in model.named_modules() if _is_plain(module)}
+
+
+def _is_plain(module: nn.Module) -> TypeGuard[Layer]:
+    forward = type(module).forward
+    return forward is nn.Conv2d.forward or forward is nn.Linear.forward
+
+
+def called_once(model: nn.Module, image: Tensor) -> dict[str, Layer]:
+    """Return the plain layers that one pass of ``image`` calls exactly once, in that order."""
+    calls: Counter[str] = Counter()
+    visit(model, image, lambda name, _layer, _inputs, _output: calls.update([name]))
+    layers = plain_layers(model)
+    return {name: layers[name] for name, count in calls.items() if count == 1}
+
+
+def following_norms(model: nn.Module, image: Tensor) -> dict[str, str]:
+    """Return ``{layer: batch norm}`` for norms that read a plain layer's output tensor directly.
+
+    Only norms with weights and running statistics count. ``image``: (1, C, H, W).
+    """
+    made: dict[tuple[int, int], str] = {}
+    alive: list[Tensor] = []  # keeps tensors alive, so that ids stay unique
+    found: dict[str, str] = {}
+
+    def after(name: str, output: Tensor) -> None:
+        made[id(output), output._version] = name
+        alive.append(output)
+
+    def before(name: str, tensor: Tensor) -> None:
+        key = id(tensor), tensor._version  # an in-place activation between raises the version
+        if key in made:
+            found[made[key]] = name
+
+    hooks = [
+        layer.register_forward_hook(lambda _m, _i, out, name=name: after(name, out))
+        for name, layer in plain_layers(model).items()
+    ] + [
+        norm.register_forward_pre_hook(lambda _m, args, name=name: before(name, args[0]))
+        for name, norm in model.named_modules()
+        if isinstance(norm, Norm) and norm.affine and norm.track_running_stats
+    ]
+    with removed(hooks), evaluating(model):
+        model(image)
+    return found
+
+
+def folded(model: nn.Module, norms: Mapping[str, str]) -> nn.Module:
+    """Return an evaluating copy whose ``norms`` do nothing: their layers do it, with a bias.
+
+    A folded layer's output is the unit's pre-activation, in the same scale for every expert.
+    """
+    plain = copy.deepcopy(model).eval()
+    modules = dict(plain.named_modules())
+    for name, norm_name in norms.items():
+        layer, norm = modules[name], modules[norm_name]
+        assert isinstance(layer, Layer) and isinstance(norm, Norm)  # noqa: S101 - types only
+        assert norm.running_mean is not None and norm.running_var is not None  # noqa: S101
+        scale = (norm.weight / torch.sqrt(norm.running_var + norm.eps)).detach()
+        bias = 0 if layer.bias is None else layer.bias.detach()
+        layer.bias = nn.Parameter((bias - norm.running_mean) * scale + norm.bias.detach())
+        layer.weight.data *= scale.reshape(-1, *[1] * (layer.weight.dim() - 1))
+        norm.weight.data.fill_(1)
+        norm.bias.data.zero_()
+        norm.running_mean.zero_()
+        norm.running_var.fill_(1 - norm.eps)
+    return plain
+
+
+def unfold_into(layer: Layer, norm: Norm, weight: Tensor, bias: Tensor, inputs: Tensor) -> None:
+    """Write the pre-activation ``weight x + bias`` into a layer and its batch norm, exactly.
+
+    The layer keeps its rows' lengths (training's step size depends on them), the norm's running
+    statistics become those of the layer's outputs on ``inputs`` (G, D, S), so that training mode
+    computes the same. Shapes: weight (G, c_out/G, D), bias (c_out,).
+    """
+    assert norm.running_mean is not None and norm.running_var is not None  # noqa: S101 - types
+    outputs = (weight @ inputs).flatten(0, 1)  # (c_out, S)
+    rows = weight.flatten(0, 1)  # (c_out, D)
+    old = layer.weight.detach().flatten(1).to(rows)
+    ratio = (rows.norm(dim=1) / old.norm(dim=1).clamp(min=1e-12)).clamp(min=1e-6)
+    mean, variance = outputs.mean(1), outputs.var(1, unbiased=False)
+    layer.weight.data.copy_((rows / ratio[:, None]).reshape(layer.weight.shape))
+    if layer.bias is not None:
+        layer.bias.data.zero_()
+    norm.running_mean.copy_(mean / ratio)
+    norm.running_var.copy_(variance / ratio**2)
+    norm.weight.data.copy_(ratio * torch.sqrt(variance / ratio**2 + norm.eps))
+    norm.bias.data.copy_(bias + mean)
+
+
+def visit(
+    model: nn.Module,
+    images: Tensor,
+    see: Callable[[str, Layer, Tensor, Tensor], None],
+    chunk: int = CHUNK,
+) -> None:
+    """Pass ``images`` through ``model`` and show each plain layer's (input, output) to ``see``."""
+    hooks = [
+        layer.register_forward_hook(lambda m, args, out, name=name: see(name, m, args[0], out))
+        for name, layer in plain_layers(model).items()
+    ]
+    with removed(hooks), evaluating(model):
+        for part in torch.split(images, chunk):
+            model(part)
+
+
+class Positions:
+    """The output positions that each layer is compared on: the same ones for every network."""
+
+    def __init__(self, images: int) -> None:
+        self._each = max(1, SAMPLES // images)
+        self._chosen: dict[str, Tensor] = {}
+        self._generator = torch.Generator().manual_seed(0)
+
+    def of(self, name: str, layer: Layer, output: Tensor) -> Tensor:
+        """Return the (P,) positions of the layer ``name`` in each image."""
+        if name not in self._chosen:
+            count = positions_last(layer, output).shape[2]
+            order = torch.randperm(count, generator=self._generator)
+            self._chosen[name] = order[: self._each].sort().values
+        return self._chosen[name]
+
+    def at(self, name: str) -> Tensor | None:
+        """Return the positions chosen for ``name`` before, if any were."""
+        return self._chosen.get(name)
+
+
+def positions_last(layer: Layer, tensor: Tensor) -> Tensor:
+    """Return (N, C, positions) of a convolution's (N, C, H, W) or a linear layer's (N, ..., C)."""
+    if isinstance(layer, nn.Conv2d):
+        return tensor.flatten(2)
+    return tensor.reshape(tensor.shape[0], -1, tensor.shape[-1]).transpose(1, 2)
+
+
+def outputs_at(layer: Layer, output: Tensor, positions: Tensor) -> Tensor:
+    """Return the (c_out, N * P) outputs at ``positions``."""
+    return positions_last(layer, output).index_select(2, positions).transpose(0, 1).flatten(1)
+
+
+def inputs_at(layer: Layer, inputs: Tensor, positions: Tensor) -> Tensor:
+    """Return the inputs that the outputs at ``positions`` read: (G, c_in/G * kernel, N * P)."""
+    if isinstance(layer, nn.Linear):
+        return outputs_at(layer, inputs, positions)[None]
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    parts = []
+    for part in torch.split(inputs, CHUNK):  # an unfolded map is kernel times larger than the map
+        padded = functional.pad(part, layer._reversed_padding_repeated_twice, mode=mode)
+        taps = functional.unfold(
+            padded, layer.kernel_size, dilation=layer.dilation, stride=layer.stride
+        )
+        parts.append(taps.index_select(2, positions).transpose(0, 1).flatten(1))
+    columns = torch.cat(parts, 1)
+    return columns.reshape(layer.groups, -1, columns.shape[1])
+
+
+@contextmanager
+def removed(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Remove ``hooks`` after the block."""
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
