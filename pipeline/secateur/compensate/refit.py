@@ -23,7 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from secateur.compensate.clips import Clip, find_clips
 from secateur.compensate.moments import Moments, fit
+from secateur.compensate.patches import Layer, draw, patches, positions_last, samples
 from secateur.compensate.residual import partners
 from secateur.compensate.walk import Stop, Walk
 from secateur.core.channels import ChannelGroup
@@ -31,11 +33,9 @@ from secateur.core.model import MultiTaskModel, evaluating
 from secateur.core.plan import PrunePlan, dropped_indices
 from secateur.core.progress import track
 
-Layer = nn.Conv2d | nn.Linear
-PER_WEIGHT = 16  # output positions, over all images, for each weight of an output channel ...
-SAMPLES = 2048, 16_384  # ... within these limits
 CHUNK = 32  # images per forward pass
 HELD_OUT = 4  # every fourth chunk judges the ridge
+SWEEPS = 4  # fits of a clipped layer
 
 
 def refit(
@@ -56,10 +56,11 @@ def refit(
     fitted = copy.deepcopy(cut).eval()
     layers = _single_calls(fitted, images[:1])
     norms = _following_norms(fitted, images[:1])
+    clips = find_clips(fitted, layers, images[:1])
     added = partners(fitted, layers, norms, images[:1])
     dropped = dropped_indices(groups, plan)
     chunks = torch.split(images, CHUNK)
-        with evaluating(parent):
+    with evaluating(parent):
         pairs = [
             (Walk(parent, chunk, layers, added, at_output=True),
              Walk(fitted, chunk, layers, added, at_output=False))
@@ -68,9 +69,9 @@ def refit(
         for name, layer in track(layers.items(), "refitting", len(layers)):
             norm = norms.get(name)
             gone = dropped.get((name, "out"), set())
-            positions = -(-_samples(layer) // len(images))
-            parts = [_read(layer, norm, theirs, ours, gone, positions) for theirs, ours in pairs]
-            _update(layer, norm, parts, ridge)
+            positions = -(-samples(layer) // len(images))
+            read = [_read(layer, norm, theirs, ours, gone, positions) for theirs, ours in pairs]
+            _update(layer, norm, clips.get(name), read, ridge)
         for theirs, ours in pairs:
             theirs.finish()
             ours.finish()
@@ -79,13 +80,13 @@ def refit(
 
 def _read(
     layer: Layer, norm: nn.Module | None, theirs: Walk, ours: Walk, gone: set[int], count: int
-) -> Moments:
-    """Run one chunk on to ``layer`` in both networks and return its moments there."""
+) -> tuple[Tensor, Tensor]:
+    """Run one chunk on to ``layer`` in both networks; return its inputs and what it should give."""
     wanted, given = theirs.next(), ours.next()
     kept = _kept(layer, gone, wanted.tensor)
-    positions = _draw(layer, wanted.tensor, count)
+    positions = draw(layer, wanted.tensor, count)
     target = _target(layer, norm, wanted, given, kept, positions)
-    return _moments(layer, _patches(layer, given.tensor, positions), target)
+    return patches(layer, given.tensor, positions), target
 
 
 def _is_plain(module: nn.Module) -> TypeGuard[Layer]:
@@ -137,18 +138,6 @@ def _kept(layer: Layer, gone: set[int], parent_output: Tensor) -> Tensor:
     return torch.tensor([i for i in range(parent_output.shape[axis]) if i not in gone])
 
 
-def _samples(layer: Layer) -> int:
-    least, most = SAMPLES
-    return min(max(PER_WEIGHT * layer.weight[0].numel(), least), most)
-
-
-def _draw(layer: Layer, output: Tensor, count: int) -> Tensor:
-    """Return the output positions that are compared, the same in every image."""
-    total = _positions_last(layer, output[:1]).shape[2]
-    generator = torch.Generator().manual_seed(total)
-    return torch.randperm(total, generator=generator)[:count].sort().values
-
-
 def _target(
     layer: Layer,
     norm: nn.Module | None,
@@ -160,7 +149,7 @@ def _target(
     """Return what the layer should give at ``positions``: (c_out, S)."""
 
     def pick(tensor: Tensor, channels: Tensor | None) -> Tensor:
-        flat = _positions_last(layer, tensor).index_select(2, positions)
+        flat = positions_last(layer, tensor).index_select(2, positions)
         flat = flat if channels is None else flat.index_select(1, channels)
         return flat.transpose(0, 1).flatten(1)
 
@@ -187,69 +176,44 @@ def _undo_scale(norm: nn.Module | None, channels: int) -> Tensor:
     return torch.where(audible, 1 / torch.where(audible, scale, 1.0), 0.0)
 
 
-def _positions_last(layer: Layer, tensor: Tensor) -> Tensor:
-    """Return (N, C, positions) of a convolution's (N, C, H, W) or a linear layer's (N, ..., C)."""
-    if isinstance(layer, nn.Conv2d):
-        return tensor.flatten(2)
-    return tensor.reshape(tensor.shape[0], -1, tensor.shape[-1]).transpose(1, 2)
-
-
-def _patches(layer: Layer, inputs: Tensor, positions: Tensor) -> Tensor:
-    """Return the layer's inputs at output ``positions`` as (groups, c_in/groups * kernel, S).
-
-    Only the patches that are asked for are gathered; a whole unfolded map would be kernel times
-    larger than the feature map itself.
-    """
-    if isinstance(layer, nn.Linear):
-        chosen = _positions_last(layer, inputs).index_select(2, positions)
-        return chosen.transpose(0, 1).flatten(1)[None]
-    padding = _padding(layer)
-    padded = functional.pad(inputs, padding) if any(padding) else inputs
-    flat, width = padded.flatten(2), padded.shape[3]
-    (kernel_h, kernel_w), (step_h, step_w) = layer.kernel_size, layer.dilation
-    out_width = (width - step_w * (kernel_w - 1) - 1) // layer.stride[1] + 1
-    rows = positions // out_width * layer.stride[0]
-    columns = positions % out_width * layer.stride[1]
-    taps = [
-        flat.index_select(2, (rows + y * step_h) * width + columns + x * step_w)  # (N, c_in, P)
-        for y in range(kernel_h)
-        for x in range(kernel_w)
-    ]
-    stacked = torch.stack(taps, dim=2)  # (N, c_in, kernel, P)
-    return stacked.permute(1, 2, 0, 3).reshape(layer.groups, -1, len(inputs) * len(positions))
-
-
-def _padding(layer: nn.Conv2d) -> tuple[int, int, int, int]:
-    """Return (left, right, top, bottom) as the layer itself pads."""
-    if isinstance(layer.padding, tuple):
-        vertical, horizontal = (int(side) for side in layer.padding)
-        return horizontal, horizontal, vertical, vertical
-    if layer.padding == "valid":
-        return 0, 0, 0, 0
-    height, width = (d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True))
-    return width // 2, width - width // 2, height // 2, height - height // 2
-
-
-def _moments(layer: Layer, inputs: Tensor, target: Tensor) -> Moments:
-    """Return the moments of inputs (G, D, S) and of what the layer still lacks, (G, O, S)."""
-    groups, depth, samples = inputs.shape
-    weight = layer.weight.detach().reshape(groups, -1, depth)
-    return Moments.of(inputs, target.reshape(groups, -1, samples) - weight @ inputs)
-
-
 def _update(
-    layer: Layer, norm: nn.Module | None, parts: Sequence[Moments], ridge: float | None
+    layer: Layer,
+    norm: nn.Module | None,
+    clip: Clip | None,
+    samples: Sequence[tuple[Tensor, Tensor]],
+    ridge: float | None,
 ) -> None:
-    """Refit ``layer.weight`` in place and move the mean of its outputs to the target's."""
+    """Refit ``layer.weight`` in place and move the mean of its outputs to the target's.
+
+    ``samples``: per chunk, inputs (G, D, S) and targets (c_out, S). A clipped layer is fitted
+    again with the targets that its own predictions allow.
+    """
+    groups, depth, _ = samples[0][0].shape
+    kept = layer.weight.detach().reshape(groups, -1, depth)
+    change, offset = torch.zeros_like(kept), torch.zeros(kept.shape[:2])
+    for sweep in range(SWEEPS if clip is not None else 1):
+        parts = []
+        for inputs, target in samples:
+            if clip is not None and sweep > 0:
+                predicted = (kept + change) @ inputs + offset[:, :, None]
+                target = clip.bend(target, predicted.flatten(0, 1))
+            parts.append(
+                Moments.of(inputs, target.reshape(groups, -1, target.shape[1]) - kept @ inputs)
+            )
+        change, offset = (value.float() for value in _fit(parts, ridge))
+    layer.weight.data += change.reshape(layer.weight.shape)
+    offset = offset.flatten()
+    _shift(layer, norm, offset if layer.bias is None else offset - layer.bias.detach())
+
+
+def _fit(parts: Sequence[Moments], ridge: float | None) -> tuple[Tensor, Tensor]:
+    """Return the change of weights (G, O, D) and the offset (G, O) of the outputs."""
     judges = parts[HELD_OUT - 1 :: HELD_OUT]
     rest = [part for i, part in enumerate(parts) if i % HELD_OUT != HELD_OUT - 1]
     change = fit(_total(rest), _total(judges) if judges else None, ridge)
-    layer.weight.data += change.reshape(layer.weight.shape).to(layer.weight.dtype)
     whole = _total(parts)
     mean_in, mean_error = whole.x / whole.count, whole.e / whole.count
-    offset = mean_error - (change @ mean_in[:, :, None])[:, :, 0]
-    offset = offset.flatten().float()
-    _shift(layer, norm, offset if layer.bias is None else offset - layer.bias.detach())
+    return change, mean_error - (change @ mean_in[:, :, None])[:, :, 0]
 
 
 def _total(parts: Sequence[Moments]) -> Moments:

@@ -81,7 +81,7 @@ class PruneSpec(_Strict):
 
 class CompensateSpec(_Strict):
     images: int = Field(default=64, ge=2)
-    ridge: float = Field(default=0.1, gt=0)
+    ridge: float | None = Field(default=None, gt=0)
 
 
 class EarlyStopSpec(_Strict):
