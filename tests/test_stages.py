@@ -1,4 +1,4 @@
-"""Selection, importance, fusion, compensation, recovery and export, on a model made here."""
+"""Selection, the score bank, compensation, recovery and export, on a model made here."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from secateur import zoo
 from secateur.compensate import refit
-from secateur.core.errors import DataError, ModelError, RecipeError
+from secateur.core.errors import DataError, ModelError
 from secateur.core.model import MultiTaskModel
 from secateur.core.task import Task
-from secateur.data.loading import batches, open_reader
-from secateur.fusion.scores import fuse
-from secateur.importance.bank import load_scores, save_scores, score_task
+from secateur.data.loading import open_reader
+from secateur.importance.bank import load_scores, save_scores
 from secateur.lower import compare_outputs, export_onnx
 from secateur.prune import apply_plan, find_groups, macs_model, plan_prune
 from secateur.prune.macs import count_layer_macs
@@ -90,40 +89,6 @@ def test_decompose_finds_use_not_names() -> None:
     assert sum(use.shared_by(n, use.params) for n in (1, 2, 3)) == total
 
 
-def test_taylor_scores_a_dead_channel_zero_and_other_tasks_heads_zero() -> None:
-    model = tiny_model()
-    model.network.depthwise_norm.weight.data[5] = 0
-    model.network.depthwise_norm.bias.data[5] = 0
-    model.network.expand_norm.weight.data[5] = 0
-    model.network.expand_norm.bias.data[5] = 0
-    groups = find_groups(model, EXAMPLE)
-    scores = score_task(
-        model, groups, TASKS[1], "taylor", lambda: batches(scenes(8), [TASKS[1]], SPEC, 4), 2
-    )
-    by_layer = {m.layer: scores[g.name] for g in groups for m in g.members if m.axis == "out"}
-    inner = by_layer["network.depthwise"]
-    assert inner[5] == 0 and np.delete(inner, 5).mean() > 0
-    assert (by_layer["network.seg_mix"] == 0).all()
-    assert (by_layer["network.depth_mix"] > 0).any()
-
-
-def test_scoring_leaves_weights_and_gradients_alone() -> None:
-    model = tiny_model()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    groups = find_groups(model, EXAMPLE)
-    score_task(model, groups, TASKS[0], "taylor", lambda: batches(scenes(4), TASKS[:1], SPEC, 4), 1)
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
-@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.kind)
-def test_without_labels_targets_are_drawn_and_scores_are_not_zero(task: Task) -> None:
-    model = tiny_model()
-    groups = find_groups(model, EXAMPLE)
-    scores = score_task(model, groups, task, "taylor", lambda: batches(scenes(4), [], SPEC, 4), 1)
-    assert sum(values.sum() for values in scores.values()) > 0
-
-
 def test_the_bank_on_disk_gives_back_what_was_stored(tmp_path: Path) -> None:
     path = tmp_path / "scores.safetensors"
     assert load_scores(path) is None
@@ -131,16 +96,6 @@ def test_the_bank_on_disk_gives_back_what_was_stored(tmp_path: Path) -> None:
     assert load_scores(path)["a"].tolist() == [1.0, 2.0]
     path.write_bytes(b"damaged")
     assert load_scores(path) is None
-
-
-def test_mean_fusion_gives_each_task_the_same_say() -> None:
-    tasks = {"loud": {"g": np.array([100.0, 300.0])}, "quiet": {"g": np.array([0.003, 0.001])}}
-    fused = fuse(tasks, {"loud": 1.0, "quiet": 1.0}, "mean")
-    assert fused["g"].tolist() == pytest.approx([0.5, 0.5])
-    weighted = fuse(tasks, {"loud": 3.0, "quiet": 1.0}, "mean")
-    assert weighted["g"].tolist() == pytest.approx([0.375, 0.625])
-    with pytest.raises(RecipeError, match="not a fusion rule"):
-        fuse(tasks, {"loud": 1.0, "quiet": 1.0}, "median")
 
 
 def half_cut(model: MultiTaskModel):

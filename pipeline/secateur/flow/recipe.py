@@ -71,7 +71,7 @@ class BudgetSpec(_Strict):
 
 class PruneSpec(_Strict):
     criterion: str = "taylor"
-    fusion: str = "mean"
+    fusion: str = "cut"
     budget: BudgetSpec
     grid: int | None = Field(default=None, ge=1)
     floor: float = Field(default=0.3, ge=0, lt=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,12 +20,13 @@ from secateur.core.files import file_sha256
 from secateur.core.model import ModelInput, MultiTaskModel, evaluating, model_fingerprint
 from secateur.core.plan import PrunePlan
 from secateur.core.task import Task
-from secateur.data.loading import Subset, batches, has_labels, image_batch, spread
+from secateur.data.loading import Batch, Subset, batches, has_labels, image_batch, spread
 from secateur.data.transforms import image_tensor
 from secateur.flow.job import Job
 from secateur.flow.recovery import forgets_weights, recovered
-from secateur.fusion.scores import fuse
-from secateur.importance.bank import load_scores, save_scores, score_task
+from secateur.fusion.scores import NEEDS_AGREEMENT, GroupScores, fuse, rule_of
+from secateur.importance.agreement import agreement
+from secateur.importance.bank import load_scores, save_scores, score_tasks, task_data
 from secateur.lower import export_onnx
 from secateur.lower.export import OPSET
 from secateur.metrics.delta import Delta, delta
@@ -44,28 +45,48 @@ def score_bank(job: Job, tasks: Sequence[str]) -> dict[str, Scores]:
 
     They are stored per task, so any subset of tasks is planned without another backward pass.
     """
-    groups = find_groups(job.parent, job.example)
     wanted = job.recipe.prune
-    subset = Subset(job.train, spread(job.train, wanted.images))
-    labelled = [task for task in job.parent.tasks if has_labels(job.train, [task])]
-    bank: dict[str, Scores] = {}
-    for task in job.parent.tasks:
-        if task.name not in tasks:
-            continue
-        key = (job.parent_key, job.train.fingerprint, _meaning(task), wanted.criterion,
-               wanted.images, asdict(job.spec))  # fmt: skip
-        path = job.cache.folder("scores", *key) / "scores.safetensors"
-        scores = load_scores(path)
-        if scores is None:
-            shown = [task] if task in labelled else []
-            scores = score_task(
-                job.parent, groups, task, wanted.criterion,
-                partial(batches, subset, shown, job.spec, SCORE_BATCH),
-                -(-len(subset) // SCORE_BATCH),
-            )  # fmt: skip
-            save_scores(path, scores)
-        bank[task.name] = scores
-    return bank
+    paths = {
+        task: job.cache.folder("scores", *_score_key(job, [task]), wanted.criterion)
+        / "scores.safetensors"
+        for task in job.parent.tasks
+        if task.name in tasks
+    }
+    bank = {task.name: load_scores(path) for task, path in paths.items()}
+    missing = [task for task in paths if bank[task.name] is None]
+    if missing:
+        groups = find_groups(job.parent, job.example)
+        made = score_tasks(
+            job.parent, groups, missing, wanted.criterion, *_score_stream(job, missing)
+        )
+        for task in missing:
+            save_scores(paths[task], made[task.name])
+            bank[task.name] = made[task.name]
+    return {name: scores for name, scores in bank.items() if scores is not None}
+
+
+def _score_key(job: Job, tasks: Sequence[Task]) -> tuple[Any, ...]:
+    return (job.parent_key, job.train.fingerprint, [_meaning(task) for task in tasks],
+            job.recipe.prune.images, asdict(job.spec))  # fmt: skip
+
+
+def _score_stream(job: Job, tasks: Sequence[Task]) -> tuple[Callable[[], Iterable[Batch]], int]:
+    """Return the batches that importance is read from, and how many they are."""
+    subset = Subset(job.train, spread(job.train, job.recipe.prune.images))
+    labelled = [task for task in tasks if has_labels(job.train, [task])]
+    stream = partial(batches, subset, labelled, job.spec, SCORE_BATCH)
+    return stream, -(-len(subset) // SCORE_BATCH)
+
+
+def task_agreement(job: Job, groups: Sequence[ChannelGroup]) -> Scores:
+    """Return how alike the kept tasks' gradients are, 0..1, on the parent's groups."""
+    folder = job.cache.folder("agreement", *_score_key(job, job.tasks))
+    found = load_scores(folder / "scores.safetensors")
+    if found is None:
+        data = task_data(job.parent, job.tasks, *_score_stream(job, job.tasks))
+        found = agreement(job.parent, groups, data)
+        save_scores(folder / "scores.safetensors", found)
+    return found
 
 
 def scores_for(
@@ -97,20 +118,38 @@ def scores_for(
 
 def make_plan(job: Job, grid: int) -> tuple[tuple[ChannelGroup, ...], PrunePlan]:
     """Score, fuse and plan the cut of the selected model; touches no weight."""
-    names = [task.name for task in job.tasks]
-    bank = score_bank(job, names)
+    wanted = job.recipe.prune
+    rule_of(wanted.fusion)  # a wrong name is told before the scoring
+    bank = score_bank(job, [task.name for task in job.tasks])
     parent_groups = find_groups(job.parent, job.example)
     groups = find_groups(job.selected, job.example)
-    per_task = {name: scores_for(groups, parent_groups, bank[name]) for name in names}
-    wanted = job.recipe.prune
-    fused = fuse(per_task, {task.name: task.weight for task in job.tasks}, wanted.fusion)
+    per_task = {name: scores_for(groups, parent_groups, scores) for name, scores in bank.items()}
+    agree = None
+    if wanted.fusion in NEEDS_AGREEMENT:
+        agree = scores_for(groups, parent_groups, task_agreement(job, parent_groups))
     cost = macs_model(job.selected, groups, job.example)
-    plan = plan_prune(
-        groups, cost, fused, per_task,
-        Budget(wanted.budget.macs, grid, wanted.floor, wanted.balance),
-        criterion=wanted.criterion, fusion=wanted.fusion,
-    )  # fmt: skip
-    return groups, plan
+    budget = Budget(wanted.budget.macs, grid, wanted.floor, wanted.balance)
+
+    def plan(fused: GroupScores) -> PrunePlan:
+        return plan_prune(
+            groups, cost, fused, per_task, budget,
+            criterion=wanted.criterion, fusion=wanted.fusion,
+        )  # fmt: skip
+
+    fused = fuse(
+        per_task,
+        {task.name: task.weight for task in job.tasks},
+        wanted.fusion,
+        agreement=agree,
+        oracle=lambda trial: _removed(plan(trial)),
+        keep_share=wanted.budget.macs**0.5,  # MACs go with the square of the widths
+    )
+    return groups, plan(fused)
+
+
+def _removed(plan: PrunePlan) -> dict[str, NDArray[np.bool_]]:
+    """Return, per group, a (width,) mask of the channels that the plan drops."""
+    return {cut.name: ~np.isin(np.arange(cut.width), cut.kept) for cut in plan.cuts}
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
-from torch import Tensor
 
 from secateur.core.channels import ChannelGroup
 from secateur.core.errors import DataError
@@ -19,51 +19,67 @@ from secateur.core.model import MultiTaskModel, evaluating
 from secateur.core.progress import track
 from secateur.core.task import Task
 from secateur.data.loading import Batch
-from secateur.importance.criterion import Loss, criterion_of
+from secateur.importance.criterion import Scores, TaskBatch, TaskData, criterion_of
 from secateur.metrics.kind import kind_of
 
 GroupScores = Mapping[str, NDArray[np.float64]]
+Stream = Callable[[], Iterable[Batch]]
 
 
-def score_task(
+def score_tasks(
     model: MultiTaskModel,
     groups: Sequence[ChannelGroup],
-    task: Task,
+    tasks: Sequence[Task],
     criterion: str,
-    stream: Callable[[], Iterable[Batch]],
+    stream: Stream,
     batch_count: int,
-) -> dict[str, NDArray[np.float64]]:
-    """Return (width,) scores per group for one task.
+) -> dict[str, Scores]:
+    """Return (width,) scores per task and group: each task's own, made in one pass over the images.
 
-    Where the batches carry no target for the task, targets are drawn from the model's own
-    outputs (see ``TaskKind.sample_target``).
+    The model is left as it was. For targets, see ``task_data``.
 
     Raises:
+        RecipeError: there is no such criterion.
         DataError: a score is not finite.
     """
-    kind = kind_of(task)
-    targets: list[Tensor] = []
+    data = task_data(model, tasks, stream, batch_count)
+    bank = criterion_of(criterion)(model, groups, data)
+    for task, scores in bank.items():
+        bad = [name for name, values in scores.items() if not np.isfinite(values).all()]
+        if bad:
+            raise DataError(
+                f"the importance of group '{bad[0]}' for task '{task}' is not finite",
+                hint="check the labels and the model's outputs on the training images",
+            )
+    return bank
 
-    def images() -> Iterable[Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        for batch in track(stream(), f"scoring {task.name}", batch_count):
-            if task.name in batch.targets:
-                targets.append(batch.targets[task.name])
-            else:
+
+def task_data(
+    model: MultiTaskModel, tasks: Sequence[Task], stream: Stream, batch_count: int
+) -> TaskData:
+    """Return the batches of ``stream`` with each task's loss; one batch is held at a time.
+
+    Where a batch carries no target for a task, one is drawn from the model's own output (see
+    ``TaskKind.sample_target``), the same in every pass and whatever tasks are beside it.
+    """
+    kinds = {task.name: kind_of(task) for task in tasks}
+    names = tuple(kinds)
+
+    def batches() -> Iterator[TaskBatch]:
+        generators = {name: torch.Generator().manual_seed(0) for name in names}
+        for batch in track(stream(), f"scoring {', '.join(names)}", batch_count):
+            targets = {name: batch.targets[name] for name in names if name in batch.targets}
+            if len(targets) < len(names):
                 with evaluating(model):
-                    output = model(batch.images)[task.name]
-                targets.append(kind.sample_target(output, generator))
-            yield batch.images
+                    outputs = model(batch.images)
+                for name in names:
+                    if name not in targets:
+                        kind, generator = kinds[name], generators[name]
+                        targets[name] = kind.sample_target(outputs[name], generator)
+            losses = {name: partial(kinds[name].loss, target=targets[name]) for name in names}
+            yield TaskBatch(batch.images, losses)
 
-    loss: Loss = lambda outputs, number: kind.loss(outputs[task.name], targets[number])  # noqa: E731
-    scores = criterion_of(criterion).score(model, groups, images(), loss)
-    bad = [name for name, values in scores.items() if not np.isfinite(values).all()]
-    if bad:
-        raise DataError(
-            f"the importance of group '{bad[0]}' for task '{task.name}' is not finite",
-            hint="check the labels and the model's outputs on the training images",
-        )
-    return scores
+    return TaskData(names, batches)
 
 
 def save_scores(path: Path, scores: GroupScores) -> None:
@@ -74,7 +90,7 @@ def save_scores(path: Path, scores: GroupScores) -> None:
         )
 
 
-def load_scores(path: Path) -> dict[str, NDArray[np.float64]] | None:
+def load_scores(path: Path) -> Scores | None:
     """Read scores, or return None when there are none or the file is damaged."""
     try:
         return dict(load_file(path))

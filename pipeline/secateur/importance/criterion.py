@@ -1,8 +1,13 @@
-"""The contract of a criterion, and how one is found."""
+"""The contract of a criterion, and how one is found.
+
+A criterion is a file with one function, ``score``. Those that read gradients go over the images in
+``passes``, where all tasks share one forward; the others ignore the images.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -14,35 +19,67 @@ from secateur.core.channels import ChannelGroup
 from secateur.core.errors import RecipeError
 from secateur.core.model import MultiTaskModel
 
-Loss = Callable[[dict[str, Tensor], int], Tensor]
-"""From the model's outputs and the batch's number to one task's scalar loss."""
+Scores = dict[str, NDArray[np.float64]]
+"""(width,) numbers by group name."""
+Loss = Callable[[Tensor], Tensor]
+"""From one task's output to its scalar loss, a mean over the batch."""
+
+
+@dataclass(frozen=True)
+class TaskBatch:
+    """``images`` (N, C, H, W), and what each task's output on them should have been."""
+
+    images: Tensor
+    losses: Mapping[str, Loss]
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """The tasks to score and the batches to score them on; iterating starts again each time."""
+
+    tasks: tuple[str, ...]
+    stream: Callable[[], Iterable[TaskBatch]]
+
+    def __iter__(self) -> Iterator[TaskBatch]:
+        return iter(self.stream())
 
 
 class Criterion(Protocol):
-    """A module with ``score``; it must leave the model's weights as they were."""
+    """Scores every task of ``data``, each from its own loss alone; leaves ``model`` as it was."""
 
-    def score(
-        self,
-        model: MultiTaskModel,
-        groups: Sequence[ChannelGroup],
-        images: Iterable[Tensor],
-        loss: Loss,
-    ) -> dict[str, NDArray[np.float64]]:
-        """Return a non-negative (width,) score per group name, for the task of ``loss``."""
+    def __call__(
+        self, model: MultiTaskModel, groups: Sequence[ChannelGroup], data: TaskData
+    ) -> dict[str, Scores]:
+        """Return, per task and group name, finite (width,) scores >= 0."""
         ...
 
 
 def criterion_of(name: str) -> Criterion:
-    """Return the criterion ``name``.
+    """Return the criterion ``name``; ``name:option`` where its file has ``configured(option)``.
 
     Raises:
-        RecipeError: there is no file (or entry point) of that name.
+        RecipeError: there is no file (or entry point) of that name, or the option does not fit.
     """
+    entry, colon, option = name.partition(":")
     try:
-        module: Criterion = registry.load("secateur.importance", name)
+        module = registry.load("secateur.importance", entry)
     except KeyError as error:
         raise RecipeError(
-            f"prune.criterion: '{name}' is not a criterion",
+            f"prune.criterion: '{entry}' is not a criterion",
             hint=f"criteria: {', '.join(registry.entries('secateur.importance'))}",
         ) from error
-    return module
+    if not colon:
+        plain: Criterion = module.score
+        return plain
+    if not hasattr(module, "configured"):
+        raise RecipeError(
+            f"prune.criterion: '{entry}' takes no option, got '{option}'",
+            hint=f"write prune.criterion: {entry}",
+        )
+    configured: Criterion = module.configured(option)
+    return configured
+
+
+def same_for_all(data: TaskData, scores: Scores) -> dict[str, Scores]:
+    """Return ``scores`` for every task: what a criterion does that no task has a say in."""
+    return {task: dict(scores) for task in data.tasks}

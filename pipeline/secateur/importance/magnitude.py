@@ -5,32 +5,32 @@ Needs no data and is the same for every task: a baseline.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from secateur.core.channels import ChannelGroup
 from secateur.core.model import MultiTaskModel
-from secateur.importance.criterion import Loss
+from secateur.importance.criterion import Scores, TaskData, same_for_all
+from secateur.importance.places import Place, producers
 
 
 def score(
-    model: MultiTaskModel,
-    groups: Sequence[ChannelGroup],
-    images: Iterable[Tensor],
-    loss: Loss,
-) -> dict[str, NDArray[np.float64]]:
+    model: MultiTaskModel, groups: Sequence[ChannelGroup], data: TaskData
+) -> dict[str, Scores]:
     """Return, per group, the mean over its producing layers of the L2 norm per channel."""
-    modules = dict(model.named_modules())
-    result = {}
-    for group in groups:
-        rows = []
-        for member in group.members:
-            module = modules[member.layer]
-            if member.axis == "out" and isinstance(module, nn.Conv2d | nn.Linear):
-                norms = module.weight.detach().flatten(1).norm(dim=1).double().numpy()
-                rows.append([np.linalg.norm(norms[list(at)]) for at in member.indices])
-        result[group.name] = np.mean(rows, axis=0) if rows else np.zeros(group.width)
-    return result
+    return same_for_all(data, norms(model, groups, 2))
+
+
+def norms(model: MultiTaskModel, groups: Sequence[ChannelGroup], order: int) -> Scores:
+    """Return the norm of that order of each channel's weights, averaged over its producers."""
+    return {
+        name: np.mean([_norms(place, order) for place in found], axis=0)
+        for name, found in producers(model, groups).items()
+    }
+
+
+def _norms(place: Place, order: int) -> NDArray[np.float64]:
+    norms: NDArray[np.float64] = place.weights().double().norm(order, dim=1).cpu().numpy()
+    return norms

@@ -1,0 +1,127 @@
+"""What every method of the suite is given: one parent, its data, its groups and their cost."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from secateur import zoo
+from secateur.core.channels import ChannelGroup
+from secateur.core.model import ModelInput, MultiTaskModel
+from secateur.core.plan import PrunePlan
+from secateur.data.loading import Batch, InMemory, batches, image_batch, open_reader, spread
+from secateur.data.sample import Reader, Sample
+from secateur.metrics.kind import kind_of
+from secateur.prune import apply_plan, find_groups, macs_model, plan_prune
+from secateur.prune.macs import MacsModel
+from secateur.prune.plan import Budget
+from suite import read_json
+from train_parent import PARENTS
+
+PARENT_FILES = Path(__file__).resolve().parents[1] / "parents"
+GRID = 8
+FLOOR = 8  # channels that every group keeps at least, whatever the method
+Scores = Mapping[str, NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class Some:
+    """Some samples of a reader."""
+
+    reader: Reader
+    indices: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def fingerprint(self) -> str:
+        return self.reader.fingerprint
+
+    @property
+    def label_names(self) -> frozenset[str]:
+        return self.reader.label_names
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.reader[self.indices[index]]
+
+
+class Bench:
+    """One parent and its data. ``fit`` trains, ``val`` chooses settings, ``test`` is told once."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        known = PARENTS[name]
+        network = getattr(zoo, known.factory)()
+        weights = load_file(PARENT_FILES / f"{name}.safetensors")
+        network.load_state_dict(
+            {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
+        )
+        self.parent = MultiTaskModel(network, known.tasks).eval()
+        self.spec: ModelInput = known.spec
+        self.example = self.spec.example()
+        self.parent_steps = int(read_json(PARENT_FILES / f"{name}.json")["steps"])
+        self._reader = known.reader
+        self.groups: tuple[ChannelGroup, ...] = find_groups(self.parent, self.example)
+        self.cost: MacsModel = macs_model(self.parent, self.groups, self.example)
+        self.full_macs = self.cost.macs([group.width for group in self.groups])
+
+    @cached_property
+    def fit(self) -> Reader:
+        return self._open("fit")
+
+    @cached_property
+    def val(self) -> Reader:
+        return self._open("val")
+
+    @cached_property
+    def test(self) -> Reader:
+        return self._open("test")
+
+    def images(self, count: int, seed: int = 0) -> Tensor:
+        """Return (count, C, H, W) unlabelled training images: spread evenly, or drawn by seed."""
+        return image_batch(self.fit, self._chosen(count, seed), self.spec)
+
+    def stream(self, count: int, seed: int = 0, batch_size: int = 8) -> Iterator[Batch]:
+        """Yield labelled training batches: ``count`` images in all."""
+        some = Some(self.fit, tuple(self._chosen(count, seed)))
+        return batches(some, self.parent.tasks, self.spec, batch_size)
+
+    def losses(
+        self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return each task's loss times its weight."""
+        return {
+            task.name: task.weight * kind_of(task).loss(outputs[task.name], targets[task.name])
+            for task in self.parent.tasks
+        }
+
+    def plan(self, scores: Scores, share: float, floor: float = 0.0) -> PrunePlan:
+        """Return the cut to ``share`` of the parent's MACs that global ranking of scores gives."""
+        budget = Budget(share, GRID, floor, 0.0)
+        return plan_prune(self.groups, self.cost, scores, {}, budget, criterion="-", fusion="-")
+
+    def apply(self, plan: PrunePlan) -> MultiTaskModel:
+        """Carry out a plan, without compensation."""
+        return apply_plan(self.parent, self.groups, plan, self.example)
+
+    def _chosen(self, count: int, seed: int) -> list[int]:
+        if seed == 0:
+            return spread(self.fit, count)
+        order = torch.randperm(len(self.fit), generator=torch.Generator().manual_seed(seed))
+        return sorted(int(i) for i in order[:count])
+
+    def _open(self, split: str) -> Reader:
+        root = Path(os.environ["SECATEUR_DATA"]) / "nyuv2_288x384"
+        return InMemory(open_reader(self._reader, root, split))
