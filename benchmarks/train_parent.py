@@ -1,6 +1,7 @@
 """Train a parent to convergence and write its weights, curve and model card.
 
     python benchmarks/train_parent.py nyuv2_lite0 --data DIR --weights FILE [--epochs 60]
+    python benchmarks/train_parent.py pets_lite0 --data DIR --weights FILE [--epochs 60]
     python benchmarks/train_parent.py scenes_small [--epochs 60]
 
 Resumable: run the same command again after a stop. Uses a GPU when there is one.
@@ -74,6 +75,23 @@ PARENTS = {
     "nyuv2_lite0_96x128": _nyuv2("nyuv2_lite0", 96, 128, "Apache-2.0", train_split="fit"),
     "nyuv2_mobilenetv2_96x128": _nyuv2(
         "nyuv2_mobilenetv2", 96, 128, "torchvision, BSD-3-Clause", train_split="fit"
+    ),
+    "pets_lite0": Parent(
+        factory="pets_lite0",
+        tasks=(
+            Task("breed", "breed", "classification", "breed", classes=3),
+            Task("species", "species", "classification", "species", classes=2),
+            Task("trimap", "trimap", "segmentation", "trimap", classes=3),
+        ),
+        spec=ModelInput(3, 128, 128, MEAN, STD),
+        reader="pets",
+        data="Three breeds of the Oxford-IIIT Pet data set (Parkhi, Vedaldi, Zisserman, Jawahar, "
+        "CVPR 2012), 300 training (50 of them held out) and 298 test images at 160x160. Backbone "
+        "pre-trained on ImageNet-1k (Apache-2.0).",
+        terms="The data set is CC BY-SA 4.0, and so are these weights; the images' copyright stays "
+        "with their owners.",
+        augment=Augment(),
+        train_split="fit",
     ),
     "scenes_small": Parent(
         factory="scenes_small",

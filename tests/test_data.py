@@ -187,6 +187,10 @@ def test_nyuv2_mini_as_stored() -> None:
 def test_pets_and_cifar_as_stored() -> None:
     pets = open_reader("pets", need_data("pets3"), "train")
     assert len(pets) == 300 and pets[0].labels["head"].shape == (2, 2)
+    ids = {split: {s.id for s in open_reader("pets", need_data("pets3"), split)}
+           for split in ("train", "fit", "val", "test")}  # fmt: skip
+    assert ids["fit"] | ids["val"] == ids["train"] and len(ids["val"]) == 50
+    assert not ids["fit"] & ids["val"] and not ids["train"] & ids["test"]
     cifar = open_reader("cifar100", need_data("cifar100_sub"), "test", fine=[3, 42])
     assert len(cifar) == 200 and int(cifar[150].labels["fine"]) == 1
     assert cifar[0].image.shape == (32, 32, 3)

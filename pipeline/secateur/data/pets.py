@@ -18,11 +18,17 @@ from secateur.data.sample import Array, Reader, Sample
 
 BREEDS = ("Abyssinian", "Bengal", "american_bulldog")
 SPECIES = ("cat", "dog")
+TRIMAP = ("pet", "background", "border")
+HOLD_OUT = 6  # one training image of so many is held out
 HEAD_BOX = ("head_xmin", "head_ymin", "head_xmax", "head_ymax")
 
 
 def create(root: Path, split: str) -> Reader:
-    """Open the pets at ``root``, a folder with ``pets3.zip`` or the unpacked files."""
+    """Open the pets at ``root``, a folder with ``pets3.zip`` or the unpacked files.
+
+    Besides ``train`` (300) and ``test`` (298) there are ``fit`` (250) and ``val`` (50): the
+    training images without, and only, every ``HOLD_OUT``-th. Choose settings on ``val``.
+    """
     return Pets(root, split)
 
 
@@ -41,8 +47,9 @@ class Pets:
                 f"labels.csv in {self._archive.path} lacks column '{sorted(missing)[0]}'",
                 hint="expected name, split, breed, species and the head box",
             )
-        self._rows = [row for row in rows if row["split"] == split]
-        self.fingerprint = value_digest(["pets", split, self._archive.fingerprint])
+        self._rows = _part(rows, split)
+        names = [row["name"] for row in self._rows]
+        self.fingerprint = value_digest(["pets", names, self._archive.fingerprint])
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -61,3 +68,11 @@ class Pets:
             "head": np.array(box, np.float32).reshape(2, 2),
         }
         return Sample(row["name"], self._archive.rgb(f"image/{row['name']}.jpg"), labels)
+
+
+def _part(rows: list[dict[str, str]], split: str) -> list[dict[str, str]]:
+    if split not in ("fit", "val"):
+        return [row for row in rows if row["split"] == split]
+    train = [row for row in rows if row["split"] == "train"]
+    held_out = [i % HOLD_OUT == HOLD_OUT - 1 for i in range(len(train))]
+    return [row for row, held in zip(train, held_out, strict=True) if held == (split == "val")]

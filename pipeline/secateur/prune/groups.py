@@ -33,7 +33,9 @@ def dependency_graph(model: MultiTaskModel, example: Tensor) -> torch_pruning.De
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch-pruning warns of each unwrapped parameter
             graph = torch_pruning.DependencyGraph().build_dependency(
-                model, example_inputs=example, verbose=False
+                model,
+                example_inputs=(example,),  # a bare tensor it would unpack, image by image
+                verbose=False,
             )
     except (RuntimeError, IndexError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise ModelError(

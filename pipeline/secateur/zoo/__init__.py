@@ -1,13 +1,17 @@
-"""Our own parents: any timm backbone with one light head per task, and trained ones."""
+"""Parents: any timm backbone with one light head per task, trained ones, and a foreign one."""
 
+from secateur.zoo.age_gender import AGE_GENDER_INPUT, age_gender
 from secateur.zoo.compose import ComposedModel, HeadSpec, compose
-from secateur.zoo.parents import nyuv2_lite0, nyuv2_mobilenetv2, scenes_small
+from secateur.zoo.parents import nyuv2_lite0, nyuv2_mobilenetv2, pets_lite0, scenes_small
 
 __all__ = [
+    "AGE_GENDER_INPUT",
     "ComposedModel",
     "HeadSpec",
+    "age_gender",
     "compose",
     "nyuv2_lite0",
     "nyuv2_mobilenetv2",
+    "pets_lite0",
     "scenes_small",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from secateur.data.pets import BREEDS, SPECIES, TRIMAP
 from secateur.data.scenes import CLASSES as SCENE_CLASSES
 from secateur.data.scenes import ROOMS as SCENE_ROOMS
 from secateur.zoo.compose import ComposedModel, HeadSpec, compose
@@ -23,6 +24,19 @@ def nyuv2_lite0(backbone_weights: str | Path | None = None) -> ComposedModel:
 def nyuv2_mobilenetv2(backbone_weights: str | Path | None = None) -> ComposedModel:
     """MobileNetV2 with the same three heads; takes timm's or torchvision's ImageNet weights."""
     return compose("mobilenetv2_100", NYUV2_HEADS, backbone_weights=backbone_weights)
+
+
+def pets_lite0(backbone_weights: str | Path | None = None) -> ComposedModel:
+    """EfficientNet-Lite0 with breed (3), species (2) and trimap (3 classes per pixel) heads."""
+    return compose(
+        "efficientnet_lite0",
+        {
+            "breed": HeadSpec("classification", len(BREEDS)),
+            "species": HeadSpec("classification", len(SPECIES)),
+            "trimap": HeadSpec("segmentation", len(TRIMAP)),
+        },
+        backbone_weights=backbone_weights,
+    )
 
 
 def scenes_small() -> ComposedModel:
