@@ -63,26 +63,27 @@ class _Subset:
 
 
 def score_bank(job: Job, tasks: Sequence[str]) -> dict[str, Scores]:
-    """Return the scores of ``tasks`` on the *whole* parent's groups, from the bank or made now.
+    """Return the scores of ``tasks`` on the groups of ``job.scored``, from the bank or made now.
 
     They are stored per task, so any subset of tasks is planned without another backward pass.
     """
-    groups = find_groups(job.parent, job.example)
+    groups = find_groups(job.scored, job.example)
+    scored_key = model_fingerprint(job.scored)
     wanted = job.recipe.prune
     subset = _Subset(job.train, spread(job.train, wanted.images))
-    labelled = [task for task in job.parent.tasks if has_labels(job.train, [task])]
+    labelled = [task for task in job.scored.tasks if has_labels(job.train, [task])]
     bank: dict[str, Scores] = {}
-    for task in job.parent.tasks:
+    for task in job.scored.tasks:
         if task.name not in tasks:
             continue
-        key = (job.parent_key, job.train.fingerprint, _meaning(task), wanted.criterion,
+        key = (scored_key, job.train.fingerprint, _meaning(task), wanted.criterion,
                wanted.images, asdict(job.spec))  # fmt: skip
         path = job.cache.folder("scores", *key) / "scores.safetensors"
         scores = load_scores(path)
         if scores is None:
             shown = [task] if task in labelled else []
             scores = score_task(
-                job.parent, groups, task, wanted.criterion,
+                job.scored, groups, task, wanted.criterion,
                 partial(batches, subset, shown, job.spec, SCORE_BATCH),
                 -(-len(subset) // SCORE_BATCH),
             )  # fmt: skip
@@ -122,7 +123,7 @@ def make_plan(job: Job, grid: int) -> tuple[tuple[ChannelGroup, ...], PrunePlan]
     """Score, fuse and plan the cut of the selected model; touches no weight."""
     names = [task.name for task in job.tasks]
     bank = score_bank(job, names)
-    parent_groups = find_groups(job.parent, job.example)
+    parent_groups = find_groups(job.scored, job.example)
     groups = find_groups(job.selected, job.example)
     per_task = {name: scores_for(groups, parent_groups, bank[name]) for name in names}
     wanted = job.recipe.prune
