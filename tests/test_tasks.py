@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from cli_run import RECIPE, make_project, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from secateur.core.errors import ModelError
+from secateur.core.errors import ModelError, RuntimeMissing
 from secateur.core.model import MultiTaskModel
 from secateur.core.task import Task
-from secateur.prune import count_macs, find_groups
+from secateur.lower import compare_outputs, export_onnx
+from secateur.prune import apply_plan, count_macs, find_groups, macs_model, plan_prune
+from secateur.prune.plan import Budget
+from secateur.runtimes.base import runtime_of
 from secateur.tasks import apply_folds, decompose, draw_use, plan_folds, select_tasks
 from secateur.tasks.reparam import LoraLayer, RcmConv, TapsLayer, TaskPasses, set_task
 from secateur.tasks.stub import Stub
@@ -329,8 +334,40 @@ def test_stubs_stand_for_whole_heads_and_follow_the_batch() -> None:
     assert count_macs(selected, IMAGE) < count_macs(model, IMAGE)
     tokens = selected.network.heads["a"](torch.zeros(5, 8, 16, 16), scale=2.0)["tokens"]
     assert tokens.shape == (5 * 2, 16, 16)
-    with pytest.raises(ModelError, match="other sizes"):
-        selected.network.heads["a"](torch.zeros(5, 8, 4, 4), scale=2.0)
+    narrower = selected.network.heads["a"](torch.zeros(5, 4, 16, 16), scale=2.0)["map"]
+    assert narrower.shape == (5, 2, 16, 16)
+
+
+def test_a_stubbed_network_can_be_cut_and_exported(tmp_path: Path) -> None:
+    class BySize(nn.Module):
+        """fx gives up at the comparison of sizes; torch.export does not."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk, self.down = conv(3, 8, 3), nn.Conv2d(8, 8, 3, 2, 1)
+            self.heads = nn.ModuleDict({n: nn.Sequential(conv(16, 8), conv(8, 2)) for n in NAMES})
+
+        def forward(self, image):
+            x = self.trunk(image)
+            y = self.down(x)
+            if y.shape[-1] != x.shape[-1]:
+                y = functional.interpolate(y, size=x.shape[-2:])
+            return {name: head(torch.cat([x, y], 1)) for name, head in self.heads.items()}
+
+    model = model_of(BySize())
+    selected = select_tasks(model, ["a"], IMAGE)
+    groups = find_groups(selected, IMAGE)
+    plan = plan_prune(
+        groups, macs_model(selected, groups, IMAGE), {g.name: np.ones(g.width) for g in groups}, {},
+        Budget(0.5, 1), criterion="none", fusion="mean",
+    )  # fmt: skip
+    cut = apply_plan(selected, groups, plan, IMAGE)
+    assert count_macs(cut, IMAGE) == plan.macs_after < count_macs(selected, IMAGE)
+    export_onnx(cut, IMAGE, tmp_path / "model.onnx")
+    session = runtime_of("onnxruntime").open_session(tmp_path / "model.onnx", threads=1)
+    with torch.no_grad():
+        wanted = {"a": cut(IMAGE)["a"].numpy()}
+    compare_outputs(wanted, session.run(IMAGE.numpy()), tolerance=1e-4)
 
 
 def test_a_network_that_defeats_tracing_and_stubs_is_refused() -> None:
@@ -349,6 +386,14 @@ def test_a_network_that_defeats_tracing_and_stubs_is_refused() -> None:
     with pytest.raises(ModelError, match="'b' changes") as caught:
         select_tasks(model_of(Hidden()), ["b"], IMAGE)
     assert "select_outputs" in caught.value.hint
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torchscript_is_refused_in_words() -> None:
+    network = HardSharing()
+    network.trunk = torch.jit.script(network.trunk)
+    with pytest.raises(ModelError, match=r"'network\.trunk' is TorchScript"):
+        decompose(MultiTaskModel(network, MODELS["branches"].tasks), IMAGE)
 
 
 def test_select_outputs_goes_first() -> None:
@@ -529,6 +574,13 @@ def test_grouped_convolutions_take_no_mixing_update() -> None:
 def test_the_picture_has_a_bar_per_stage_and_is_a_png(tmp_path: Path) -> None:
     draw_use(decompose(MODELS["adapters"], IMAGE), tmp_path / "use.png")
     assert (tmp_path / "use.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_the_picture_says_what_to_install(tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(RuntimeMissing, match="needs matplotlib") as caught:
+        draw_use(decompose(MODELS["branches"], IMAGE), tmp_path / "use.png")
+    assert "pip install" in caught.value.hint and not list(tmp_path.iterdir())
 
 
 def test_inspect_tells_private_shared_and_total(capsys, tmp_path, monkeypatch) -> None:

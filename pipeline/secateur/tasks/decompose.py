@@ -67,6 +67,9 @@ def decompose(
     heads that read each other need no description; frozen and detached parts count as used. A
     concat of heads that is split again is seen through where torch.fx can trace the model. MACs
     are ``torch.utils.flop_counter`` halved.
+
+    Raises:
+        ModelError: a part of the model is TorchScript.
     """
     image = example[:1]
     names = {id(parameter): name for name, parameter in model.named_parameters()}

@@ -49,6 +49,7 @@ def draw_use(use: TaskUse, path: Path) -> None:
         scale = 1e6 if amounts is use.macs else 1e3
         _bars(axis, _per_stage(amounts, stages, scale), order, colours)
         axis.set_ylabel(label)
+        axis.margins(x=0.01)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(title="used by", frameon=False, fontsize=8)
     axes[1].set_xticks(range(len(order)), order, rotation=90, fontsize=7)

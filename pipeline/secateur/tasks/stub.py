@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
-from secateur.core.errors import ModelError
 from secateur.core.model import MultiTaskModel
 from secateur.tasks.trace import Call, Recording, Shape, call_key, first_tensor, record
 
@@ -37,31 +36,34 @@ Answer = tuple[tuple[Any, ...], TreeSpec]
 class Stub(nn.Module):
     """Stands where a module stood that no kept task needs: zeros, shaped as it answered.
 
-    Raises:
-        ModelError: it is called with other sizes than those the network was selected with.
+    The batch may be of any size. For inputs of sizes it has not met (a cut made them narrower)
+    it gives what it gave for the most similar ones.
     """
 
-    def __init__(self, name: str, answers: Mapping[Hashable, Answer]) -> None:
+    def __init__(self, answers: Mapping[tuple[Any, ...], Answer]) -> None:
         super().__init__()
-        self.name = name
         self.answers = dict(answers)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return zeros in the structure that the module returned for inputs of these sizes."""
-        answer = self.answers.get(call_key(args, kwargs))
-        if answer is None:
-            raise ModelError(
-                f"'{self.name}', which no kept task needs, is called with other sizes than when "
-                "the tasks were selected",
-                hint="run the model at the recipe's input size, or give it select_outputs(names)",
-            )
+        key = call_key(args, kwargs)
+        nearest = max(self.answers, key=lambda known: _likeness(known, key))
         first = first_tensor(args, kwargs)
         batch = first.shape[0] if first is not None and first.dim() else 1
         device = first.device if first is not None else torch.device("cpu")
-        leaves, spec = answer
+        leaves, spec = self.answers[nearest]
         filled = [leaf.tensor(batch, device) if isinstance(leaf, _Zeros) else leaf
                   for leaf in leaves]  # fmt: skip
         return tree_unflatten(filled, spec)
+
+
+def _likeness(one: tuple[Any, ...], two: tuple[Any, ...]) -> int:
+    """Count the sizes and values that two calls' inputs have in common."""
+    return sum(
+        sum(x == y for x, y in zip(a, b, strict=False))
+        if isinstance(a, tuple) and isinstance(b, tuple) else a == b
+        for a, b in zip(one, two, strict=False)
+    )  # fmt: skip
 
 
 def stub_unused(model: MultiTaskModel, keep: Collection[str], example: Tensor) -> MultiTaskModel:
@@ -120,7 +122,7 @@ class _Surgeon:
             if child is None:
                 continue
             if id(child) in self.stubs or self._droppable(child):
-                module._modules[key] = self.stubs.setdefault(id(child), self._stub(child))
+                module._modules[key] = self._stub(child)
             else:
                 self.visit(child)
 
@@ -138,9 +140,12 @@ class _Surgeon:
         )
 
     def _stub(self, module: nn.Module) -> Stub:
-        name = self.names[id(module)]
-        pairs = zip(*(calls[name] for calls in self.calls), strict=False)
-        return Stub(name, {one.key: (_answer(one, two), one.spec) for one, two in pairs})
+        if id(module) not in self.stubs:
+            name = self.names[id(module)]
+            pairs = zip(*(calls[name] for calls in self.calls), strict=False)
+            answers = {one.key: (_answer(one, two), one.spec) for one, two in pairs}
+            self.stubs[id(module)] = Stub(answers)
+        return self.stubs[id(module)]
 
 
 def _answer(one: Call, two: Call) -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ frozen; here an output depends on all that was read to compute it, whatever the 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten
 from torch.utils.flop_counter import flop_registry
 
+from secateur.core.errors import ModelError
 from secateur.core.model import MultiTaskModel, evaluating
 
 PLAIN = (bool, int, float, str, type(None))
@@ -42,7 +43,7 @@ class Call:
     """
 
     module: str
-    key: Hashable
+    key: tuple[Any, ...]
     batch: int | None
     leaves: tuple[Any, ...]
     spec: TreeSpec
@@ -78,7 +79,16 @@ def record(model: MultiTaskModel, example: Tensor) -> Recording:
     """Run ``model`` once on ``example`` (N, C, H, W), in eval mode, and return what happened.
 
     No weight, flag or mode of the model is changed. Memory: all activations of one pass.
+
+    Raises:
+        ModelError: a part of the model is TorchScript, which cannot be watched.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ModelError(
+                f"'{name}' is TorchScript, so what it computes from what cannot be seen",
+                hint="build the model from its Python code and load the weights into that",
+            )
     tape = _Tape()
     parameters = {name: tape.source(parameter) for name, parameter in model.named_parameters()}
     with evaluating(model), _watched(model, tape), tape:
@@ -105,7 +115,7 @@ def record(model: MultiTaskModel, example: Tensor) -> Recording:
     )
 
 
-def call_key(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:
+def call_key(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return what tells calls of one module apart: its inputs' sizes without the batch."""
     leaves, _ = tree_flatten((args, dict(kwargs)))
     return tuple(
