@@ -68,11 +68,12 @@ def inspect(
 def _use_table(use: TaskUse) -> Table:
     """Return private, shared by each number of tasks, and total, per task and for all."""
     counts = range(2, len(use.tasks) + 1)
-    table = Table("task", "", "private (dropping it saves)",
-                  *(f"shared by {count}" for count in counts), "total")  # fmt: skip
+    caption = "dropping a task saves what is private to it; channels: those a cut may remove"
+    shared = [f"shared by {count}" for count in counts]
+    table = Table("task", "", "private", *shared, "total", caption=caption)
     rows = [("params", use.params, 1.0), ("M MACs", use.macs, 1e6)]
     if use.channels:
-        rows.append(("prunable channels", use.channels, 1.0))
+        rows.append(("channels", use.channels, 1.0))
     for task in use.tasks:
         for label, amounts, unit in rows:
             shares = [use.shared(task, count, amounts) for count in (1, *counts)]
