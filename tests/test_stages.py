@@ -19,7 +19,6 @@ from secateur.data.loading import open_reader
 from secateur.importance.bank import load_scores, save_scores
 from secateur.lower import compare_outputs, export_onnx
 from secateur.prune import apply_plan, find_groups, macs_model, plan_prune
-from secateur.prune.macs import count_layer_macs
 from secateur.prune.plan import Budget
 from secateur.recover import TrainSettings, train
 from secateur.runtimes.base import runtime_of
@@ -81,7 +80,7 @@ def test_a_model_that_cannot_be_traced_says_what_to_add() -> None:
 
 def test_decompose_finds_use_not_names() -> None:
     model = tiny_model()
-    use = decompose(model, EXAMPLE, count_layer_macs(model, EXAMPLE))
+    use = decompose(model, EXAMPLE)
     assert use.layers["network.seg_mix"] == {"segmentation"}
     assert use.layers["network.down"] == {"segmentation", "depth", "room"}
     assert use.private("room", use.params) == (32 * 32 + 32) + (32 * 4 + 4)

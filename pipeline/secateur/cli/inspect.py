@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -25,68 +26,108 @@ if TYPE_CHECKING:
 def inspect(
     recipe: RecipeArgument,
     layers: Annotated[bool, typer.Option(help="List every layer with the tasks using it.")] = False,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw who uses what, by stage, into this PNG file.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Per task: what it uses alone and shared, and what dropping it saves.
 
-    Example: secateur inspect examples/scenes.yaml
+    Example: secateur inspect examples/scenes.yaml --picture use.png
     """
+    from secateur.core.errors import ModelError
     from secateur.flow.cache import StageCache
     from secateur.flow.job import open_job
     from secateur.flow.recipe import load_recipe
-    from secateur.prune.macs import count_layer_macs
-    from secateur.tasks import decompose
+    from secateur.prune import find_groups
+    from secateur.tasks import decompose, draw_use
 
     job = open_job(load_recipe(recipe), StageCache())
-    use = decompose(job.parent, job.example, count_layer_macs(job.parent, job.example))
+    try:
+        groups = find_groups(job.parent, job.example)
+    except ModelError:  # the channels cannot be grouped; parameters and MACs can be told apart
+        groups = ()
+    use = decompose(job.parent, job.example, groups)
+    if picture is not None:
+        draw_use(use, picture)
     if as_json:
         typer.echo(json.dumps(_use_json(use), indent=2))
         return
     console = Console()
-    table = Table("task", "private params", "private M MACs (saved by dropping)", "used params",
-                  "used M MACs")  # fmt: skip
-    for task in use.tasks:
-        table.add_row(
-            task,
-            f"{use.private(task, use.params):,}",
-            f"{use.private(task, use.macs) / 1e6:.1f}",
-            f"{use.used(task, use.params):,}",
-            f"{use.used(task, use.macs) / 1e6:.1f}",
-        )
-    console.print(table)
-    for count in range(2, len(use.tasks) + 1):
-        console.print(f"shared by {count} tasks: {use.shared_by(count, use.params):,} params, "
-                      f"{use.shared_by(count, use.macs) / 1e6:.1f} M MACs")  # fmt: skip
+    console.print(_use_table(use))
     if layers:
         listing = Table("layer", "tasks", "params", "M MACs")
         for name, users in use.layers.items():
-            listing.add_row(name, ", ".join(sorted(users)), f"{use.params[name]:,}",
-                            f"{use.macs.get(name, 0) / 1e6:.2f}")  # fmt: skip
+            params, macs = use.of(name, use.params), use.of(name, use.macs)
+            listing.add_row(name, ", ".join(sorted(users)), f"{params:,}", f"{macs / 1e6:.2f}")
         console.print(listing)
+    if picture is not None:
+        console.print(f"drawn: {picture}")
+
+
+def _use_table(use: TaskUse) -> Table:
+    """Return private, shared by each number of tasks, and total, per task and for all."""
+    counts = range(2, len(use.tasks) + 1)
+    caption = "dropping a task saves what is private to it; channels: those a cut may remove"
+    shared = [f"shared by {count}" for count in counts]
+    table = Table("task", "", "private", *shared, "total", caption=caption)
+    rows = [("params", use.params, 1.0), ("M MACs", use.macs, 1e6)]
+    if use.channels:
+        rows.append(("channels", use.channels, 1.0))
+    for task in use.tasks:
+        for label, amounts, unit in rows:
+            shares = [use.shared(task, count, amounts) for count in (1, *counts)]
+            table.add_row(task if label == "params" else "", label, *_cells(shares, unit))
+        table.add_section()
+    for label, amounts, unit in rows:
+        shares = [use.shared_by(count, amounts) for count in (1, *counts)]
+        table.add_row("all" if label == "params" else "", label, *_cells(shares, unit))
+    return table
+
+
+def _cells(amounts: list[int], unit: float) -> list[str]:
+    """Return the amounts and their total as text; a larger unit than 1 gets a decimal."""
+    return [f"{n / unit:,.{1 if unit > 1 else 0}f}" for n in (*amounts, sum(amounts))]
 
 
 def _use_json(use: TaskUse) -> dict[str, object]:
-    amounts = {"params": use.params, "macs": use.macs}
+    amounts = {"params": use.params, "macs": use.macs, "channels": use.channels}
+    counts = range(2, len(use.tasks) + 1)
     return {
         "tasks": {
             task: {
                 "private": {name: use.private(task, a) for name, a in amounts.items()},
+                "shared_by": {
+                    count: {name: use.shared(task, count, a) for name, a in amounts.items()}
+                    for count in counts
+                },
                 "used": {name: use.used(task, a) for name, a in amounts.items()},
             }
             for task in use.tasks
         },
         "shared_by": {
             count: {name: use.shared_by(count, a) for name, a in amounts.items()}
-            for count in range(2, len(use.tasks) + 1)
+            for count in (0, 1, *counts)
         },
         "layers": {
             name: {
                 "tasks": sorted(users),
-                "params": use.params[name],
-                "macs": use.macs.get(name, 0),
+                "params": use.of(name, use.params),
+                "macs": use.of(name, use.macs),
+                "split": {
+                    "+".join(sorted(some)): {
+                        "params": use.params.get(name, {}).get(some, 0),
+                        "macs": use.macs.get(name, {}).get(some, 0),
+                    }
+                    for some in sorted(
+                        {*use.params.get(name, {}), *use.macs.get(name, {})}, key=sorted
+                    )
+                },
             }
             for name, users in use.layers.items()
         },
+        "parameters": {name: sorted(users) for name, users in use.parameters.items()},
+        "groups": {name: sorted(users) for name, users in use.groups.items()},
     }
 
 

@@ -16,17 +16,22 @@ from secateur.flow.cache import StageCache
 from secateur.flow.parent import load_parent
 from secateur.flow.recipe import DataSpec, Recipe
 from secateur.metrics.kind import kind_of
-from secateur.tasks import select_tasks
+from secateur.tasks import apply_folds, plan_folds, select_tasks
 
 
 @dataclass(frozen=True)
 class Job:
-    """``parent`` has every task, ``selected`` only the kept ones; both in eval mode."""
+    """``parent`` has every task, ``selected`` only the kept ones; both in eval mode.
+
+    ``scored`` is the model whose channels are scored: the parent, so that its scores serve every
+    subset of tasks, or ``selected`` where folding made layers that the parent does not have.
+    """
 
     recipe: Recipe
     spec: ModelInput
     parent: MultiTaskModel
     selected: MultiTaskModel
+    scored: MultiTaskModel
     example: Tensor
     train: Reader
     eval: Reader
@@ -59,12 +64,16 @@ def open_job(recipe: Recipe, cache: StageCache) -> Job:
         )
     parent = load_parent(recipe)
     spec = recipe.model.input.model_input()
+    example, keep = spec.example(), recipe.kept_names()
+    folds = plan_folds(parent, keep, example)
+    selected = select_tasks(apply_folds(parent, folds, example), keep, example).eval()
     return Job(
         recipe=recipe,
         spec=spec,
         parent=parent,
-        selected=select_tasks(parent, recipe.kept_names()).eval(),
-        example=spec.example(),
+        selected=selected,
+        scored=selected if folds.layers else parent,
+        example=example,
         train=train,
         eval=evaluation,
         cache=cache,

@@ -41,7 +41,7 @@ Metrics = dict[str, dict[str, float]]
 
 
 def score_bank(job: Job, tasks: Sequence[str]) -> dict[str, Scores]:
-    """Return the scores of ``tasks`` on the *whole* parent's groups, from the bank or made now.
+    """Return the scores of ``tasks`` on the groups of ``job.scored``, from the bank or made now.
 
     They are stored per task, so any subset of tasks is planned without another backward pass.
     """
@@ -49,15 +49,15 @@ def score_bank(job: Job, tasks: Sequence[str]) -> dict[str, Scores]:
     paths = {
         task: job.cache.folder("scores", *_score_key(job, [task]), wanted.criterion)
         / "scores.safetensors"
-        for task in job.parent.tasks
+        for task in job.scored.tasks
         if task.name in tasks
     }
     bank = {task.name: load_scores(path) for task, path in paths.items()}
     missing = [task for task in paths if bank[task.name] is None]
     if missing:
-        groups = find_groups(job.parent, job.example)
+        groups = find_groups(job.scored, job.example)
         made = score_tasks(
-            job.parent, groups, missing, wanted.criterion, *_score_stream(job, missing)
+            job.scored, groups, missing, wanted.criterion, *_score_stream(job, missing)
         )
         for task in missing:
             save_scores(paths[task], made[task.name])
@@ -66,7 +66,7 @@ def score_bank(job: Job, tasks: Sequence[str]) -> dict[str, Scores]:
 
 
 def _score_key(job: Job, tasks: Sequence[Task]) -> tuple[Any, ...]:
-    return (job.parent_key, job.train.fingerprint, [_meaning(task) for task in tasks],
+    return (model_fingerprint(job.scored), job.train.fingerprint, [_meaning(task) for task in tasks],
             job.recipe.prune.images, asdict(job.spec))  # fmt: skip
 
 
@@ -83,8 +83,8 @@ def task_agreement(job: Job, groups: Sequence[ChannelGroup]) -> Scores:
     folder = job.cache.folder("agreement", *_score_key(job, job.tasks))
     found = load_scores(folder / "scores.safetensors")
     if found is None:
-        data = task_data(job.parent, job.tasks, *_score_stream(job, job.tasks))
-        found = agreement(job.parent, groups, data)
+        data = task_data(job.scored, job.tasks, *_score_stream(job, job.tasks))
+        found = agreement(job.scored, groups, data)
         save_scores(folder / "scores.safetensors", found)
     return found
 
@@ -121,7 +121,7 @@ def make_plan(job: Job, grid: int) -> tuple[tuple[ChannelGroup, ...], PrunePlan]
     wanted = job.recipe.prune
     rule_of(wanted.fusion)  # a wrong name is told before the scoring
     bank = score_bank(job, [task.name for task in job.tasks])
-    parent_groups = find_groups(job.parent, job.example)
+    parent_groups = find_groups(job.scored, job.example)
     groups = find_groups(job.selected, job.example)
     per_task = {name: scores_for(groups, parent_groups, scores) for name, scores in bank.items()}
     agree = None

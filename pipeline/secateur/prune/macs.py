@@ -28,12 +28,6 @@ def count_macs(model: nn.Module, example: Tensor) -> int:
     return int(counter.get_total_flops()) // 2 // example.shape[0]
 
 
-def count_layer_macs(model: nn.Module, example: Tensor) -> dict[str, int]:
-    """Return MACs per convolution and linear layer, by module name."""
-    sizes = _output_positions(model, example)
-    return {name: positions * module.weight.numel() for name, (module, positions) in sizes.items()}
-
-
 @dataclass(frozen=True)
 class MacsModel:
     """Predicts a cut's MACs from the number of channels each group keeps.

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Protocol, runtime_checkable
 
-from torch import fx, nn
+import torch
+from torch import Tensor, nn
 
 from secateur.core.errors import ModelError
-from secateur.core.model import MultiTaskModel
+from secateur.core.model import MultiTaskModel, evaluating
+from secateur.tasks.graph import eliminate
+from secateur.tasks.stub import stub_unused
 
 
 @runtime_checkable
@@ -21,14 +24,19 @@ class SelectsOutputs(Protocol):
         ...
 
 
-def select_tasks(model: MultiTaskModel, keep: Collection[str]) -> MultiTaskModel:
+def select_tasks(
+    model: MultiTaskModel, keep: Collection[str], example: Tensor | None = None
+) -> MultiTaskModel:
     """Return a copy of ``model`` that computes only the tasks in ``keep``, in the model's order.
 
-    A network with ``select_outputs`` does it itself; any other is traced with torch.fx and all
-    that no kept output reads is removed, whatever its name.
+    A network with ``select_outputs`` does it itself. Any other is traced with torch.fx, and all
+    that no kept output reads is removed, whatever its name. With an ``example`` (N, C, H, W) more
+    is possible: concats lose the inputs that nobody reads, a network that torch.fx cannot trace
+    has its unneeded parts replaced by zeros (`secateur.tasks.stub`), and the kept outputs are
+    compared bit for bit on random images.
 
     Raises:
-        ModelError: the network cannot be traced.
+        ModelError: the network cannot be traced, or an output changed.
     """
     tasks = tuple(task for task in model.tasks if task.name in keep)
     names = [task.output for task in tasks]
@@ -36,30 +44,44 @@ def select_tasks(model: MultiTaskModel, keep: Collection[str]) -> MultiTaskModel
         return MultiTaskModel(model.network.select_outputs(names), tasks)
     if len(tasks) == len(model.tasks):
         return copy.deepcopy(model)
-    return MultiTaskModel(_eliminate(model.network, names), tasks)
-
-
-def _eliminate(network: nn.Module, names: Collection[str]) -> nn.Module:
-    was_training = network.training
     try:
-        graph = fx.symbolic_trace(copy.deepcopy(network).eval())
-    except (fx.proxy.TraceError, TypeError, RuntimeError, ValueError, NotImplementedError) as error:
+        selected = MultiTaskModel(eliminate(copy.deepcopy(model.network), names, example), tasks)
+        selected.train(model.training)
+        if example is None or _changed_task(model, selected, example) is None:
+            return selected
+    except ModelError:
+        if example is None:
+            raise
+    selected = stub_unused(model, keep, example)
+    changed = _changed_task(model, selected, example)
+    if changed is not None:
         raise ModelError(
-            f"the model cannot be traced to drop unwanted tasks: {error}",
+            f"the model cannot be reduced to {', '.join(task.name for task in tasks)}: without "
+            f"what the other tasks alone seem to use, {changed}",
             hint="give it a method select_outputs(names) that returns the smaller module, "
             "or keep all its tasks",
-        ) from error
-    output = next(node for node in graph.graph.nodes if node.op == "output")
-    result = output.args[0]
-    if isinstance(result, fx.Node):
-        raise ModelError(
-            "forward returns its outputs as one opaque value, so none can be left out",
-            hint="return a dict or a tuple literal with one entry per task",
         )
-    if not isinstance(result, dict):
-        result = {str(i): value for i, value in enumerate(result)}
-    output.args = ({name: result[name] for name in names},)
-    graph.graph.eliminate_dead_code()
-    graph.delete_all_unused_submodules()
-    graph.recompile()
-    return graph.train(was_training)
+    return selected
+
+
+def _changed_task(model: MultiTaskModel, selected: MultiTaskModel, example: Tensor) -> str | None:
+    """Say how ``selected`` differs from ``model`` on random images; None if it does not."""
+    with evaluating(model), evaluating(selected):
+        for images in _random_images(example):
+            before = model(images)
+            try:
+                after = selected(images)
+            except Exception as error:  # the user's own code meets zeros and may raise anything
+                return f"forward fails: {error}"
+            for name, tensor in after.items():
+                if not torch.equal(tensor, before[name]):
+                    return f"'{name}' changes"
+    return None
+
+
+def _random_images(example: Tensor) -> Iterator[Tensor]:
+    """Yield batches of 1, 2 and 4 images of normal noise, plain, dark and bright."""
+    generator = torch.Generator().manual_seed(0)
+    for batch, mean in ((1, 0.0), (2, -1.0), (4, 1.0)):
+        noise = torch.randn((batch, *example.shape[1:]), generator=generator)
+        yield (noise + mean).to(example)
