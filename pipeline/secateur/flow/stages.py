@@ -66,7 +66,8 @@ def score_bank(job: Job, tasks: Sequence[str]) -> dict[str, Scores]:
 
 
 def _score_key(job: Job, tasks: Sequence[Task]) -> tuple[Any, ...]:
-    return (model_fingerprint(job.scored), job.train.fingerprint, [_meaning(task) for task in tasks],
+    return (model_fingerprint(job.scored), job.train.fingerprint,
+            [_meaning(task) for task in tasks],
             job.recipe.prune.images, asdict(job.spec))  # fmt: skip
 
 
