@@ -11,7 +11,7 @@ from conftest import SPEC, TASKS, TinyNet, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from secateur import zoo
-from secateur.compensate import refit
+from secateur.compensate import RefitSettings, refit
 from secateur.core.errors import DataError, ModelError
 from secateur.core.model import MultiTaskModel
 from secateur.core.task import Task
@@ -110,7 +110,7 @@ def half_cut(model: MultiTaskModel):
 def test_refitting_brings_outputs_nearer_to_the_parent_on_images_not_seen() -> None:
     model = tiny_model()
     groups, plan, cut = half_cut(model)
-    fitted = refit(model, cut, groups, plan, SPEC.example(32, seed=1), ridge=0.01)
+    fitted = refit(model, cut, groups, plan, SPEC.example(32, seed=1), RefitSettings(ridge=0.01))
     unseen = SPEC.example(16, seed=2)
     with torch.no_grad():
         wanted, plain, better = model(unseen), cut(unseen), fitted(unseen)

@@ -50,7 +50,6 @@ TASKS = (
 EXAMPLE = AGE_GENDER_INPUT.example()
 SCORE_IMAGES, SCORE_BATCH = 128, 8
 COMPENSATE_IMAGES = 64
-RIDGE = 0.1  # the recipe's default
 PRIVATE = {"age": 512 + 1, "gender": 2 * 512 + 2}
 Outputs = Mapping[str, Tensor]
 
@@ -132,7 +131,7 @@ def cut_row(
     )
     pruned = apply_plan(selected, groups, plan, EXAMPLE)
     images = image_batch(train, spread(train, COMPENSATE_IMAGES), AGE_GENDER_INPUT)
-    fitted = refit(selected, pruned, groups, plan, images, ridge=RIDGE)
+    fitted = refit(selected, pruned, groups, plan, images)
     wanted = run(selected, unseen)
     return {
         "what": "cut",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -17,11 +16,20 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from secateur import zoo
+from secateur.bench.accuracy import evaluate_model
 from secateur.core.channels import ChannelGroup
 from secateur.core.model import ModelInput, MultiTaskModel
 from secateur.core.plan import PrunePlan
-from secateur.data.loading import Batch, InMemory, batches, image_batch, open_reader, spread
-from secateur.data.sample import Reader, Sample
+from secateur.data.loading import (
+    Batch,
+    Subset,
+    batches,
+    image_batch,
+    open_reader,
+    resized_reader,
+    spread,
+)
+from secateur.data.sample import Reader
 from secateur.metrics.kind import kind_of
 from secateur.prune import apply_plan, find_groups, macs_model, plan_prune
 from secateur.prune.macs import MacsModel
@@ -31,30 +39,8 @@ from train_parent import PARENTS
 
 PARENT_FILES = Path(__file__).resolve().parents[1] / "parents"
 GRID = 8
-FLOOR = 8  # channels that every group keeps at least, whatever the method
 Scores = Mapping[str, NDArray[np.float64]]
-
-
-@dataclass(frozen=True)
-class Some:
-    """Some samples of a reader."""
-
-    reader: Reader
-    indices: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    @property
-    def fingerprint(self) -> str:
-        return self.reader.fingerprint
-
-    @property
-    def label_names(self) -> frozenset[str]:
-        return self.reader.label_names
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.reader[self.indices[index]]
+Metrics = dict[str, dict[str, float]]
 
 
 class Bench:
@@ -73,6 +59,7 @@ class Bench:
         self.example = self.spec.example()
         self.parent_steps = int(read_json(PARENT_FILES / f"{name}.json")["steps"])
         self._reader = known.reader
+        self._parent_metrics: dict[str, Metrics] = {}
         self.groups: tuple[ChannelGroup, ...] = find_groups(self.parent, self.example)
         self.cost: MacsModel = macs_model(self.parent, self.groups, self.example)
         self.full_macs = self.cost.macs([group.width for group in self.groups])
@@ -89,13 +76,22 @@ class Bench:
     def test(self) -> Reader:
         return self._open("test")
 
+    def parent_metrics(self, split: str) -> Metrics:
+        """Return the parent's metrics on a split."""
+        if split not in self._parent_metrics:
+            reader = {"val": self.val, "test": self.test}[split]
+            self._parent_metrics[split] = evaluate_model(
+                self.parent, reader, self.spec, batch_size=32
+            )
+        return self._parent_metrics[split]
+
     def images(self, count: int, seed: int = 0) -> Tensor:
         """Return (count, C, H, W) unlabelled training images: spread evenly, or drawn by seed."""
         return image_batch(self.fit, self._chosen(count, seed), self.spec)
 
     def stream(self, count: int, seed: int = 0, batch_size: int = 8) -> Iterator[Batch]:
         """Yield labelled training batches: ``count`` images in all."""
-        some = Some(self.fit, tuple(self._chosen(count, seed)))
+        some = Subset(self.fit, self._chosen(count, seed))
         return batches(some, self.parent.tasks, self.spec, batch_size)
 
     def losses(
@@ -124,4 +120,4 @@ class Bench:
 
     def _open(self, split: str) -> Reader:
         root = Path(os.environ["SECATEUR_DATA"]) / "nyuv2_288x384"
-        return InMemory(open_reader(self._reader, root, split))
+        return resized_reader(open_reader(self._reader, root, split), self.spec, self.parent.tasks)

@@ -7,8 +7,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 Layer = nn.Conv2d | nn.Linear
-PER_WEIGHT = 64  # output positions, over all images, for each weight of an output channel ...
-SAMPLES = 8192, 65_536  # ... within these limits
 
 
 def draw(layer: Layer, output: Tensor, count: int) -> Tensor:
@@ -59,9 +57,3 @@ def _padding(layer: nn.Conv2d) -> tuple[int, int, int, int]:
         return 0, 0, 0, 0
     height, width = (d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True))
     return width // 2, width - width // 2, height // 2, height - height // 2
-
-
-def samples(layer: Layer) -> int:
-    """Return how many positions, over all images, ``layer`` is fitted on."""
-    least, most = SAMPLES
-    return min(max(PER_WEIGHT * layer.weight[0].numel(), least), most)

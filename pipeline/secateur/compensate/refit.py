@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TypeGuard
 
 import torch
@@ -25,7 +26,7 @@ from torch.nn import functional
 
 from secateur.compensate.clips import Clip, find_clips
 from secateur.compensate.moments import Moments, fit
-from secateur.compensate.patches import Layer, draw, patches, positions_last, samples
+from secateur.compensate.patches import Layer, draw, patches, positions_last
 from secateur.compensate.residual import partners
 from secateur.compensate.walk import Stop, Walk
 from secateur.core.channels import ChannelGroup
@@ -35,7 +36,27 @@ from secateur.core.progress import track
 
 CHUNK = 32  # images per forward pass
 HELD_OUT = 4  # every fourth chunk judges the ridge
-SWEEPS = 4  # fits of a clipped layer
+
+
+@dataclass(frozen=True)
+class RefitSettings:
+    """How much is spent on a layer.
+
+    ``ridge`` None chooses it per output channel on images held out of the fit. ``sweeps``: fits of
+    a layer whose output is clipped. ``per_weight``: output positions, over all images, for each
+    weight of an output channel, within the limits ``samples``.
+    """
+
+    ridge: float | None = None
+    sweeps: int = 4
+    per_weight: int = 64
+    samples: tuple[int, int] = (8192, 65_536)
+
+    def positions(self, layer: Layer, images: int) -> int:
+        """Return how many output positions of each image ``layer`` is fitted on."""
+        least, most = self.samples
+        total = min(max(self.per_weight * layer.weight[0].numel(), least), most)
+        return -(-total // images)
 
 
 def refit(
@@ -44,14 +65,12 @@ def refit(
     groups: Sequence[ChannelGroup],
     plan: PrunePlan,
     images: Tensor,
-    *,
-    ridge: float | None = None,
+    settings: RefitSettings = RefitSettings(),
 ) -> MultiTaskModel:
     """Return a copy of ``cut`` with refitted weights.
 
     ``images``: (N, C, H, W) network inputs, no labels needed; ``views`` makes more of a few.
-    ``parent`` is the model that ``plan`` was applied to. ``ridge`` None chooses it per
-    output channel on images held out of the fit.
+    ``parent`` is the model that ``plan`` was applied to.
     """
     fitted = copy.deepcopy(cut).eval()
     layers = _single_calls(fitted, images[:1])
@@ -69,9 +88,9 @@ def refit(
         for name, layer in track(layers.items(), "refitting", len(layers)):
             norm = norms.get(name)
             gone = dropped.get((name, "out"), set())
-            positions = -(-samples(layer) // len(images))
+            positions = settings.positions(layer, len(images))
             read = [_read(layer, norm, theirs, ours, gone, positions) for theirs, ours in pairs]
-            _update(layer, norm, clips.get(name), read, ridge)
+            _update(layer, norm, clips.get(name), read, settings)
         for theirs, ours in pairs:
             theirs.finish()
             ours.finish()
@@ -181,7 +200,7 @@ def _update(
     norm: nn.Module | None,
     clip: Clip | None,
     samples: Sequence[tuple[Tensor, Tensor]],
-    ridge: float | None,
+    settings: RefitSettings,
 ) -> None:
     """Refit ``layer.weight`` in place and move the mean of its outputs to the target's.
 
@@ -191,7 +210,7 @@ def _update(
     groups, depth, _ = samples[0][0].shape
     kept = layer.weight.detach().reshape(groups, -1, depth)
     change, offset = torch.zeros_like(kept), torch.zeros(kept.shape[:2])
-    for sweep in range(SWEEPS if clip is not None else 1):
+    for sweep in range(settings.sweeps if clip is not None else 1):
         parts = []
         for inputs, target in samples:
             if clip is not None and sweep > 0:
@@ -200,7 +219,7 @@ def _update(
             parts.append(
                 Moments.of(inputs, target.reshape(groups, -1, target.shape[1]) - kept @ inputs)
             )
-        change, offset = (value.float() for value in _fit(parts, ridge))
+        change, offset = (value.float() for value in _fit(parts, settings.ridge))
     layer.weight.data += change.reshape(layer.weight.shape)
     offset = offset.flatten()
     _shift(layer, norm, offset if layer.bias is None else offset - layer.bias.detach())

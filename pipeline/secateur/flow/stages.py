@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from secateur.bench.accuracy import evaluate, evaluate_model
-from secateur.compensate import refit, views
+from secateur.compensate import RefitSettings, refit, views
 from secateur.core.channels import ChannelGroup
 from secateur.core.errors import BuildError, RecipeError
 from secateur.core.files import file_sha256
@@ -203,7 +203,9 @@ def compensated(
     if wanted is False:
         return pruned
     images = image_batch(job.train, spread(job.train, wanted.images), job.spec)
-    return refit(job.selected, pruned, groups, plan, views(images), ridge=wanted.ridge)
+    return refit(
+        job.selected, pruned, groups, plan, views(images), RefitSettings(ridge=wanted.ridge)
+    )
 
 
 def torch_accuracy(job: Job, model: MultiTaskModel, title: str) -> Metrics:

@@ -49,18 +49,35 @@ def plan_prune(
         PlanError: the budget is below what the grid and the floor allow.
     """
     full = cost.macs([group.width for group in groups])
-    limit = int(budget.macs * full)
     scores = [_balanced(fused[group.name], budget.balance) for group in groups]
-    counts = solve(scores, cost, limit, budget.grid, budget.floor)
+    counts = solve(scores, cost, int(budget.macs * full), budget.grid, budget.floor)
+    return plan_widths(
+        groups, cost, fused, counts, budget, per_task=per_task, criterion=criterion, fusion=fusion
+    )
+
+
+def plan_widths(
+    groups: Sequence[ChannelGroup],
+    cost: MacsModel,
+    fused: GroupScores,
+    counts: Sequence[int],
+    budget: Budget,
+    *,
+    per_task: Mapping[str, GroupScores],
+    criterion: str,
+    fusion: str,
+) -> PrunePlan:
+    """Return the cut that keeps each group's ``counts`` best channels by fused score."""
+    full = cost.macs([group.width for group in groups])
     cuts = tuple(
-        GroupCut(group.name, group.width, _best(scores[g], counts[g]))
-        for g, group in enumerate(groups)
+        GroupCut(group.name, group.width, _best(fused[group.name], count))
+        for group, count in zip(groups, counts, strict=True)
     )
     return PrunePlan(
         cuts=cuts,
         macs_before=full,
         macs_after=cost.macs(counts),
-        budget_macs=limit,
+        budget_macs=int(budget.macs * full),
         channel_grid=budget.grid,
         criterion=criterion,
         fusion=fusion,

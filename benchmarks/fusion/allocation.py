@@ -1,0 +1,26 @@
+"""The allocation search of ``secateur.flow.allocation``, its result kept on disk per cell."""
+
+from __future__ import annotations
+
+from bench import GRID, Bench, Scores
+from ours import CACHE
+from secateur.core.files import write_json
+from secateur.core.plan import PrunePlan
+from secateur.flow.allocation import SearchSettings, plan_by_search
+from secateur.prune.plan import Budget
+from suite import read_json
+
+SEARCH = SearchSettings(tries=100)
+
+
+def searched_plan(bench: Bench, fused: Scores, share: float, seed: int) -> PrunePlan:
+    """Return the plan that the search finds, or found before."""
+    path = CACHE / bench.name / f"search-{SEARCH.tries}-{share}-{seed}.json"
+    if path.exists():
+        return PrunePlan.from_json(read_json(path))
+    plan = plan_by_search(
+        bench.parent, bench.groups, bench.cost, fused, Budget(share, GRID), bench.example,
+        bench.images(SEARCH.refit_images + SEARCH.judge_images, seed), SEARCH, seed=seed,
+    )  # fmt: skip
+    write_json(path, plan.to_json())
+    return plan

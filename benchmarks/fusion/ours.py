@@ -1,0 +1,117 @@
+"""Our own cuts: scores per task, fused by a rule, allocated, refitted; each part may be left out.
+
+Settings (how many images score and refit, the ladder's floor, the search) were chosen on ``val``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from bench import GRID, Bench, Scores
+from secateur.compensate import refit
+from secateur.core.model import MultiTaskModel
+from secateur.core.plan import PrunePlan
+from secateur.fusion.scores import NEEDS_AGREEMENT, fuse
+from secateur.importance.agreement import agreement
+from secateur.importance.bank import load_scores, save_scores, score_tasks, task_data
+from secateur.prune import plan_prune
+from secateur.prune.plan import Budget
+
+SCORING_IMAGES = 128
+REFIT_IMAGES = 256
+BATCH = 8
+CACHE = Path(__file__).resolve().parents[2] / "out" / "fusion"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to cut. ``allocation``: global ranking, ranking balanced by group, or a search."""
+
+    criterion: str = "taylor"
+    rule: str = "mean"
+    allocation: str = "balanced"
+    refit: bool = True
+
+    def cut(self, bench: Bench, share: float, seed: int) -> MultiTaskModel:
+        plan = self.plan(bench, share, seed)
+        pruned = bench.apply(plan)
+        if not self.refit:
+            return pruned
+        return refit(bench.parent, pruned, bench.groups, plan, bench.images(REFIT_IMAGES, seed))
+
+    def plan(self, bench: Bench, share: float, seed: int) -> PrunePlan:
+        fused = fused_scores(bench, self.criterion, self.rule, share, seed)
+        if self.allocation == "search":
+            from allocation import searched_plan
+
+            return searched_plan(bench, fused, share, seed)
+        return ranked_plan(bench, fused, share, self.allocation)
+
+
+def ranked_plan(bench: Bench, fused: Scores, share: float, allocation: str) -> PrunePlan:
+    floor, balance = {"global": (0.0, 0.0), "balanced": (min(0.3, share), 0.65)}[allocation]
+    budget = Budget(share, GRID, floor, balance)
+    return plan_prune(bench.groups, bench.cost, fused, {}, budget, criterion="-", fusion="-")
+
+
+def fused_scores(bench: Bench, criterion: str, rule: str, share: float, seed: int) -> Scores:
+    """Return the fused scores; for ``guarded`` by what a balanced cut to ``share`` removes."""
+
+    def removed(trial: Scores) -> dict[str, np.ndarray]:
+        plan = ranked_plan(bench, trial, share, "balanced")
+        gone = {cut.name: np.ones(cut.width, bool) for cut in plan.cuts}
+        for cut in plan.cuts:
+            gone[cut.name][list(cut.kept)] = False
+        return gone
+
+    agree = _agreement(bench, seed) if rule in NEEDS_AGREEMENT else None
+    weights = {task.name: 1.0 for task in bench.parent.tasks}
+    return fuse(task_scores(bench, criterion, seed), weights, rule,
+                agreement=agree, oracle=removed, keep_share=share**0.5)  # fmt: skip
+
+
+def task_scores(bench: Bench, criterion: str, seed: int) -> dict[str, Scores]:
+    """Return each task's scores, from disk where an earlier cell made them."""
+    tasks = bench.parent.tasks
+    paths = {t.name: _path(bench, f"{criterion}-{t.name}", seed) for t in tasks}
+    found = {name: load_scores(path) for name, path in paths.items()}
+    if any(scores is None for scores in found.values()):
+        made = score_tasks(
+            bench.parent, bench.groups, tasks, criterion,
+            partial(bench.stream, SCORING_IMAGES, seed, BATCH), SCORING_IMAGES // BATCH,
+        )  # fmt: skip
+        for name, scores in made.items():
+            save_scores(paths[name], scores)
+        found = dict(made)
+    return {name: scores for name, scores in found.items() if scores is not None}
+
+
+def _agreement(bench: Bench, seed: int) -> Scores:
+    path = _path(bench, "agreement", seed)
+    found = load_scores(path)
+    if found is None:
+        data = task_data(
+            bench.parent, bench.parent.tasks,
+            partial(bench.stream, SCORING_IMAGES, seed, BATCH), SCORING_IMAGES // BATCH,
+        )  # fmt: skip
+        found = agreement(bench.parent, bench.groups, data)
+        save_scores(path, found)
+    return found
+
+
+def _path(bench: Bench, what: str, seed: int) -> Path:
+    return CACHE / bench.name / f"{what}-{SCORING_IMAGES}-{seed}.safetensors"
+
+
+RULES = ("mean", "max", "unanimous", "vote", "rank_mean", "cosine", "cosine_magnitude", "guarded")
+CUT = Recipe(allocation="search")
+OURS: dict[str, Recipe] = {
+    "cut": CUT,
+    "cut, no refit": replace(CUT, refit=False),
+    "cut, balanced ranking": replace(CUT, allocation="balanced"),
+    "cut, global ranking": replace(CUT, allocation="global"),
+    **{f"rule {rule}": Recipe(rule=rule) for rule in RULES if rule != "mean"},
+}

@@ -1,0 +1,167 @@
+"""Every way to cut a multi-task network, in one harness with equal recovery.
+
+    SECATEUR_DATA=... python benchmarks/fusion/run.py [--parent NAME] [--part 1/2] [--minutes 60]
+    python benchmarks/fusion/run.py --tables
+
+Cells (method, budget, recovery, seed) run in order of interest and are appended to
+``results/fusion.cells.jsonl``; a later call does those still missing. Several processes may
+share the work by ``--part``. ``--quick`` runs one cell of four methods. Afterwards, and with
+``--tables`` alone, ``results/fusion.json`` and the plots are made from the cells.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from bench import Bench
+from ours import OURS
+from rivals import RIVALS
+from secateur.bench.accuracy import evaluate_model
+from secateur.core.model import MultiTaskModel, parameter_count
+from secateur.core.progress import shown
+from secateur.data.transforms import Augment
+from secateur.metrics.delta import delta
+from secateur.metrics.kind import kind_of
+from secateur.prune import count_macs
+from secateur.recover import TrainSettings, train
+from suite import RESULTS
+
+Cutter = Callable[[Bench, float, int], MultiTaskModel]
+METHODS: dict[str, Cutter] = {**{name: recipe.cut for name, recipe in OURS.items()}, **RIVALS}
+HEADLINE = ("cut", "tp_group_taylor", "l2", "random")
+KEEP = (0.5, 0.3, 0.1)
+CELLS = RESULTS / "fusion.cells.jsonl"
+PARENT = "nyuv2_lite0_96x128"
+# The same for every method; chosen on the validation split.
+LEARNING_RATE, DISTILL, BATCH = 1e-3, 1.0, 8
+
+
+@dataclass(frozen=True)
+class Cell:
+    """``keep``: share of MACs kept. ``recovery``: share of the parent's training steps."""
+
+    parent: str
+    method: str
+    keep: float
+    recovery: float
+    seed: int
+
+
+def cells(parent: str) -> Iterator[Cell]:
+    """Yield the whole grid, the most telling cells first."""
+    for seed in (0, 1, 2):
+        for recovery, methods in ((0.15, HEADLINE), (0.05, HEADLINE), (0.15, METHODS),
+                                  (0.4, HEADLINE)):  # fmt: skip
+            for method in methods:
+                for keep in KEEP:
+                    yield Cell(parent, method, keep, recovery, seed)
+
+
+def main() -> None:
+    options = _options()
+    if not options.tables:
+        with shown(quiet=options.quiet):
+            _run(options)
+    from tables import write_tables
+
+    write_tables(CELLS)
+
+
+def _run(options: argparse.Namespace) -> None:
+    bench = Bench(options.parent)
+    part, parts = (int(number) for number in options.part.split("/"))
+    wanted = list(dict.fromkeys(cells(options.parent)))
+    if options.quick:
+        wanted = [c for c in wanted if c.method in HEADLINE and c.keep == 0.5 and c.seed == 0][:4]
+    if options.methods:
+        wanted = [c for c in wanted if c.method in options.methods]
+    deadline = time.monotonic() + 60 * options.minutes
+    for number, cell in enumerate(wanted):
+        if number % parts != part - 1 or cell in _done():
+            continue
+        if time.monotonic() > deadline:
+            return
+        row = {**asdict(cell), **run_cell(bench, cell)}
+        with CELLS.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        change = f"{row['before']['delta_t']:.2f} -> {row['after']['delta_t']:.2f}"
+        print(*asdict(cell).values(), change, flush=True)
+
+
+def run_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
+    """Cut, recover and measure on the test images."""
+    started = time.monotonic()
+    model = METHODS[cell.method](bench, cell.keep, cell.seed)
+    cut_seconds = time.monotonic() - started
+    before = measure(bench, model)
+    steps = round(cell.recovery * bench.parent_steps)
+    recovered = recover(bench, model, steps, cell.seed)
+    return {
+        "macs": count_macs(model, bench.example) / bench.full_macs,
+        "params": parameter_count(model) / parameter_count(bench.parent),
+        "steps": steps,
+        "before": before,
+        "after": measure(bench, recovered),
+        "cut_seconds": round(cut_seconds, 1),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def recover(bench: Bench, model: MultiTaskModel, steps: int, seed: int) -> MultiTaskModel:
+    """Return ``model`` after ``steps`` of fine-tuning and distillation, equal for all methods."""
+    settings = TrainSettings(
+        steps=steps, batch_size=BATCH, learning_rate=LEARNING_RATE, distill=DISTILL, seed=seed
+    )
+    augment = Augment(scale=1.0, jitter=0.0)
+    return train(
+        model, bench.fit, bench.spec, settings, parent=bench.parent, augment=augment,
+        title="recovering",
+    ).model  # fmt: skip
+
+
+def measure(bench: Bench, model: MultiTaskModel, split: str = "test") -> dict[str, Any]:
+    """Return ΔT, each task's change and the metrics on a split."""
+    reader = {"test": bench.test, "val": bench.val}[split]
+    metrics = evaluate_model(model, reader, bench.spec, batch_size=32)
+    higher = {task.name: kind_of(task).higher_is_better for task in bench.parent.tasks}
+    change = delta(bench.parent_metrics(split), metrics, higher)
+    return {
+        "delta_t": change.mean,
+        "worst": change.worst,
+        "change_percent": dict(change.per_task),
+        "metrics": metrics,
+    }
+
+
+def _done() -> set[Cell]:
+    if not CELLS.exists():
+        return set()
+    keys = list(Cell.__dataclass_fields__)
+    rows = [json.loads(line) for line in CELLS.read_text(encoding="utf-8").splitlines() if line]
+    return {Cell(**{key: row[key] for key in keys}) for row in rows}
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--parent", default=PARENT)
+    parser.add_argument("--part", default="1/1", help="which share of the cells, as 2/3")
+    parser.add_argument("--minutes", type=float, default=1e9, help="start no cell after these")
+    parser.add_argument("--methods", nargs="*", help="only these")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--tables", action="store_true", help="only tables, from the cells so far")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

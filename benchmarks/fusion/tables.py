@@ -1,0 +1,96 @@
+"""From cells to tables: mean and spread over seeds, the claims, and the plots."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from suite import RESULTS, Show, write_suite
+
+Key = tuple[str, str, float, float]
+"""Parent, method, share of MACs kept, recovery."""
+PARENT = "nyuv2_lite0_96x128"
+SECOND = "nyuv2_mobilenetv2_96x128"
+# ΔT that `cut` should reach, by recovery and share of MACs kept
+TARGETS = {
+    0.05: {0.5: -2.0, 0.3: -7.0, 0.1: -28.0},
+    0.15: {0.5: -1.2, 0.3: -5.0, 0.1: -22.0},
+    0.4: {0.5: 0.0, 0.3: -2.5, 0.1: -12.0},
+}
+WORST = 1.4  # the worst task may lose so many times ΔT
+LEAD = 10.0  # points ahead of plain torch-pruning at 30 % kept
+
+
+def write_tables(cells: Path) -> None:
+    """Write ``results/fusion.json`` and the plots from the cells measured so far."""
+    rows = [json.loads(line) for line in cells.read_text(encoding="utf-8").splitlines() if line]
+    table = summarise(rows)
+    seeds = sorted({row["seed"] for row in rows})
+    write_suite(
+        "fusion", "python benchmarks/fusion/run.py", seeds,
+        [{**dict(zip(("parent", "method", "keep", "recovery"), key, strict=True)), **values}
+         for key, values in sorted(table.items())],
+        claims(table),
+    )  # fmt: skip
+    from plots import draw_curves
+
+    draw_curves(table, RESULTS / "fusion.png")
+
+
+def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[Key, dict[str, Any]]:
+    """Return mean and standard deviation over seeds per cell."""
+    grouped: dict[Key, list[Mapping[str, Any]]] = defaultdict(list)
+    for row in rows:
+        grouped[row["parent"], row["method"], row["keep"], row["recovery"]].append(row)
+    return {key: _summary(found) for key, found in grouped.items()}
+
+
+def _summary(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def spread(values: Sequence[float]) -> dict[str, float]:
+        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+        return {"mean": round(statistics.fmean(values), 2), "std": round(deviation, 2)}
+
+    tasks = found[0]["after"]["change_percent"]
+    return {
+        "seeds": [row["seed"] for row in found],
+        "macs": round(statistics.fmean(row["macs"] for row in found), 4),
+        "params": round(statistics.fmean(row["params"] for row in found), 4),
+        "delta_t_before": spread([row["before"]["delta_t"] for row in found]),
+        "delta_t": spread([row["after"]["delta_t"] for row in found]),
+        "worst_task": spread([row["after"]["worst"] for row in found]),
+        "change_percent": {
+            task: spread([row["after"]["change_percent"][task] for row in found]) for task in tasks
+        },
+        "cut_seconds": round(statistics.fmean(row["cut_seconds"] for row in found), 1),
+    }
+
+
+def claims(table: Mapping[Key, Mapping[str, Any]]) -> list[Show]:
+    """Return every claim whose cells have been measured, with the seeds behind it in words."""
+    shows = []
+    for parent in (PARENT, SECOND):
+        for recovery, targets in TARGETS.items():
+            for keep, target in targets.items():
+                cut = table.get((parent, "cut", keep, recovery))
+                if cut is None:
+                    continue
+                where = (f"{parent}, {100 - 100 * keep:.0f} % of MACs removed, recovery "
+                         f"{100 * recovery:.0f} %, {len(cut['seeds'])} seed(s)")  # fmt: skip
+                mean = cut["delta_t"]["mean"]
+                shows.append(Show(f"delta T %, {where}", target, mean, ">="))
+                shows.append(
+                    Show(f"worst task %, {where}", round(WORST * min(mean, 0.0), 2),
+                         cut["worst_task"]["mean"], ">=")
+                )  # fmt: skip
+        ours, theirs = (
+            table.get((parent, method, 0.3, 0.15)) for method in ("cut", "tp_group_taylor")
+        )
+        if ours and theirs:
+            lead = ours["delta_t"]["mean"] - theirs["delta_t"]["mean"]
+            claim = f"points ahead of torch-pruning GroupTaylor, {parent}, 70 % removed, 15 %"
+            shows.append(Show(claim, LEAD, round(lead, 2), ">="))
+    return shows
