@@ -6,6 +6,7 @@ from bench import GRID, Bench, Scores
 from ours import CACHE
 from secateur.core.files import write_json
 from secateur.core.plan import PrunePlan
+from secateur.data.loading import Batch
 from secateur.flow.allocation import SearchSettings, plan_by_search
 from secateur.prune.plan import Budget
 from suite import read_json
@@ -18,9 +19,14 @@ def searched_plan(bench: Bench, fused: Scores, share: float, seed: int) -> Prune
     path = CACHE / bench.name / f"search-{SEARCH.tries}-{share}-{seed}.json"
     if path.exists():
         return PrunePlan.from_json(read_json(path))
+    half = SEARCH.judge_images
+    both = next(bench.stream(SEARCH.refit_images + half, seed, SEARCH.refit_images + half))
+    judged = Batch(
+        both.images[1::2], {name: t[1::2] for name, t in both.targets.items()}, both.ids[1::2]
+    )
     plan = plan_by_search(
-        bench.parent, bench.groups, bench.cost, fused, Budget(share, GRID), bench.example,
-        bench.images(SEARCH.refit_images + SEARCH.judge_images, seed), SEARCH, seed=seed,
+        bench.parent, bench.groups, bench.cost, fused, Budget(share, GRID),
+        both.images[::2], judged, SEARCH, seed=seed,
     )  # fmt: skip
     write_json(path, plan.to_json())
     return plan

@@ -1,7 +1,8 @@
 """Plan a cut whose widths were searched for, judged by the cut network after compensation.
 
-The judge needs no labels: it is the distance of the refitted network's outputs to the parent's on
-images that the refit did not see, per task relative to the spread of the parent's output.
+The judge adds up, over the tasks, the loss of the refitted network relative to the parent's, on
+images that the refit did not see. A task without labels is judged by the distance to the parent's
+output, relative to that of the first allocation tried.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from secateur.core.channels import ChannelGroup
 from secateur.core.errors import PlanError
 from secateur.core.model import MultiTaskModel, evaluating
 from secateur.core.plan import PrunePlan
+from secateur.data.loading import Batch
+from secateur.metrics.kind import kind_of
 from secateur.prune import apply_plan, plan_prune, plan_widths
 from secateur.prune.budget import ladders
 from secateur.prune.macs import MacsModel
@@ -31,7 +34,10 @@ QUICK = RefitSettings(ridge=0.03, sweeps=2, per_weight=16, samples=(4096, 16_384
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """``tries`` judged allocations, each refitted on ``refit_images``; ``floor`` of every group."""
+    """``tries`` allocations, refitted on ``refit_images`` and judged on ``judge_images``.
+
+    ``floor``: least share of its channels that a group keeps.
+    """
 
     tries: int = 100
     refit_images: int = 64
@@ -45,8 +51,8 @@ def plan_by_search(
     cost: MacsModel,
     fused: Mapping[str, NDArray[np.float64]],
     budget: Budget,
-    example: Tensor,
     images: Tensor,
+    judged: Batch,
     settings: SearchSettings,
     *,
     per_task: Mapping[str, Mapping[str, NDArray[np.float64]]] | None = None,
@@ -56,18 +62,19 @@ def plan_by_search(
 ) -> PrunePlan:
     """Return the best plan found; which channels go is decided by ``fused`` within each group.
 
-    ``images``: (N, C, H, W), without labels; every other one judges.
+    ``images``: (N, C, H, W) for the refit, without labels; ``judged`` are other images, with the
+    targets there are.
 
     Raises:
         PlanError: the budget is below what the grid allows.
     """
     named = {"per_task": per_task or {}, "criterion": criterion, "fusion": fusion}
-    parts = images[::2][: settings.refit_images], images[1::2][: settings.judge_images]
+    loss = _RelativeLoss(model, judged)
 
     def judge(counts: Sequence[int]) -> float:
         plan = plan_widths(groups, cost, fused, counts, budget, **named)
-        cut = apply_plan(model, groups, plan, example)
-        return _distance(model, refit(model, cut, groups, plan, parts[0], QUICK), parts[1])
+        cut = apply_plan(model, groups, plan, images[:1])
+        return loss(refit(model, cut, groups, plan, images, QUICK))
 
     starts = _starts(groups, cost, fused, budget)
     rungs = ladders([fused[group.name] for group in groups], budget.grid, settings.floor)
@@ -98,11 +105,27 @@ def _starts(
     return starts
 
 
-def _distance(parent: MultiTaskModel, cut: MultiTaskModel, images: Tensor) -> float:
-    with evaluating(parent), evaluating(cut):
-        wanted, given = parent(images), cut(images)
-    shares = [
-        float((given[name] - wanted[name]).square().mean() / wanted[name].var(correction=0))
-        for name in wanted
-    ]
-    return sum(shares) / len(shares)
+class _RelativeLoss:
+    """The mean over tasks of a cut network's loss relative to a reference."""
+
+    def __init__(self, parent: MultiTaskModel, judged: Batch) -> None:
+        self._judged = judged
+        self._kinds = {task.name: kind_of(task) for task in parent.tasks}
+        with evaluating(parent):
+            self._parent = parent(judged.images)
+        self._reference = {
+            name: float(self._kinds[name].loss(self._parent[name], target))
+            for name, target in judged.targets.items()
+        }
+
+    def __call__(self, model: MultiTaskModel) -> float:
+        with evaluating(model):
+            outputs = model(self._judged.images)
+        shares = []
+        for name, kind in self._kinds.items():
+            if name in self._judged.targets:
+                loss = float(kind.loss(outputs[name], self._judged.targets[name]))
+            else:
+                loss = float(kind.distillation_loss(outputs[name], self._parent[name]))
+            shares.append(loss / max(self._reference.setdefault(name, loss), 1e-9))
+        return sum(shares) / len(shares)
