@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bench import GRID, Bench, Scores
-from ours import CACHE
+from fusion.bench import GRID, Bench, Scores
+from fusion.ours import CACHE
 from secateur.core.files import write_json
 from secateur.core.plan import PrunePlan
 from secateur.data.loading import Batch

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -12,9 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
-from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from secateur import zoo
 from secateur.bench.accuracy import evaluate_model
 from secateur.core.channels import ChannelGroup
@@ -35,6 +31,7 @@ from secateur.prune import apply_plan, find_groups, macs_model, plan_prune
 from secateur.prune.macs import MacsModel
 from secateur.prune.plan import Budget
 from suite import read_json
+from torch import Tensor
 from train_parent import PARENTS
 
 PARENT_FILES = Path(__file__).resolve().parents[1] / "parents"

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from bench import GRID, Bench, Scores
+from fusion.bench import GRID, Bench, Scores
 from secateur.compensate import refit
 from secateur.core.model import MultiTaskModel
 from secateur.core.plan import PrunePlan
@@ -45,7 +45,7 @@ class Recipe:
     def plan(self, bench: Bench, share: float, seed: int) -> PrunePlan:
         fused = fused_scores(bench, self.criterion, self.rule, share, seed)
         if self.allocation == "search":
-            from allocation import searched_plan
+            from fusion.allocation import searched_plan
 
             return searched_plan(bench, fused, share, seed)
         return ranked_plan(bench, fused, share, self.allocation)

@@ -20,10 +20,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from bench import Bench
-from ours import OURS
-from rivals import RIVALS
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from fusion.bench import Bench
+from fusion.ours import OURS
+from fusion.rivals import RIVALS
 from secateur.bench.accuracy import evaluate_model
 from secateur.core.model import MultiTaskModel, parameter_count
 from secateur.core.progress import shown
@@ -70,7 +70,7 @@ def main() -> None:
     if not options.tables:
         with shown(quiet=options.quiet):
             _run(options)
-    from tables import write_tables
+    from fusion.tables import write_tables
 
     write_tables(CELLS)
 

@@ -36,7 +36,7 @@ def write_tables(cells: Path) -> None:
          for key, values in sorted(table.items())],
         claims(table),
     )  # fmt: skip
-    from plots import draw_curves
+    from fusion.plots import draw_curves
 
     draw_curves(table, RESULTS / "fusion.png")
 
