@@ -164,7 +164,7 @@ def fuse(
 
     say = np.array([weights[task] for task in tasks])
     ballot = Ballot(
-        shares=np.stack([normalised(flat(scores)) for scores in tasks.values()]),
+        shares=np.stack([flat(normalise(scores)) for scores in tasks.values()]),
         weights=say / say.sum(),
         agreement=np.ones(sum(widths.values())) if agreement is None else flat(agreement),
         removed=removed,
@@ -186,10 +186,10 @@ def rule_of(name: str) -> Callable[[Ballot], Vector]:
     return RULES[name]
 
 
-def normalised(scores: Vector) -> Vector:
-    """Divide one task's scores by their sum over the network."""
-    total = float(scores.sum())
-    return scores / total if total > 0 else scores * 0
+def normalise(scores: GroupScores) -> dict[str, Vector]:
+    """Divide one task's scores by their sum over the network, so that tasks weigh alike."""
+    total = sum(float(values.sum()) for values in scores.values())
+    return {name: values / total if total > 0 else values * 0 for name, values in scores.items()}
 
 
 def ranks(shares: NDArray[np.float64]) -> NDArray[np.float64]:
