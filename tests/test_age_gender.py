@@ -15,10 +15,9 @@ from secateur.core.model import MultiTaskModel, evaluating
 from secateur.core.task import Task
 from secateur.data.loading import batches, image_batch, open_reader, spread
 from secateur.fusion.scores import fuse
-from secateur.importance.bank import score_task
+from secateur.importance.bank import score_tasks
 from secateur.lower import compare_outputs, export_onnx
 from secateur.prune import apply_plan, count_macs, find_groups, macs_model, plan_prune
-from secateur.prune.macs import count_layer_macs
 from secateur.prune.plan import Budget
 from secateur.runtimes.base import runtime_of
 from secateur.tasks import decompose, select_tasks
@@ -63,12 +62,9 @@ def cut(parent):
     """The plan to half the MACs by what matters to both tasks, and the model it leaves."""
     reader = Few("train")
     groups = find_groups(parent, EXAMPLE)
-    scores = {
-        task.name: score_task(
-            parent, groups, task, "taylor", lambda: batches(reader, [], AGE_GENDER_INPUT, 6), 2
-        )
-        for task in TASKS
-    }
+    scores = score_tasks(
+        parent, groups, TASKS, "taylor", lambda: batches(reader, [], AGE_GENDER_INPUT, 6), 2
+    )
     plan = plan_prune(
         groups, macs_model(parent, groups, EXAMPLE), fuse(scores, {"age": 1, "gender": 1}, "mean"),
         scores, Budget(0.5), criterion="taylor", fusion="mean",
@@ -136,7 +132,7 @@ def test_other_weights_are_refused(tmp_path: Path) -> None:
 
 
 def test_each_task_owns_its_last_layer_alone(parent) -> None:
-    use = decompose(parent, EXAMPLE, count_layer_macs(parent, EXAMPLE))
+    use = decompose(parent, EXAMPLE)
     assert use.private("age", use.params) == 512 + 1
     assert use.private("gender", use.params) == 2 * 512 + 2
     everything = sum(tensor.numel() for tensor in load_file(WEIGHTS).values())

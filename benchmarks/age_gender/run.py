@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from scoring import Scores, score_all
 from secateur.compensate import refit
 from secateur.core.channels import ChannelGroup
 from secateur.core.model import MultiTaskModel, evaluating
@@ -33,9 +32,10 @@ from secateur.data.loading import InMemory, batches, image_batch, open_reader, s
 from secateur.data.sample import Reader
 from secateur.flow.stages import scores_for
 from secateur.fusion.scores import fuse
+from secateur.importance.bank import score_tasks
+from secateur.importance.criterion import Scores
 from secateur.lower import compare_outputs, export_onnx
 from secateur.prune import apply_plan, count_macs, find_groups, macs_model, plan_prune
-from secateur.prune.macs import count_layer_macs
 from secateur.prune.plan import Budget
 from secateur.runtimes.base import runtime_of
 from secateur.tasks import decompose, select_tasks
@@ -65,9 +65,10 @@ def main() -> None:
     test = open_reader("pets", DATA / "pets3", "test")
     unseen = image_batch(test, range(len(test)), AGE_GENDER_INPUT)
     with shown():
-        bank = score_all(
+        bank = score_tasks(
             parent,
             find_groups(parent, EXAMPLE),
+            parent.tasks,
             "taylor",
             partial(
                 batches, train, [], AGE_GENDER_INPUT, SCORE_BATCH,
@@ -87,7 +88,7 @@ def main() -> None:
 
 def whole_row(parent: MultiTaskModel, unseen: Tensor) -> dict[str, Any]:
     """What each task owns, and the parent's outputs on the test images."""
-    use = decompose(parent, EXAMPLE, count_layer_macs(parent, EXAMPLE))
+    use = decompose(parent, EXAMPLE)
     wanted = run(parent, unseen)
     return {
         "what": "parent",

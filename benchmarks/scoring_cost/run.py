@@ -23,12 +23,12 @@ import psutil
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from scoring import score_all
 from secateur import zoo
 from secateur.core.channels import ChannelGroup
 from secateur.core.model import ModelInput, MultiTaskModel
 from secateur.core.task import Task
 from secateur.data.loading import Batch, InMemory, batches, open_reader
+from secateur.importance.bank import score_tasks
 from secateur.metrics.kind import kind_of
 from secateur.prune import find_groups
 from secateur.zoo.parents import NYUV2_HEADS
@@ -135,7 +135,7 @@ def scoring_pass(
     criterion: str,
     stream: Callable[[], Iterable[Batch]],
 ) -> None:
-    score_all(model, groups, criterion, stream, sum(1 for _ in stream()))
+    score_tasks(model, groups, model.tasks, criterion, stream, sum(1 for _ in stream()))
 
 
 def claims(network: str, rows: list[dict[str, Any]]) -> list[Show]:

@@ -68,11 +68,16 @@ def plan_by_search(
     Raises:
         PlanError: the budget is below what the grid allows.
     """
-    named = {"per_task": per_task or {}, "criterion": criterion, "fusion": fusion}
     loss = _RelativeLoss(model, judged)
 
+    def planned(counts: Sequence[int]) -> PrunePlan:
+        return plan_widths(
+            groups, cost, fused, counts, budget,
+            per_task=per_task or {}, criterion=criterion, fusion=fusion,
+        )  # fmt: skip
+
     def judge(counts: Sequence[int]) -> float:
-        plan = plan_widths(groups, cost, fused, counts, budget, **named)
+        plan = planned(counts)
         cut = apply_plan(model, groups, plan, images[:1])
         return loss(refit(model, cut, groups, plan, images, QUICK))
 
@@ -82,7 +87,7 @@ def plan_by_search(
         rungs, cost, int(budget.macs * cost.macs([g.width for g in groups])), starts, judge,
         tries=settings.tries, seed=seed,
     )  # fmt: skip
-    return plan_widths(groups, cost, fused, found.counts, budget, **named)
+    return planned(found.counts)
 
 
 def _starts(
