@@ -157,7 +157,7 @@ def rank_share(scores: Scores) -> dict[str, NDArray[np.float64]]:
 
 def users(bench: Bench) -> dict[str, frozenset[str]]:
     """Return which tasks depend on each group of the parent."""
-    layers = decompose(copy.deepcopy(bench.parent), bench.example, {}).layers
+    layers = decompose(copy.deepcopy(bench.parent), bench.example).layers
     return {
         group.name: frozenset(
             task for m in group.members if m.axis == "out" for task in layers[m.layer]
