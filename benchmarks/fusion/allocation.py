@@ -12,6 +12,7 @@ from secateur.prune.plan import Budget
 from suite import read_json
 
 SEARCH = SearchSettings(tries=100)
+IMAGES = 64  # that refit, and as many others that judge
 
 
 def searched_plan(bench: Bench, fused: Scores, share: float, seed: int) -> PrunePlan:
@@ -19,8 +20,7 @@ def searched_plan(bench: Bench, fused: Scores, share: float, seed: int) -> Prune
     path = CACHE / bench.name / f"search-{SEARCH.tries}-{share}-{seed}.json"
     if path.exists():
         return PrunePlan.from_json(read_json(path))
-    half = SEARCH.judge_images
-    both = next(bench.stream(SEARCH.refit_images + half, seed, SEARCH.refit_images + half))
+    both = next(bench.stream(2 * IMAGES, seed, 2 * IMAGES))
     judged = Batch(
         both.images[1::2], {name: t[1::2] for name, t in both.targets.items()}, both.ids[1::2]
     )

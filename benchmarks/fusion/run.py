@@ -37,7 +37,7 @@ from suite import RESULTS
 Cutter = Callable[[Bench, float, int], MultiTaskModel]
 METHODS: dict[str, Cutter] = {**{name: recipe.cut for name, recipe in OURS.items()}, **RIVALS}
 HEADLINE = ("cut", "tp_group_taylor", "l2", "random")
-KEEP = (0.5, 0.3, 0.1)
+KEEP = (0.3, 0.5, 0.1)
 CELLS = RESULTS / "fusion.cells.jsonl"
 PARENT = "nyuv2_lite0_96x128"
 # The same for every method; chosen on the validation split.
@@ -58,11 +58,10 @@ class Cell:
 def cells(parent: str) -> Iterator[Cell]:
     """Yield the whole grid, the most telling cells first."""
     for seed in (0, 1, 2):
-        for recovery, methods in ((0.15, HEADLINE), (0.05, HEADLINE), (0.15, METHODS),
-                                  (0.4, HEADLINE)):  # fmt: skip
-            for method in methods:
-                for keep in KEEP:
-                    yield Cell(parent, method, keep, recovery, seed)
+        for recovery in (0.15, 0.05):
+            yield from (Cell(parent, m, k, recovery, seed) for m in HEADLINE for k in KEEP)
+        yield from (Cell(parent, m, k, 0.15, seed) for k in KEEP for m in METHODS)
+        yield from (Cell(parent, m, k, 0.4, seed) for m in HEADLINE for k in KEEP)
 
 
 def main() -> None:

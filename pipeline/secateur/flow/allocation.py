@@ -8,7 +8,8 @@ output, relative to that of the first allocation tried.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +18,11 @@ from torch import Tensor
 from secateur.compensate import RefitSettings, refit
 from secateur.core.channels import ChannelGroup
 from secateur.core.errors import PlanError
-from secateur.core.model import MultiTaskModel, evaluating
+from secateur.core.model import MultiTaskModel, evaluating, model_fingerprint
 from secateur.core.plan import PrunePlan
-from secateur.data.loading import Batch
+from secateur.data.loading import Batch, Subset, batches, has_labels, image_batch, spread
+from secateur.flow.job import Job
+from secateur.flow.recipe import SearchSpec
 from secateur.metrics.kind import kind_of
 from secateur.prune import apply_plan, plan_prune, plan_widths
 from secateur.prune.budget import ladders
@@ -34,14 +37,9 @@ QUICK = RefitSettings(ridge=0.03, sweeps=2, per_weight=16, samples=(4096, 16_384
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """``tries`` allocations, refitted on ``refit_images`` and judged on ``judge_images``.
+    """``tries`` allocations are judged; a group keeps at least ``floor`` of its channels."""
 
-    ``floor``: least share of its channels that a group keeps.
-    """
-
-    tries: int = 100
-    refit_images: int = 64
-    judge_images: int = 64
+    tries: int = 60
     floor: float = 0.1
 
 
@@ -108,6 +106,39 @@ def _starts(
             continue
         starts.append([len(cut.kept) for cut in plan.cuts])
     return starts
+
+
+def searched_plan(
+    job: Job,
+    wanted: SearchSpec,
+    groups: Sequence[ChannelGroup],
+    cost: MacsModel,
+    fused: Mapping[str, NDArray[np.float64]],
+    ranked: PrunePlan,
+    budget: Budget,
+    per_task: Mapping[str, Mapping[str, NDArray[np.float64]]],
+) -> PrunePlan:
+    """Return the searched plan for a recipe, found before or now; ``ranked`` is one of its starts.
+
+    Refit and judge draw different training images; labels judge where there are any.
+    """
+    chosen = spread(job.train, 2 * wanted.images)
+    refitted, judged = chosen[::2], chosen[1::2]
+    labelled = [task for task in job.selected.tasks if has_labels(job.train, [task])]
+
+    def find() -> Mapping[str, Any]:
+        batch = next(batches(Subset(job.train, judged), labelled, job.spec, len(judged)))
+        plan = plan_by_search(
+            job.selected, groups, cost, fused, budget,
+            image_batch(job.train, refitted, job.spec), batch,
+            SearchSettings(wanted.tries), per_task=per_task,
+            criterion=ranked.criterion, fusion=ranked.fusion,
+        )  # fmt: skip
+        return plan.to_json()
+
+    key = (model_fingerprint(job.selected), ranked.to_json(), wanted.model_dump(), asdict(job.spec),
+           job.train.fingerprint, [task.name for task in labelled])  # fmt: skip
+    return PrunePlan.from_json(job.cache.json("search", key, find))
 
 
 class _RelativeLoss:

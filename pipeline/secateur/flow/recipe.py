@@ -69,6 +69,11 @@ class BudgetSpec(_Strict):
     macs: float = Field(gt=0, le=1)
 
 
+class SearchSpec(_Strict):
+    tries: int = Field(default=60, ge=1)
+    images: int = Field(default=64, ge=8)
+
+
 class PruneSpec(_Strict):
     criterion: str = "taylor"
     fusion: str = "cut"
@@ -77,10 +82,11 @@ class PruneSpec(_Strict):
     floor: float = Field(default=0.3, ge=0, lt=1)
     balance: float = Field(default=0.65, ge=0, le=1)
     images: int = Field(default=128, ge=1)
+    search: SearchSpec | Literal[False] = SearchSpec()
 
 
 class CompensateSpec(_Strict):
-    images: int = Field(default=64, ge=2)
+    images: int = Field(default=256, ge=2)
     ridge: float | None = Field(default=None, gt=0)
 
 

@@ -22,6 +22,7 @@ from secateur.core.plan import PrunePlan
 from secateur.core.task import Task
 from secateur.data.loading import Batch, Subset, batches, has_labels, image_batch, spread
 from secateur.data.transforms import image_tensor
+from secateur.flow.allocation import searched_plan
 from secateur.flow.job import Job
 from secateur.flow.recovery import forgets_weights, recovered
 from secateur.fusion.scores import NEEDS_AGREEMENT, GroupScores, fuse, rule_of
@@ -36,6 +37,10 @@ from secateur.prune.plan import Budget
 from secateur.runtimes.base import Session
 
 SCORE_BATCH = 8
+# Memory of the refit goes with pixels, and so does the number of equations: large inputs need
+# fewer images for as much of both (256 images at 192x256).
+REFIT_PIXELS = 12_600_000
+FEW_IMAGES = 96  # fewer than these are also shown mirrored and enlarged
 Scores = dict[str, NDArray[np.float64]]
 Metrics = dict[str, dict[str, float]]
 
@@ -145,7 +150,11 @@ def make_plan(job: Job, grid: int) -> tuple[tuple[ChannelGroup, ...], PrunePlan]
         oracle=lambda trial: _removed(plan(trial)),
         keep_share=wanted.budget.macs**0.5,  # MACs go with the square of the widths
     )
-    return groups, plan(fused)
+    if wanted.search is False:
+        return groups, plan(fused)
+    return groups, searched_plan(
+        job, wanted.search, groups, cost, fused, plan(fused), budget, per_task
+    )
 
 
 def _removed(plan: PrunePlan) -> dict[str, NDArray[np.bool_]]:
@@ -202,10 +211,11 @@ def compensated(
     wanted = job.recipe.compensate
     if wanted is False:
         return pruned
-    images = image_batch(job.train, spread(job.train, wanted.images), job.spec)
-    return refit(
-        job.selected, pruned, groups, plan, views(images), RefitSettings(ridge=wanted.ridge)
-    )
+    count = min(wanted.images, REFIT_PIXELS // (job.spec.height * job.spec.width))
+    images = image_batch(job.train, spread(job.train, max(count, 2)), job.spec)
+    if len(images) < FEW_IMAGES:
+        images = views(images)
+    return refit(job.selected, pruned, groups, plan, images, RefitSettings(ridge=wanted.ridge))
 
 
 def torch_accuracy(job: Job, model: MultiTaskModel, title: str) -> Metrics:
