@@ -411,7 +411,7 @@ tasks:
 data:
   train: {{reader: {reader}, split: train, options: {{count: {count}, height: 64, width: 96}}}}
   eval: {{reader: scenes, split: test, options: {{count: 4, height: 32, width: 48}}}}
-prune: {{criterion: magnitude, budget: {{macs: 0.6}}, grid: 4}}
+prune: {{criterion: magnitude, budget: {{macs: 0.6}}, grid: 4, search: false}}
 compensate: {{images: 4}}
 recover: {{batch_size: 4, {recover}}}
 """
