@@ -20,6 +20,7 @@ arXiv 2312.04339).
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -220,22 +221,24 @@ def _targets(
 ) -> dict[str, Tensor]:
     """Return the (c_out, S) mixed pre-activations of the experts, per layer."""
     targets: dict[str, Tensor] = {}
+    for task, expert in track(plain.items(), "reading the experts", len(plain)):
+        filled: Counter[str] = Counter()
 
-    def read(task: str, expert: MultiTaskModel) -> dict[str, list[Tensor]]:
-        parts: dict[str, list[Tensor]] = {}
-
-        def see(name: str, layer: Layer, _inputs: Tensor, output: Tensor) -> None:
-            if name in mixes and task in mixes[name].shares:
-                chosen = outputs_at(layer, output, positions.of(name, layer, output))
-                parts.setdefault(name, []).append(_mixed(mixes[name].shares[task], chosen).float())
+        def see(
+            name: str, layer: Layer, _inputs: Tensor, output: Tensor,
+            task: str = task, filled: Counter[str] = filled,
+        ) -> None:  # fmt: skip
+            if name not in mixes or task not in mixes[name].shares:
+                return
+            chosen = outputs_at(layer, output, positions.of(name, layer, output))
+            if name not in targets:
+                samples = chosen.shape[1] // len(output) * len(images)
+                targets[name] = torch.zeros(len(chosen), samples)
+            place = slice(filled[name], filled[name] + chosen.shape[1])
+            targets[name][:, place] += _mixed(mixes[name].shares[task], chosen).float()
+            filled[name] += chosen.shape[1]
 
         visit(expert, images, see)
-        return parts
-
-    for task, expert in track(plain.items(), "reading the experts", len(plain)):
-        for name, parts in read(task, expert).items():
-            target = torch.cat(parts, 1)
-            targets[name] = targets[name] + target if name in targets else target
     return targets
 
 
