@@ -326,6 +326,20 @@ def test_a_layer_called_twice_has_no_single_target_and_is_averaged() -> None:
         assert torch.allclose(merged.network.line.weight, both)
 
 
+def test_a_layer_that_one_task_does_not_need_follows_the_other() -> None:
+    experts = pair()
+    experts["depth"].network.heads["depth"].weight.data.zero_()  # depth is a constant now
+    merged = merge_networks(joined(experts), {}, experts, pictures(32),
+                            MergeSettings("cut", ridge=1e-3, damping=1e-4))  # fmt: skip
+    with torch.no_grad():
+        wanted = experts["seg"](pictures(8, 1))["seg"]
+        error = (merged(pictures(8, 1))["seg"] - wanted).square().mean() / wanted.var()
+    assert error < 1e-3
+    with pytest.raises(ModelError, match="no importance of the outputs of 'seg'"):
+        merge_networks(joined(experts), {}, experts, pictures(2), MergeSettings("cut"),
+                       importance={"depth": {}})  # fmt: skip
+
+
 def test_cut_leaves_statistics_that_training_mode_agrees_with() -> None:
     experts, images = pair(), pictures(32)
     merged = merge_networks(joined(experts), {}, experts, images, MergeSettings("cut"))

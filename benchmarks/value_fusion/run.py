@@ -241,11 +241,11 @@ def merged_row(bench: Bench, name: str, seed: int) -> dict[str, Any]:
     settings = MergeSettings(**choose(bench, name))
     images = bench.images()
     started = time.monotonic()
-    merged = merge_networks(join(experts), pretrained, experts, images, settings)
+    known = measure_importance(experts, images, settings.rule)
+    start = join(experts), pretrained, experts, images
+    merged = merge_networks(*start, settings, importance=known)
     seconds = time.monotonic() - started
-    plain = merge_networks(
-        join(experts), pretrained, experts, images, replace(settings, reestimate=False)
-    )
+    plain = merge_networks(*start, replace(settings, reestimate=False), importance=known)
     folder = bench.work / f"recovery_{name}_{seed}"
     recovery = TrainSettings(bench.options.recovery_epochs, learning_rate=5e-4, seed=seed)
     recovered = train(merged, bench.fit, SPEC, recovery, augment=FLIPS, checkpoint=folder,

@@ -108,8 +108,15 @@ def fit_to_experts(
     make the target the plain mean of the experts' outputs.
 
     Raises:
-        ModelError: an expert's layer is read by something besides its batch norm.
+        ModelError: a task's sensitivity is missing, or an expert's layer is read by something
+            besides its batch norm.
     """
+    unknown = [task for task in experts if task not in sensitivity]
+    if unknown:
+        raise ModelError(
+            f"no importance of the outputs of '{unknown[0]}'",
+            hint="give what output_sensitivity returns for each expert",
+        )
     images = torch.cat([images, images.flip(3)])
     merged = copy.deepcopy(network).eval()
     norms = following_norms(merged, images[:1])
@@ -185,13 +192,14 @@ def _mixes(
         layers = {task: found[name] for task, found in own.items() if name in found}
         if not layers:
             continue
-        width = next(iter(layers.values())).weight.shape[0]
+        first = next(iter(layers.values()))
+        width, groups = first.weight.shape[0], getattr(first, "groups", 1)
+        grain = torch.eye(width) if groups == 1 else torch.ones(width)
         terms = {}
-        for task in layers:
-            moments = sensitivity[task].get(name, torch.zeros(width)).double()
-            diagonal = _diagonal(moments) if moments.dim() > 1 else moments
-            moments = moments / diagonal.mean() if diagonal.sum() > 0 else moments
-            grain = torch.eye(width) if moments.dim() > 1 else torch.ones(width)
+        for task in layers:  # a layer that a task's output does not need has no moments
+            moments = sensitivity[task].get(name, torch.zeros_like(grain)).double()
+            level = (moments * grain).sum() / width
+            moments = moments / level if level > 0 else moments
             terms[task] = weights[task] * (moments + damping * grain)
         total = torch.stack(list(terms.values())).sum(0)
         shares = {
@@ -203,7 +211,6 @@ def _mixes(
         mixed = torch.stack(
             [_mixed(shares[t], layer.weight.detach().flatten(1)) for t, layer in layers.items()]
         ).sum(0)
-        groups = getattr(next(iter(layers.values())), "groups", 1)
         mixes[name] = _Mix(shares, mixed.reshape(groups, width // groups, -1))
     return mixes
 
