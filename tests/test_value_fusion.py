@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from secateur.core.errors import ModelError, PlanError, RecipeError
 from secateur.core.model import MultiTaskModel
 from secateur.core.task import Task
-from secateur.fusion.layers import folded, following_norms
+from secateur.fusion.layers import folded, following_norms, inputs_at, outputs_at
 from secateur.fusion.linearised import Linearised
 from secateur.fusion.merge_rules import MERGES
 from secateur.fusion.regression import fit_to_experts
@@ -210,6 +210,26 @@ def test_equal_trunks_leave_every_task_as_it_was(rule: str) -> None:
     assert output_error(merged, experts, pictures(4, 1)) < 1e-6
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 1, "stride": 2},
+        {"kernel_size": (3, 5), "stride": (2, 1), "padding": (0, 2), "dilation": (1, 2)},
+        {"kernel_size": 4, "padding": "same"},
+        {"kernel_size": 3, "groups": 2, "stride": 2, "padding": 1, "padding_mode": "reflect"},
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
+def test_a_layer_is_its_weight_times_the_gathered_inputs(options) -> None:
+    layer, x = nn.Conv2d(4, 6, **options), torch.randn(3, 4, 13, 17)
+    output = layer(x)
+    positions = torch.randperm(output[0, 0].numel())[:20]
+    inputs = inputs_at(layer, x, positions)
+    made = (layer.weight.reshape(layer.groups, -1, inputs.shape[1]) @ inputs).flatten(0, 1)
+    wanted = outputs_at(layer, output, positions)
+    assert torch.allclose(made + layer.bias[:, None], wanted, atol=1e-5)
+
+
 def test_folding_changes_no_output() -> None:
     model, x = expert(SEG, 2), pictures(2)
     norms = following_norms(model, x[:1])
@@ -231,30 +251,6 @@ def test_cut_beats_the_other_rules_on_random_networks(seed: int) -> None:
         for rule in ("average", "fisher", "regmean", "cut")
     }
     assert error["cut"] < 0.9 * min(error["average"], error["fisher"], error["regmean"]), error
-
-
-def test_regmean_is_the_least_squares_merge_of_one_layer() -> None:
-    class OneLayer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.mix = nn.Conv2d(3, 1, 1, bias=False)
-
-        def forward(self, image: Tensor) -> dict[str, Tensor]:
-            return {"depth": self.mix(image), "other": self.mix(image)}
-
-    tasks = {"depth": DEPTH, "other": Task("other", "other", "depth", "depth")}
-    experts = {name: MultiTaskModel(_seeded(OneLayer, i), (task,)).eval()
-               for i, (name, task) in enumerate(tasks.items())}  # fmt: skip
-    # Called twice per pass, so there is no single target: the average stays.
-    network = MultiTaskModel(OneLayer(), tuple(tasks.values()))
-    merged = merge_networks(network, {}, experts, pictures(4), MergeSettings("regmean"))
-    both = sum(model.network.mix.weight for model in experts.values()) / 2
-    assert torch.allclose(merged.network.mix.weight, both)
-
-
-def _seeded(kind: type, seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    return kind()
 
 
 class Line(nn.Module):
@@ -296,6 +292,52 @@ def test_cut_reaches_the_weighted_least_squares_optimum(bias: bool) -> None:
     assert merged.network.line.weight.grad.abs().max() < 1e-4
     if bias:
         assert merged.network.line.bias.grad.abs().max() < 1e-4
+
+
+def test_regmean_solves_the_sum_of_the_experts_own_problems() -> None:
+    class Louder(Line):
+        def forward(self, image: Tensor) -> dict[str, Tensor]:
+            return super().forward(image * torch.tensor([10.0, 1, 1])[:, None, None])
+
+    network, images = MultiTaskModel(Line(2, bias=False), (SEG,)).eval(), pictures(16)
+    chosen = MergeSettings("regmean", off_diagonal=1.0)
+    quiet = MultiTaskModel(Line(0, bias=False), (SEG,)).eval()
+    w = quiet.network.line.weight
+    for kind, share in ((Line, 0.5), (Louder, 100 / 101)):
+        # The second expert's inputs are ten times as large in one channel: there it decides.
+        loud = MultiTaskModel(kind(1, bias=False), (SEG,)).eval()
+        experts = {"one": quiet, "two": loud}
+        merged = merge_networks(network, {}, experts, images, chosen).network.line.weight
+        wanted = (1 - share) * w + share * loud.network.line.weight
+        assert torch.allclose(merged[:, 0], wanted[:, 0], atol=0.01)
+
+
+def test_a_layer_called_twice_has_no_single_target_and_is_averaged() -> None:
+    class Twice(Line):
+        def forward(self, image: Tensor) -> dict[str, Tensor]:
+            return {"seg": self.line(image) + self.line(image.flip(2))}
+
+    experts = {name: MultiTaskModel(Twice(i, bias=True), (SEG,)).eval()
+               for i, name in enumerate(("one", "two"))}  # fmt: skip
+    network = MultiTaskModel(Twice(2, bias=True), (SEG,))
+    both = sum(model.network.line.weight for model in experts.values()) / 2
+    for rule in ("regmean", "cut"):
+        merged = merge_networks(network, {}, experts, pictures(4), MergeSettings(rule))
+        assert torch.allclose(merged.network.line.weight, both)
+
+
+def test_a_layer_that_one_task_does_not_need_follows_the_other() -> None:
+    experts = pair()
+    experts["depth"].network.heads["depth"].weight.data.zero_()  # depth is a constant now
+    merged = merge_networks(joined(experts), {}, experts, pictures(32),
+                            MergeSettings("cut", ridge=1e-3, damping=1e-4))  # fmt: skip
+    with torch.no_grad():
+        wanted = experts["seg"](pictures(8, 1))["seg"]
+        error = (merged(pictures(8, 1))["seg"] - wanted).square().mean() / wanted.var()
+    assert error < 1e-3
+    with pytest.raises(ModelError, match="no importance of the outputs of 'seg'"):
+        merge_networks(joined(experts), {}, experts, pictures(2), MergeSettings("cut"),
+                       importance={"depth": {}})  # fmt: skip
 
 
 def test_cut_leaves_statistics_that_training_mode_agrees_with() -> None:
@@ -396,19 +438,39 @@ def test_linearised_slope_matches_finite_differences() -> None:
         assert torch.allclose(linear(x) - trunk(x), slope, atol=1e-4)
 
 
-def test_linearised_trains_only_tau_and_its_state_goes_round() -> None:
+def test_linearised_trains_only_tau() -> None:
     linear = Linearised(expert(SEG, 2).network.backbone)
-    start, other = linear.state(), Linearised(expert(SEG, 2).network.backbone)
+    start = linear.state()
     linear(pictures(2)).square().mean().backward()
     assert all(tau.grad is not None and tau.grad.abs().sum() > 0 for tau in linear.tau)
     assert all(parameter.grad is None for parameter in linear.network.parameters())
     with torch.no_grad():
         linear.tau[0] += 1.0
     assert torch.allclose(linear.state()["stem.weight"], start["stem.weight"] + 1)
-    other.load(linear.state())
-    assert torch.allclose(other(pictures(2)), linear(pictures(2)), atol=1e-5)
-    with pytest.raises(ModelError, match=r"lacks 'stem\.weight'"):
-        other.load({})
+
+
+def test_linearised_experts_add_up_exactly() -> None:
+    # Outputs are linear in tau, so a mean of task vectors gives the mean of the outputs.
+    trunk, x = expert(SEG, 2).network.backbone, pictures(2)
+    experts = {"a": Linearised(trunk), "b": Linearised(trunk)}
+    with torch.no_grad():
+        for seed, one in enumerate(experts.values()):
+            torch.manual_seed(seed)
+            for tau in one.tau:
+                tau.copy_(0.1 * torch.randn_like(tau))
+        states = {name: one.state_dict() for name, one in experts.items()}
+        start = Linearised(trunk)
+        state = merge_state(start.state_dict(), states, "task_arithmetic", strength=0.5)
+        wanted = sum(one(x) for one in experts.values()) / 2
+        start.load_state_dict(state)
+        assert torch.allclose(start(x), wanted, atol=1e-4)
+
+
+def test_re_estimation_leaves_the_point_of_a_linearised_network() -> None:
+    linear = Linearised(expert(SEG, 2).network.backbone)
+    before = copy.deepcopy(linear.state_dict())
+    reestimate_norms(linear, pictures(4))
+    assert all(torch.equal(value, before[key]) for key, value in linear.state_dict().items())
 
 
 # --- the watershed

@@ -163,23 +163,32 @@ def positions_last(layer: Layer, tensor: Tensor) -> Tensor:
 
 def outputs_at(layer: Layer, output: Tensor, positions: Tensor) -> Tensor:
     """Return the (c_out, N * P) outputs at ``positions``."""
-    return positions_last(layer, output).index_select(2, positions).transpose(0, 1).flatten(1)
+    return _take(positions_last(layer, output), positions).transpose(0, 1).flatten(1)
 
 
 def inputs_at(layer: Layer, inputs: Tensor, positions: Tensor) -> Tensor:
-    """Return the inputs that the outputs at ``positions`` read: (G, c_in/G * kernel, N * P)."""
+    """Return the inputs that the outputs at ``positions`` read: (G, c_in/G * kernel, N * P).
+
+    Only the patches asked for are gathered: an unfolded map is kernel times larger than the map.
+    """
     if isinstance(layer, nn.Linear):
         return outputs_at(layer, inputs, positions)[None]
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    parts = []
-    for part in torch.split(inputs, CHUNK):  # an unfolded map is kernel times larger than the map
-        padded = functional.pad(part, layer._reversed_padding_repeated_twice, mode=mode)
-        taps = functional.unfold(
-            padded, layer.kernel_size, dilation=layer.dilation, stride=layer.stride
-        )
-        parts.append(taps.index_select(2, positions).transpose(0, 1).flatten(1))
-    columns = torch.cat(parts, 1)
-    return columns.reshape(layer.groups, -1, columns.shape[1])
+    padded = functional.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)
+    (rows, columns), (down, right) = layer.kernel_size, layer.stride
+    (far_down, far_right), width = layer.dilation, padded.shape[3]
+    out_width = (width - far_right * (columns - 1) - 1) // right + 1
+    corners = positions // out_width * down * width + positions % out_width * right  # (P,)
+    taps = torch.arange(rows)[:, None] * far_down * width + torch.arange(columns) * far_right
+    places = (taps.flatten()[:, None] + corners).flatten()  # (kernel * P,)
+    chosen = _take(padded.flatten(2), places)
+    chosen = chosen.reshape(*padded.shape[:2], rows * columns, len(positions))
+    return chosen.permute(1, 2, 0, 3).reshape(layer.groups, -1, len(inputs) * len(positions))
+
+
+def _take(maps: Tensor, places: Tensor) -> Tensor:
+    """Return (N, C, P) of (N, C, positions); ``index_select`` is several times slower here."""
+    return maps.gather(2, places.expand(*maps.shape[:2], -1))
 
 
 @contextmanager

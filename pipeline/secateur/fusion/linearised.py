@@ -14,9 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
-from secateur.core.errors import ModelError
-from secateur.fusion.merge_rules import State
-
 
 class Linearised(nn.Module):
     """``forward(x) = f(x; theta_0) + J(x; theta_0) tau`` with ``tau`` (zeros) as the parameters.
@@ -49,21 +46,12 @@ class Linearised(nn.Module):
         return [at + change for at, change in zip(value, slope, strict=True)]
 
     def state(self) -> dict[str, Tensor]:
-        """Return ``theta_0 + tau`` (and the buffers) under the network's own names."""
+        """Return ``theta_0 + tau`` (and the buffers) under the network's own names.
+
+        To merge linearised experts into a linearised network, merge their own state dicts, in
+        which ``tau`` counts from zero; this one merges them into a plain network.
+        """
         state = {key: value.clone() for key, value in self.network.state_dict().items()}
         for name, tau in zip(self.names, self.tau, strict=True):
             state[name] += tau.detach()
         return state
-
-    def load(self, state: State) -> None:
-        """Set ``tau`` so that ``state()`` has the parameters of ``state``.
-
-        Raises:
-            ModelError: a parameter is missing.
-        """
-        for name, tau in zip(self.names, self.tau, strict=True):
-            if name not in state:
-                raise ModelError(
-                    f"the state lacks '{name}'", hint="give a state of the linearised network"
-                )
-            tau.data.copy_(state[name] - self.network.get_parameter(name))

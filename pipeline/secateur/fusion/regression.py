@@ -20,6 +20,7 @@ arXiv 2312.04339).
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -107,8 +108,15 @@ def fit_to_experts(
     make the target the plain mean of the experts' outputs.
 
     Raises:
-        ModelError: an expert's layer is read by something besides its batch norm.
+        ModelError: a task's sensitivity is missing, or an expert's layer is read by something
+            besides its batch norm.
     """
+    unknown = [task for task in experts if task not in sensitivity]
+    if unknown:
+        raise ModelError(
+            f"no importance of the outputs of '{unknown[0]}'",
+            hint="give what output_sensitivity returns for each expert",
+        )
     images = torch.cat([images, images.flip(3)])
     merged = copy.deepcopy(network).eval()
     norms = following_norms(merged, images[:1])
@@ -184,13 +192,14 @@ def _mixes(
         layers = {task: found[name] for task, found in own.items() if name in found}
         if not layers:
             continue
-        width = next(iter(layers.values())).weight.shape[0]
+        first = next(iter(layers.values()))
+        width, groups = first.weight.shape[0], getattr(first, "groups", 1)
+        grain = torch.eye(width) if groups == 1 else torch.ones(width)
         terms = {}
-        for task in layers:
-            moments = sensitivity[task].get(name, torch.zeros(width)).double()
-            diagonal = _diagonal(moments) if moments.dim() > 1 else moments
-            moments = moments / diagonal.mean() if diagonal.sum() > 0 else moments
-            grain = torch.eye(width) if moments.dim() > 1 else torch.ones(width)
+        for task in layers:  # a layer that a task's output does not need has no moments
+            moments = sensitivity[task].get(name, torch.zeros_like(grain)).double()
+            level = (moments * grain).sum() / width
+            moments = moments / level if level > 0 else moments
             terms[task] = weights[task] * (moments + damping * grain)
         total = torch.stack(list(terms.values())).sum(0)
         shares = {
@@ -202,7 +211,6 @@ def _mixes(
         mixed = torch.stack(
             [_mixed(shares[t], layer.weight.detach().flatten(1)) for t, layer in layers.items()]
         ).sum(0)
-        groups = getattr(next(iter(layers.values())), "groups", 1)
         mixes[name] = _Mix(shares, mixed.reshape(groups, width // groups, -1))
     return mixes
 
@@ -220,22 +228,24 @@ def _targets(
 ) -> dict[str, Tensor]:
     """Return the (c_out, S) mixed pre-activations of the experts, per layer."""
     targets: dict[str, Tensor] = {}
+    for task, expert in track(plain.items(), "reading the experts", len(plain)):
+        filled: Counter[str] = Counter()
 
-    def read(task: str, expert: MultiTaskModel) -> dict[str, list[Tensor]]:
-        parts: dict[str, list[Tensor]] = {}
-
-        def see(name: str, layer: Layer, _inputs: Tensor, output: Tensor) -> None:
-            if name in mixes and task in mixes[name].shares:
-                chosen = outputs_at(layer, output, positions.of(name, layer, output))
-                parts.setdefault(name, []).append(_mixed(mixes[name].shares[task], chosen).float())
+        def see(
+            name: str, layer: Layer, _inputs: Tensor, output: Tensor,
+            task: str = task, filled: Counter[str] = filled,
+        ) -> None:  # fmt: skip
+            if name not in mixes or task not in mixes[name].shares:
+                return
+            chosen = outputs_at(layer, output, positions.of(name, layer, output))
+            if name not in targets:
+                samples = chosen.shape[1] // len(output) * len(images)
+                targets[name] = torch.zeros(len(chosen), samples)
+            place = slice(filled[name], filled[name] + chosen.shape[1])
+            targets[name][:, place] += _mixed(mixes[name].shares[task], chosen).float()
+            filled[name] += chosen.shape[1]
 
         visit(expert, images, see)
-        return parts
-
-    for task, expert in track(plain.items(), "reading the experts", len(plain)):
-        for name, parts in read(task, expert).items():
-            target = torch.cat(parts, 1)
-            targets[name] = targets[name] + target if name in targets else target
     return targets
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from secateur.core.errors import ModelError, RecipeError
 from secateur.core.model import MultiTaskModel, evaluating
 from secateur.fusion.layers import Norm
+from secateur.fusion.linearised import Linearised
 from secateur.fusion.merge_rules import MERGES, Copies, State
 from secateur.fusion.regression import fit_to_experts, regmean
 from secateur.fusion.sensitivity import diagonal_fisher, output_sensitivity
@@ -161,8 +162,14 @@ def merge_networks(
 
 
 def reestimate_norms(model: torch.nn.Module, images: Tensor, batch: int = 64) -> None:
-    """Replace batch norms' running statistics, in place, by those of ``images`` (N, C, H, W)."""
-    norms = [m for m in model.modules() if isinstance(m, Norm) and m.track_running_stats]
+    """Replace batch norms' running statistics, in place, by those of ``images`` (N, C, H, W).
+
+    Those of a linearised network stay: they belong to the point it is expanded at.
+    """
+    fixed = {id(m) for part in model.modules() if isinstance(part, Linearised) for m in
+             part.modules()}  # fmt: skip
+    norms = [m for m in model.modules() if isinstance(m, Norm) and m.track_running_stats
+             and id(m) not in fixed]  # fmt: skip
     momenta = [norm.momentum for norm in norms]
     with evaluating(model):
         for norm in norms:
