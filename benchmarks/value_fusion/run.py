@@ -44,7 +44,7 @@ from secateur.fusion.linearised import Linearised
 from secateur.fusion.weights import MergeSettings, measure_importance, merge_networks
 from secateur.metrics.delta import Delta, delta
 from secateur.metrics.kind import kind_of
-from secateur.recover.training import TrainSettings, train
+from secateur.recover import TrainSettings, train
 from secateur.zoo.compose import ComposedModel, compose
 from secateur.zoo.parents import NYUV2_HEADS
 from suite import Show, exit_status, read_json, write_suite

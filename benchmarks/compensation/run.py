@@ -1,0 +1,161 @@
+"""Training-free cuts, and what allocation and selection are each worth.
+
+    SECATEUR_DATA=... python benchmarks/compensation/run.py [--parent NAME] [--seeds 0 1 2]
+
+No labels are used after scoring and nothing is trained: the cut is measured plain, with batch norms
+re-estimated on 256 images, and refitted on the same images. A second table crosses how many
+channels each group keeps with which ones. Seconds are of one process as the machine was. Resumable.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.optim.swa_utils import update_bn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from fusion.bench import Bench, Scores
+from fusion.ours import CUT, REFIT_IMAGES, Recipe, fused_scores
+from fusion.run import PARENT, measure
+from secateur.compensate import refit
+from secateur.core.model import MultiTaskModel
+from secateur.core.plan import PrunePlan
+from secateur.core.progress import shown
+from secateur.prune import plan_widths
+from secateur.prune.plan import Budget
+from suite import RESULTS, Show, write_suite
+
+KEEP = (0.8, 0.7, 0.5, 0.3)
+TARGETS = {0.8: -0.3, 0.7: -1.0, 0.5: -4.0, 0.3: -14.0}
+CELLS = RESULTS / "compensation.cells.jsonl"
+RANKED = Recipe(allocation="balanced")
+Allocation = Callable[[Bench, float, int], list[int]]
+
+
+def cells(seeds: list[int]) -> Iterator[tuple[str, str, float, int]]:
+    """Yield (allocation, treatment or selection, share of MACs kept, seed)."""
+    for seed in seeds:
+        for keep in KEEP:
+            for treatment in ("plain", "batch norm", "refit"):
+                yield "balanced", treatment, keep, seed
+        for keep in KEEP:
+            yield "search", "refit", keep, seed
+        for keep in (0.5, 0.3):
+            for allocation in ("uniform", "global", "balanced", "search"):
+                for selection in ("random", "l2", "taylor"):
+                    yield allocation, f"select {selection}", keep, seed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--parent", default=PARENT)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--quick", action="store_true", help="half the MACs only, ranked only")
+    options = parser.parse_args()
+    bench = Bench(options.parent)
+    with shown():
+        for allocation, what, keep, seed in cells(options.seeds):
+            if options.quick and (keep != 0.5 or allocation == "search"):
+                continue
+            key = {"parent": bench.name, "allocation": allocation, "what": what, "keep": keep,
+                   "seed": seed}  # fmt: skip
+            if any(key.items() <= row.items() for row in _rows()):
+                continue
+            row = {**key, **run_cell(bench, allocation, what, keep, seed)}
+            with CELLS.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            print(*key.values(), f"{row['delta_t']:.2f}", f"{row['seconds']} s", flush=True)
+    rows = _rows()
+    seeds = sorted({row["seed"] for row in rows})
+    write_suite("compensation", "python benchmarks/compensation/run.py", seeds, rows, claims(rows))
+
+
+def run_cell(bench: Bench, allocation: str, what: str, keep: float, seed: int) -> dict[str, Any]:
+    """Cut by one allocation and selection, treat, and measure on the test images."""
+    plan = _plan(bench, allocation, what, keep, seed)
+    pruned = bench.apply(plan)
+    started = time.monotonic()
+    model = _treated(bench, pruned, plan, what, seed)
+    seconds = time.monotonic() - started
+    return {**measure(bench, model), "macs": plan.macs_after / plan.macs_before,
+            "seconds": round(seconds, 1)}  # fmt: skip
+
+
+def _plan(bench: Bench, allocation: str, what: str, keep: float, seed: int) -> PrunePlan:
+    recipe = CUT if allocation == "search" else RANKED
+    if allocation == "global":
+        recipe = Recipe(allocation="global")
+    if not what.startswith("select "):
+        return recipe.plan(bench, keep, seed)
+    if allocation == "uniform":
+        counts = _uniform(bench, keep)
+    else:
+        counts = [len(cut.kept) for cut in recipe.plan(bench, keep, seed).cuts]
+    criterion = {"random": f"random:{seed}", "l2": "magnitude", "taylor": "taylor"}
+    chosen: Scores = fused_scores(
+        bench, criterion[what.removeprefix("select ")], "mean", keep, seed
+    )
+    return plan_widths(
+        bench.groups, bench.cost, chosen, counts, Budget(keep), per_task={}, criterion=what,
+        fusion="mean",
+    )  # fmt: skip
+
+
+def _uniform(bench: Bench, keep: float) -> list[int]:
+    """Return the largest equal share of every group, on the grid, that the budget allows."""
+    widths = np.array([group.width for group in bench.groups])
+    for share in np.linspace(1, 0, 400):
+        counts = np.maximum(8, np.minimum(widths, widths * share // 8 * 8)).astype(int)
+        if bench.cost.macs(counts) <= keep * bench.full_macs:
+            return [int(count) for count in counts]
+    raise ValueError(f"no uniform width fits {keep}")
+
+
+def _treated(
+    bench: Bench, pruned: MultiTaskModel, plan: PrunePlan, what: str, seed: int
+) -> MultiTaskModel:
+    images = bench.images(REFIT_IMAGES, seed)
+    if what == "plain":
+        return pruned
+    if what == "batch norm":
+        model = copy.deepcopy(pruned)
+        update_bn(torch.split(images, 32), model)
+        return model.eval()
+    return refit(bench.parent, pruned, bench.groups, plan, images)
+
+
+def _rows() -> list[dict[str, Any]]:
+    if not CELLS.exists():
+        return []
+    return [json.loads(line) for line in CELLS.read_text(encoding="utf-8").splitlines() if line]
+
+
+def claims(rows: list[dict[str, Any]]) -> list[Show]:
+    """Return the training-free targets against the mean over the seeds measured."""
+    shows = []
+    for parent in dict.fromkeys(row["parent"] for row in rows):
+        for keep, target in TARGETS.items():
+            found = [
+                row["delta_t"]
+                for row in rows
+                if (row["parent"], row["allocation"], row["what"], row["keep"])
+                == (parent, "search", "refit", keep)
+            ]
+            if found:
+                claim = (f"delta T % without training, {parent}, {100 - 100 * keep:.0f} % of MACs "
+                         f"removed, {len(found)} seed(s)")  # fmt: skip
+                shows.append(Show(claim, target, round(float(np.mean(found)), 2), ">="))
+    return shows
+
+
+if __name__ == "__main__":
+    main()
