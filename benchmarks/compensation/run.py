@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -83,8 +84,9 @@ def run_cell(bench: Bench, allocation: str, what: str, keep: float, seed: int) -
     """Cut by one allocation and selection, treat, and measure on the test images."""
     plan = _plan(bench, allocation, what, keep, seed)
     pruned = bench.apply(plan)
+    images = bench.images(REFIT_IMAGES, seed)
     started = time.monotonic()
-    model = _treated(bench, pruned, plan, what, seed)
+    model = _treated(bench, pruned, plan, what, images)
     seconds = time.monotonic() - started
     return {**measure(bench, model), "macs": plan.macs_after / plan.macs_before,
             "seconds": round(seconds, 1)}  # fmt: skip
@@ -121,9 +123,8 @@ def _uniform(bench: Bench, keep: float) -> list[int]:
 
 
 def _treated(
-    bench: Bench, pruned: MultiTaskModel, plan: PrunePlan, what: str, seed: int
+    bench: Bench, pruned: MultiTaskModel, plan: PrunePlan, what: str, images: Tensor
 ) -> MultiTaskModel:
-    images = bench.images(REFIT_IMAGES, seed)
     if what == "plain":
         return pruned
     if what == "batch norm":

@@ -15,12 +15,18 @@ SEARCH = SearchSettings(tries=100)
 IMAGES = 64  # that refit, and as many others that judge
 
 
-def searched_plan(bench: Bench, fused: Scores, share: float, seed: int) -> PrunePlan:
+def searched_plan(
+    bench: Bench, fused: Scores, share: float, seed: int, *, labels: bool = True
+) -> PrunePlan:
     """Return the plan that the search finds, or found before."""
-    path = CACHE / bench.name / f"search-{SEARCH.tries}-{share}-{seed}.json"
+    path = (
+        CACHE
+        / bench.name
+        / f"search{'' if labels else '-label-free'}-{SEARCH.tries}-{share}-{seed}.json"
+    )
     if path.exists():
         return PrunePlan.from_json(read_json(path))
-    both = next(bench.stream(2 * IMAGES, seed, 2 * IMAGES))
+    both = next(bench.stream(2 * IMAGES, seed, 2 * IMAGES, labels=labels))
     judged = Batch(
         both.images[1::2], {name: t[1::2] for name, t in both.targets.items()}, both.ids[1::2]
     )

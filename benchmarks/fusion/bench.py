@@ -86,10 +86,12 @@ class Bench:
         """Return (count, C, H, W) unlabelled training images: spread evenly, or drawn by seed."""
         return image_batch(self.fit, self._chosen(count, seed), self.spec)
 
-    def stream(self, count: int, seed: int = 0, batch_size: int = 8) -> Iterator[Batch]:
-        """Yield labelled training batches: ``count`` images in all."""
+    def stream(
+        self, count: int, seed: int = 0, batch_size: int = 8, *, labels: bool = True
+    ) -> Iterator[Batch]:
+        """Yield training batches, with labels or without: ``count`` images in all."""
         some = Subset(self.fit, self._chosen(count, seed))
-        return batches(some, self.parent.tasks, self.spec, batch_size)
+        return batches(some, self.parent.tasks if labels else (), self.spec, batch_size)
 
     def losses(
         self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]

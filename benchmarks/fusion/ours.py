@@ -28,12 +28,17 @@ CACHE = Path(__file__).resolve().parents[2] / "out" / "fusion"
 
 @dataclass(frozen=True)
 class Recipe:
-    """One way to cut. ``allocation``: global ranking, ranking balanced by group, or a search."""
+    """One way to cut. ``allocation``: global ranking, ranking balanced by group, or a search.
+
+    Without ``labels`` importance is read from targets sampled from the parent's outputs, and the
+    search is judged by the distance to them.
+    """
 
     criterion: str = "taylor"
     rule: str = "mean"
     allocation: str = "balanced"
     refit: bool = True
+    labels: bool = True
 
     def cut(self, bench: Bench, share: float, seed: int) -> MultiTaskModel:
         plan = self.plan(bench, share, seed)
@@ -43,11 +48,11 @@ class Recipe:
         return refit(bench.parent, pruned, bench.groups, plan, bench.images(REFIT_IMAGES, seed))
 
     def plan(self, bench: Bench, share: float, seed: int) -> PrunePlan:
-        fused = fused_scores(bench, self.criterion, self.rule, share, seed)
+        fused = fused_scores(bench, self.criterion, self.rule, share, seed, labels=self.labels)
         if self.allocation == "search":
             from fusion.allocation import searched_plan
 
-            return searched_plan(bench, fused, share, seed)
+            return searched_plan(bench, fused, share, seed, labels=self.labels)
         return ranked_plan(bench, fused, share, self.allocation)
 
 
@@ -57,7 +62,9 @@ def ranked_plan(bench: Bench, fused: Scores, share: float, allocation: str) -> P
     return plan_prune(bench.groups, bench.cost, fused, {}, budget, criterion="-", fusion="-")
 
 
-def fused_scores(bench: Bench, criterion: str, rule: str, share: float, seed: int) -> Scores:
+def fused_scores(
+    bench: Bench, criterion: str, rule: str, share: float, seed: int, *, labels: bool = True
+) -> Scores:
     """Return the fused scores; for ``guarded`` by what a balanced cut to ``share`` removes."""
 
     def removed(trial: Scores) -> dict[str, np.ndarray]:
@@ -69,19 +76,23 @@ def fused_scores(bench: Bench, criterion: str, rule: str, share: float, seed: in
 
     agree = _agreement(bench, seed) if rule in NEEDS_AGREEMENT else None
     weights = {task.name: 1.0 for task in bench.parent.tasks}
-    return fuse(task_scores(bench, criterion, seed), weights, rule,
+    return fuse(task_scores(bench, criterion, seed, labels=labels), weights, rule,
                 agreement=agree, oracle=removed, keep_share=share**0.5)  # fmt: skip
 
 
-def task_scores(bench: Bench, criterion: str, seed: int) -> dict[str, Scores]:
+def task_scores(
+    bench: Bench, criterion: str, seed: int, *, labels: bool = True
+) -> dict[str, Scores]:
     """Return each task's scores, from disk where an earlier cell made them."""
     tasks = bench.parent.tasks
-    paths = {t.name: _path(bench, f"{criterion}-{t.name}", seed) for t in tasks}
+    kind = criterion if labels else f"{criterion}-label-free"
+    paths = {t.name: _path(bench, f"{kind}-{t.name}", seed) for t in tasks}
     found = {name: load_scores(path) for name, path in paths.items()}
     if any(scores is None for scores in found.values()):
         made = score_tasks(
             bench.parent, bench.groups, tasks, criterion,
-            partial(bench.stream, SCORING_IMAGES, seed, BATCH), SCORING_IMAGES // BATCH,
+            partial(bench.stream, SCORING_IMAGES, seed, BATCH, labels=labels),
+            SCORING_IMAGES // BATCH,
         )  # fmt: skip
         for name, scores in made.items():
             save_scores(paths[name], scores)
@@ -111,6 +122,7 @@ CUT = Recipe(allocation="search")
 OURS: dict[str, Recipe] = {
     "cut": CUT,
     "cut, no refit": replace(CUT, refit=False),
+    "cut, label-free": replace(CUT, labels=False),
     "cut, balanced ranking": replace(CUT, allocation="balanced"),
     "cut, global ranking": replace(CUT, allocation="global"),
     **{f"rule {rule}": Recipe(rule=rule) for rule in RULES if rule != "mean"},

@@ -36,6 +36,7 @@ from suite import RESULTS
 
 Cutter = Callable[[Bench, float, int], MultiTaskModel]
 METHODS: dict[str, Cutter] = {**{name: recipe.cut for name, recipe in OURS.items()}, **RIVALS}
+LABEL_FREE = frozenset(name for name, recipe in OURS.items() if not recipe.labels)
 HEADLINE = ("cut", "tp_group_taylor", "l2", "random")
 KEEP = (0.3, 0.5, 0.1)
 CELLS = RESULTS / "fusion.cells.jsonl"
@@ -102,7 +103,7 @@ def run_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
     cut_seconds = time.monotonic() - started
     before = measure(bench, model)
     steps = round(cell.recovery * bench.parent_steps)
-    recovered = recover(bench, model, steps, cell.seed)
+    recovered = recover(bench, model, steps, cell.seed, labels=cell.method not in LABEL_FREE)
     return {
         "macs": count_macs(model, bench.example) / bench.full_macs,
         "params": parameter_count(model) / parameter_count(bench.parent),
@@ -114,10 +115,17 @@ def run_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
     }
 
 
-def recover(bench: Bench, model: MultiTaskModel, steps: int, seed: int) -> MultiTaskModel:
-    """Return ``model`` after ``steps`` of fine-tuning and distillation, equal for all methods."""
+def recover(
+    bench: Bench, model: MultiTaskModel, steps: int, seed: int, *, labels: bool = True
+) -> MultiTaskModel:
+    """Return ``model`` after ``steps`` of fine-tuning, equal for all methods that use labels."""
     settings = TrainSettings(
-        steps=steps, batch_size=BATCH, learning_rate=LEARNING_RATE, distill=DISTILL, seed=seed
+        steps=steps,
+        batch_size=BATCH,
+        learning_rate=LEARNING_RATE,
+        distill=DISTILL,
+        seed=seed,
+        labels=labels,
     )
     augment = Augment(scale=1.0, jitter=0.0)
     return train(

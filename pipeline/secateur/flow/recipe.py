@@ -99,10 +99,10 @@ class RecoverSpec(_Strict):
     epochs: int | None = Field(default=None, ge=1)
     steps: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=8, ge=2)
-    learning_rate: float = Field(default=5e-4, gt=0)
+    learning_rate: float = Field(default=2e-3, gt=0)
     labels: bool = True
     balance: Literal["fixed", "uncertainty", "dwa", "pcgrad"] = "fixed"
-    distill: float = Field(default=1.0, ge=0)
+    distill: float = Field(default=0.0, ge=0)
     feature_distill: float = Field(default=0.0, ge=0)
     ema: float = Field(default=0.0, ge=0, lt=1)
     early_stop: EarlyStopSpec | Literal[False] = False

@@ -38,8 +38,8 @@ from secateur.runtimes.base import Session
 
 SCORE_BATCH = 8
 # Memory of the refit goes with pixels, and so does the number of equations: large inputs need
-# fewer images for as much of both (256 images at 192x256).
-REFIT_PIXELS = 12_600_000
+# fewer images for as much of both (128 images at 192x256).
+REFIT_PIXELS = 6_300_000
 FEW_IMAGES = 96  # fewer than these are also shown mirrored and enlarged
 Scores = dict[str, NDArray[np.float64]]
 Metrics = dict[str, dict[str, float]]
@@ -96,7 +96,7 @@ def task_agreement(job: Job, groups: Sequence[ChannelGroup]) -> Scores:
 
 
 def scores_for(
-    groups: Sequence[ChannelGroup], parent_groups: Sequence[ChannelGroup], scores: Scores
+    groups: Sequence[ChannelGroup], parent_groups: Sequence[ChannelGroup], scores: GroupScores
 ) -> Scores:
     """Carry scores from the whole parent's groups to those of the selected model.
 

@@ -1,0 +1,142 @@
+"""All task subsets planned from one score bank, and whether scoring the kept tasks alone pays.
+
+    SECATEUR_DATA=... python benchmarks/subsets/run.py [--seeds 0 1 2 3 4] [--quick]
+
+First, every subset of the tasks at three budgets is planned from the bank's scores, without a
+backward pass; the seconds are for all of them together. Then each proper subset is cut to half its
+MACs, refitted and measured without training, its channels chosen by the kept tasks' scores or by
+all tasks' scores. Widths are the same in both, so trunk and head budgets are equal. Resumable.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from fusion.bench import GRID, Bench, Scores
+from fusion.ours import REFIT_IMAGES, task_scores
+from fusion.run import PARENT
+from secateur.bench.accuracy import evaluate_model
+from secateur.compensate import refit
+from secateur.core.progress import shown
+from secateur.flow.stages import scores_for
+from secateur.fusion.scores import fuse
+from secateur.metrics.delta import delta
+from secateur.metrics.kind import kind_of
+from secateur.prune import apply_plan, find_groups, macs_model, plan_prune, plan_widths
+from secateur.prune.plan import Budget
+from secateur.tasks import select_tasks
+from suite import RESULTS, Show, write_suite
+
+BUDGETS = (0.7, 0.5, 0.3)
+CELLS = RESULTS / "subsets.cells.jsonl"
+Subset = tuple[str, ...]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--parent", default=PARENT)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--quick", action="store_true", help="only the plans")
+    options = parser.parse_args()
+    bench = Bench(options.parent)
+    with shown():
+        planned = plan_all(bench)
+        for seed in [] if options.quick else options.seeds:
+            for kept in subsets(bench):
+                if len(kept) < len(bench.parent.tasks):
+                    _compare_once(bench, kept, seed)
+    rows = _rows()
+    gains = [row["gain"] for row in rows]
+    shows = [Show("seconds to plan 7 subsets x 3 budgets from one bank, no backward pass", 60,
+                  round(planned["seconds"], 1), "<=")]  # fmt: skip
+    if gains:
+        shows.append(
+            Show(f"points of delta T gained by scoring the kept tasks only, {len(gains)} pairs",
+                 0.0, round(statistics.fmean(gains), 2), ">=")
+        )  # fmt: skip
+    seeds = sorted({row["seed"] for row in rows})
+    write_suite("subsets", "python benchmarks/subsets/run.py", seeds, [planned, *rows], shows)
+
+
+def subsets(bench: Bench) -> Iterator[Subset]:
+    names = [task.name for task in bench.parent.tasks]
+    for size in range(1, len(names) + 1):
+        yield from combinations(names, size)
+
+
+def plan_all(bench: Bench) -> dict[str, Any]:
+    """Plan every subset at every budget; return the plans' figures and the seconds they took."""
+    bank = task_scores(bench, "taylor", 0)
+    started = time.monotonic()
+    plans = []
+    for kept in subsets(bench):
+        selected = select_tasks(bench.parent, kept).eval()
+        groups = find_groups(selected, bench.example)
+        cost = macs_model(selected, groups, bench.example)
+        scores = {name: scores_for(groups, bench.groups, bank[name]) for name in kept}
+        fused = fuse(scores, dict.fromkeys(kept, 1.0), "mean")
+        for share in BUDGETS:
+            plan = plan_prune(
+                groups, cost, fused, scores, Budget(share, GRID), criterion="taylor", fusion="mean"
+            )
+            plans.append({"keep": list(kept), "budget": share, "macs": plan.macs_after,
+                          "of": plan.macs_before, "lost": dict(plan.lost)})  # fmt: skip
+    return {"what": "plans", "seconds": time.monotonic() - started, "plans": plans}
+
+
+def _compare_once(bench: Bench, kept: Subset, seed: int) -> None:
+    key = {"parent": bench.name, "keep": list(kept), "seed": seed}
+    if any(key.items() <= row.items() for row in _rows()):
+        return
+    row = {"what": "kept or all", **key, **compare(bench, kept, seed)}
+    with CELLS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    print(*key.values(), f"{row['all']:.2f} (all) {row['kept']:.2f} (kept)", flush=True)
+
+
+def compare(bench: Bench, kept: Subset, seed: int) -> dict[str, Any]:
+    """Return ΔT of a refitted cut chosen by the kept tasks' scores and by all tasks' scores."""
+    bank = task_scores(bench, "taylor", seed)
+    selected = select_tasks(bench.parent, kept).eval()
+    groups = find_groups(selected, bench.example)
+    cost = macs_model(selected, groups, bench.example)
+    parent = evaluate_model(selected, bench.test, bench.spec, batch_size=32)
+    higher = {task.name: kind_of(task).higher_is_better for task in selected.tasks}
+
+    def fused(names: Sequence[str]) -> Scores:
+        scores = {name: scores_for(groups, bench.groups, bank[name]) for name in names}
+        return fuse(scores, dict.fromkeys(names, 1.0), "mean")
+
+    by = {"kept": fused(kept), "all": fused([task.name for task in bench.parent.tasks])}
+    budget = Budget(0.5, GRID)
+    ranked = plan_prune(groups, cost, by["kept"], {}, budget, criterion="-", fusion="-")
+    counts = [len(cut.kept) for cut in ranked.cuts]
+    result: dict[str, Any] = {}
+    for name, scores in by.items():
+        plan = plan_widths(
+            groups, cost, scores, counts, budget, per_task={}, criterion="-", fusion="-"
+        )
+        cut = apply_plan(selected, groups, plan, bench.example)
+        fitted = refit(selected, cut, groups, plan, bench.images(REFIT_IMAGES, seed))
+        metrics = evaluate_model(fitted, bench.test, bench.spec, batch_size=32)
+        result[name] = delta(parent, metrics, higher).mean
+    return {**result, "gain": result["kept"] - result["all"]}
+
+
+def _rows() -> list[dict[str, Any]]:
+    if not CELLS.exists():
+        return []
+    return [json.loads(line) for line in CELLS.read_text(encoding="utf-8").splitlines() if line]
+
+
+if __name__ == "__main__":
+    main()
