@@ -12,7 +12,7 @@ from secateur.prune.plan import Budget
 from suite import read_json
 
 SEARCH = SearchSettings(tries=100)
-IMAGES = 64  # that refit, and as many others that judge
+IMAGES = 96  # a third refits, the others judge
 
 
 def searched_plan(
@@ -26,13 +26,12 @@ def searched_plan(
     )
     if path.exists():
         return PrunePlan.from_json(read_json(path))
-    both = next(bench.stream(2 * IMAGES, seed, 2 * IMAGES, labels=labels))
-    judged = Batch(
-        both.images[1::2], {name: t[1::2] for name, t in both.targets.items()}, both.ids[1::2]
-    )
+    both = next(bench.stream(IMAGES, seed, IMAGES, labels=labels))
+    judges = [i for i in range(IMAGES) if i % 3]
+    judged = Batch(both.images[judges], {n: t[judges] for n, t in both.targets.items()}, ())
     plan = plan_by_search(
         bench.parent, bench.groups, bench.cost, fused, Budget(share, GRID),
-        both.images[::2], judged, SEARCH, seed=seed,
+        both.images[::3], judged, SEARCH, seed=seed,
     )  # fmt: skip
     write_json(path, plan.to_json())
     return plan

@@ -32,7 +32,7 @@ from secateur.prune.search import search_counts
 
 # (floor, balance) of the rankings that the search starts from
 STARTS = ((0.3, 0.65), (0.2, 0.8), (0.1, 0.9), (0.1, 0.5))
-QUICK = RefitSettings(ridge=0.03, sweeps=2, per_weight=16, samples=(4096, 16_384))
+QUICK = RefitSettings(ridge=0.03, sweeps=2, per_weight=8, samples=(2048, 8192))
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,9 @@ def searched_plan(
 
     Refit and judge draw different training images; labels judge where there are any.
     """
-    chosen = spread(job.train, 2 * wanted.images)
-    refitted, judged = chosen[::2], chosen[1::2]
+    chosen = spread(job.train, wanted.images)
+    refitted = chosen[::3]
+    judged = [index for number, index in enumerate(chosen) if number % 3]
     labelled = [task for task in job.selected.tasks if has_labels(job.train, [task])]
 
     def find() -> Mapping[str, Any]:

@@ -71,7 +71,7 @@ class BudgetSpec(_Strict):
 
 class SearchSpec(_Strict):
     tries: int = Field(default=60, ge=1)
-    images: int = Field(default=64, ge=8)
+    images: int = Field(default=96, ge=8)
 
 
 class PruneSpec(_Strict):
