@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from secateur.bench.accuracy import evaluate, evaluate_model
@@ -24,6 +23,7 @@ from secateur.data.loading import Batch, Subset, batches, has_labels, image_batc
 from secateur.data.transforms import image_tensor
 from secateur.flow.allocation import searched_plan
 from secateur.flow.job import Job
+from secateur.flow.predict import predictor
 from secateur.flow.recovery import forgets_weights, recovered
 from secateur.fusion.scores import NEEDS_AGREEMENT, GroupScores, fuse, rule_of
 from secateur.importance.agreement import agreement
@@ -229,14 +229,9 @@ def torch_accuracy(job: Job, model: MultiTaskModel, title: str) -> Metrics:
 
 def session_accuracy(job: Job, session: Session, onnx: Path, title: str) -> Metrics:
     """Return a runtime's metrics on the evaluation data."""
-
-    def predict(images: torch.Tensor) -> Mapping[str, torch.Tensor]:
-        outputs = session.run(images.numpy())
-        return {name: torch.from_numpy(array) for name, array in outputs.items()}
-
     metrics: Metrics = job.cache.json(
         "accuracy", (file_sha256(onnx), *_eval_key(job)),
-        lambda: evaluate(predict, job.tasks, job.eval, job.spec, title=title),
+        lambda: evaluate(predictor(session), job.tasks, job.eval, job.spec, title=title),
     )  # fmt: skip
     return metrics
 

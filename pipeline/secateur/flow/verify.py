@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from secateur.bench.accuracy import evaluate
 from secateur.bundle.manifest import Manifest
@@ -17,6 +16,7 @@ from secateur.bundle.write import CHECK_FILE
 from secateur.core.errors import BuildError, DataError, RecipeError, VerifyError
 from secateur.core.task import Task
 from secateur.data.loading import open_reader
+from secateur.flow.predict import predictor
 from secateur.flow.recipe import parse_recipe
 from secateur.lower import Parity, compare_outputs
 from secateur.metrics.delta import Delta, delta
@@ -86,12 +86,10 @@ def _accuracy(
             "the evaluation data are not those of the build", hint="point the recipe at the same"
         )
 
-    def predict(images: torch.Tensor) -> Mapping[str, torch.Tensor]:
-        outputs = session.run(images.numpy())
-        return {name: torch.from_numpy(array) for name, array in outputs.items()}
-
     tasks = [task for task in recipe.all_tasks() if task.name in recipe.kept_names()]
-    return evaluate(predict, tasks, reader, recipe.model.input.model_input(), limit=limit)
+    return evaluate(
+        predictor(session), tasks, reader, recipe.model.input.model_input(), limit=limit
+    )
 
 
 def _task(manifest: Manifest, name: str) -> Task:
