@@ -25,6 +25,7 @@ from fusion.bench import Bench
 from fusion.ours import OURS
 from fusion.rivals import RIVALS
 from secateur.bench.accuracy import evaluate_model
+from secateur.core.errors import PlanError
 from secateur.core.model import MultiTaskModel, parameter_count
 from secateur.core.progress import shown
 from secateur.data.transforms import Augment
@@ -89,7 +90,11 @@ def _run(options: argparse.Namespace) -> None:
             continue
         if time.monotonic() > deadline:
             return
-        row = {**asdict(cell), **run_cell(bench, cell)}
+        try:
+            row = {**asdict(cell), **run_cell(bench, cell)}
+        except PlanError as error:  # some rivals cannot be cut so far
+            print(*asdict(cell).values(), error, flush=True)
+            continue
         with CELLS.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         change = f"{row['before']['delta_t']:.2f} -> {row['after']['delta_t']:.2f}"
