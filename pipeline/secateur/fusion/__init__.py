@@ -1,1 +1,1 @@
-"""Many tasks' scores into one. (Many tasks' weights into one comes with soft sharing.)"""
+"""Many tasks' scores into one (``scores``), and many tasks' copies of weights (``weights``)."""
