@@ -27,31 +27,14 @@ def cut_as_its_users_do(
 ) -> MultiTaskModel:
     """Return the largest network within the budget among the ratios of a bisection.
 
-    torch-pruning leaves a layer whole that its global threshold would empty, and so meets small
-    budgets at no ratio; then every layer keeps 5 %, by its own ``max_pruning_ratio``.
-
     Raises:
-        PlanError: no ratio tried meets the budget even so.
+        PlanError: no ratio tried meets the budget.
     """
-    try:
-        return _bisected(bench, share, importance, gradients or {}, options)
-    except PlanError:
-        options = {**options, "max_pruning_ratio": 0.95}
-        return _bisected(bench, share, importance, gradients or {}, options)
-
-
-def _bisected(
-    bench: Bench,
-    share: float,
-    importance: Any,
-    gradients: Mapping[str, Tensor],
-    options: Mapping[str, Any],
-) -> MultiTaskModel:
     best, best_macs = None, 0
     low, high = 0.0, 1.0
     for _ in range(TRIALS):
         ratio = (low + high) / 2
-        model = _pruned(bench, ratio, importance, gradients, options)
+        model = _pruned(bench, ratio, importance, gradients or {}, options)
         macs = count_macs(model, bench.example)
         if macs > share * bench.full_macs:
             low = ratio

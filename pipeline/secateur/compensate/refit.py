@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from secateur.compensate.clips import Clip, find_clips
 from secateur.compensate.moments import Moments, fit
-from secateur.compensate.patches import Layer, draw, patches, positions_last
+from secateur.compensate.patches import Layer, draw, patches, pick, positions_last
 from secateur.compensate.residual import partners
 from secateur.compensate.walk import Stop, Walk
 from secateur.core.channels import ChannelGroup
@@ -167,15 +167,15 @@ def _target(
 ) -> Tensor:
     """Return what the layer should give at ``positions``: (c_out, S)."""
 
-    def pick(tensor: Tensor, channels: Tensor | None) -> Tensor:
-        flat = positions_last(layer, tensor).index_select(2, positions)
+    def columns(tensor: Tensor, channels: Tensor | None) -> Tensor:
+        flat = pick(positions_last(layer, tensor), positions)
         flat = flat if channels is None else flat.index_select(1, channels)
         return flat.transpose(0, 1).flatten(1)
 
-    target = pick(wanted.tensor, kept)
+    target = columns(wanted.tensor, kept)
     if wanted.partner is None or given.partner is None:
         return target
-    lacking = pick(wanted.partner, kept) - pick(given.partner, None)
+    lacking = columns(wanted.partner, kept) - columns(given.partner, None)
     return target + lacking * _undo_scale(norm, len(target))[:, None]
 
 
