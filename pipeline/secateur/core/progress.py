@@ -34,6 +34,16 @@ def shown(*, quiet: bool = False) -> Iterator[None]:
             _active.reset(token)
 
 
+@contextmanager
+def hidden() -> Iterator[None]:
+    """Draw no bars inside the block: those of steps that another bar counts."""
+    token = _active.set(None)
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
 def track(items: Iterable[Item], description: str, total: int) -> Iterator[Item]:
     """Yield ``items``, moving a bar named ``description`` when bars are drawn."""
     progress = _active.get()

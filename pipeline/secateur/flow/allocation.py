@@ -20,6 +20,7 @@ from secateur.core.channels import ChannelGroup
 from secateur.core.errors import PlanError
 from secateur.core.model import MultiTaskModel, evaluating, model_fingerprint
 from secateur.core.plan import PrunePlan
+from secateur.core.progress import hidden
 from secateur.data.loading import Batch, Subset, batches, has_labels, image_batch, spread
 from secateur.flow.job import Job
 from secateur.flow.recipe import SearchSpec
@@ -77,7 +78,8 @@ def plan_by_search(
     def judge(counts: Sequence[int]) -> float:
         plan = planned(counts)
         cut = apply_plan(model, groups, plan, images[:1])
-        return loss(refit(model, cut, groups, plan, images, QUICK))
+        with hidden():
+            return loss(refit(model, cut, groups, plan, images, QUICK))
 
     starts = _starts(groups, cost, fused, budget)
     rungs = ladders([fused[group.name] for group in groups], budget.grid, settings.floor)
