@@ -80,9 +80,9 @@ def fusion_table(suite: dict[str, Any]) -> str:
         lines.append(f"| {method} | {' | '.join(values)} | {before} | {seeds} |")
     lines += [
         "",
-        "ΔT in % on the 654 test images, mean ± standard deviation over the seeds. EfficientNet-",
-        "Lite0 with segmentation, depth and normals at 96x128; every method recovers in the same",
-        "way, for 15 % of the parent's steps.",
+        "ΔT in % on the 654 test images, mean ± standard deviation over the seeds;",
+        "EfficientNet-Lite0 with segmentation, depth and normals at 96x128; every method",
+        "recovers in the same way, for 15 % of the parent's steps.",
     ]
     return "\n".join([*lines, ""])
 

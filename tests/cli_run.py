@@ -20,7 +20,7 @@ keep: [segmentation, depth]
 data:
   train: {reader: scenes, split: train, options: {count: 16, height: 32, width: 48}}
   eval:  {reader: scenes, split: test, options: {count: 8, height: 32, width: 48}}
-prune:      {budget: {macs: 0.5}, images: 16, search: {tries: 3, images: 8}}
+prune:      {budget: {macs: 0.5}, search: {tries: 3, images: 8}, images: 16}
 compensate: {images: 8}
 recover:    {epochs: 1}
 """

@@ -43,6 +43,7 @@ def test_bring_your_own_from_a_tuple_model_and_unlabelled_images(capsys, tmp_pat
     recipe = (project / "recipe.yaml").read_text()
     for limit in (", max_drop: 5", "epochs: 2"):  # random weights have nothing to keep
         recipe = recipe.replace(limit, {"epochs: 2": "epochs: 1"}.get(limit, ""))
+    recipe = recipe.replace("{budget: {macs: 0.6}}", "{budget: {macs: 0.6}, search: {tries: 2}}")
     (project / "recipe.yaml").write_text(recipe)
     code, stdout, stderr = run(
         capsys, "build", project / "recipe.yaml", "--out", tmp_path / "out", "--json"
