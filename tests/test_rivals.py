@@ -14,6 +14,7 @@ from secateur.core.errors import PlanError
 from secateur.core.plan import GroupCut
 from secateur.data.loading import InMemory
 from secateur.data.scenes import create
+from secateur.importance.bank import score_tasks
 from secateur.prune import apply_plan, count_macs, find_groups, macs_model
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
@@ -145,16 +146,13 @@ def test_a_shut_gate_is_a_cut_channel(bench: TinyBench) -> None:
 
 
 def test_gate_scores_are_those_of_the_criterion(bench: TinyBench) -> None:
-    from secateur.importance.bank import score_task
-
     ours = scoring.gate_scores(bench, bench.parent, bench.groups, 0)
-    for task in bench.parent.tasks:
-        theirs = score_task(
-            bench.parent, bench.groups, task, "taylor", lambda: bench.stream(8, 0), 1
-        )
-        for name, values in theirs.items():
-            np.testing.assert_allclose(ours[task.name][name], values, rtol=1e-3, atol=1e-9)
-    bench.parent.zero_grad()
+    theirs = score_tasks(
+        bench.parent, bench.groups, bench.parent.tasks, "taylor", lambda: bench.stream(8, 0), 1
+    )
+    for task, scores in theirs.items():
+        for name, values in scores.items():
+            np.testing.assert_allclose(ours[task][name], values, rtol=1e-3, atol=1e-9)
 
 
 def test_disparse_keeps_what_any_task_ranks_high(
