@@ -73,6 +73,11 @@ def fusion_table(suite: dict[str, Any]) -> str:
     lines = ["", "| MACs removed | 50 % | 70 % | 90 % | 70 %, before recovery | seeds |",
              "|---|---|---|---|---|---|"]  # fmt: skip
     for method in methods:
+        whole = cells.get((method, 1.0))
+        if whole:
+            lines.append(f"| {method}, all MACs: {_spread(whole['delta_t'])} | | | | "
+                         f"| {len(whole['seeds'])} |")  # fmt: skip
+            continue
         found = [cells.get((method, keep)) for keep in (0.5, 0.3, 0.1)]
         values = [_spread(cell["delta_t"]) if cell else "" for cell in found]
         before = _spread(found[1]["delta_t_before"]) if found[1] else ""

@@ -12,6 +12,7 @@ share the work by ``--part``. ``--quick`` runs one cell of four methods. Afterwa
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 import time
@@ -36,6 +37,7 @@ from secateur.recover import TrainSettings, train
 from suite import RESULTS
 
 Cutter = Callable[[Bench, float, int], MultiTaskModel]
+CONTROL = "no cut (control)"  # the parent after the same recovery; told with its whole MACs
 METHODS: dict[str, Cutter] = {**{name: recipe.cut for name, recipe in OURS.items()}, **RIVALS}
 LABEL_FREE = frozenset(name for name, recipe in OURS.items() if not recipe.labels)
 HEADLINE = ("cut", "tp_group_taylor", "l2", "random")
@@ -62,6 +64,7 @@ def cells(parent: str) -> Iterator[Cell]:
     for seed in (0, 1, 2):
         for recovery in (0.15, 0.05):
             yield from (Cell(parent, m, k, recovery, seed) for m in HEADLINE for k in KEEP)
+        yield Cell(parent, CONTROL, 1.0, 0.15, seed)
         yield from (Cell(parent, m, k, 0.15, seed) for k in KEEP for m in METHODS)
         yield from (Cell(parent, m, k, 0.4, seed) for m in HEADLINE for k in KEEP)
 
@@ -104,7 +107,10 @@ def _run(options: argparse.Namespace) -> None:
 def run_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
     """Cut, recover and measure on the test images."""
     started = time.monotonic()
-    model = METHODS[cell.method](bench, cell.keep, cell.seed)
+    if cell.method == CONTROL:
+        model = copy.deepcopy(bench.parent)
+    else:
+        model = METHODS[cell.method](bench, cell.keep, cell.seed)
     cut_seconds = time.monotonic() - started
     before = measure(bench, model)
     steps = round(cell.recovery * bench.parent_steps)
