@@ -59,6 +59,19 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read the rows that ``append_row`` wrote; none when there is no file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Add one row as a line of JSON, so that a stopped suite resumes and two may write."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
 def exit_status(shows: list[Show]) -> None:
     """Leave with 1 when a claim does not hold."""
     sys.exit(0 if all(show.ok for show in shows) else 1)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -33,7 +32,7 @@ from secateur.core.plan import PrunePlan
 from secateur.core.progress import shown
 from secateur.prune import plan_widths
 from secateur.prune.plan import Budget
-from suite import RESULTS, Show, write_suite
+from suite import RESULTS, Show, append_row, read_rows, write_suite
 
 KEEP = (0.8, 0.7, 0.5, 0.3)
 TARGETS = {0.8: -0.3, 0.7: -1.0, 0.5: -4.0, 0.3: -14.0}
@@ -69,13 +68,12 @@ def main() -> None:
                 continue
             key = {"parent": bench.name, "allocation": allocation, "what": what, "keep": keep,
                    "seed": seed}  # fmt: skip
-            if any(key.items() <= row.items() for row in _rows()):
+            if any(key.items() <= row.items() for row in read_rows(CELLS)):
                 continue
             row = {**key, **run_cell(bench, allocation, what, keep, seed)}
-            with CELLS.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            append_row(CELLS, row)
             print(*key.values(), f"{row['delta_t']:.2f}", f"{row['seconds']} s", flush=True)
-    rows = _rows()
+    rows = read_rows(CELLS)
     seeds = sorted({row["seed"] for row in rows})
     write_suite("compensation", "python benchmarks/compensation/run.py", seeds, rows, claims(rows))
 
@@ -132,12 +130,6 @@ def _treated(
         update_bn(torch.split(images, 32), model)
         return model.eval()
     return refit(bench.parent, pruned, bench.groups, plan, images)
-
-
-def _rows() -> list[dict[str, Any]]:
-    if not CELLS.exists():
-        return []
-    return [json.loads(line) for line in CELLS.read_text(encoding="utf-8").splitlines() if line]
 
 
 def claims(rows: list[dict[str, Any]]) -> list[Show]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -34,7 +33,7 @@ from secateur.metrics.delta import delta
 from secateur.metrics.kind import kind_of
 from secateur.prune import count_macs
 from secateur.recover import TrainSettings, train
-from suite import RESULTS
+from suite import RESULTS, append_row, read_rows
 
 Cutter = Callable[[Bench, float, int], MultiTaskModel]
 CONTROL = "no cut (control)"  # the parent after the same recovery; told with its whole MACs
@@ -98,8 +97,7 @@ def _run(options: argparse.Namespace) -> None:
         except PlanError as error:  # some rivals cannot be cut so far
             print(*asdict(cell).values(), error, flush=True)
             continue
-        with CELLS.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append_row(CELLS, row)
         change = f"{row['before']['delta_t']:.2f} -> {row['after']['delta_t']:.2f}"
         print(*asdict(cell).values(), change, flush=True)
 
@@ -160,11 +158,8 @@ def measure(bench: Bench, model: MultiTaskModel, split: str = "test") -> dict[st
 
 
 def _done() -> set[Cell]:
-    if not CELLS.exists():
-        return set()
     keys = list(Cell.__dataclass_fields__)
-    rows = [json.loads(line) for line in CELLS.read_text(encoding="utf-8").splitlines() if line]
-    return {Cell(**{key: row[key] for key in keys}) for row in rows}
+    return {Cell(**{key: row[key] for key in keys}) for row in read_rows(CELLS)}
 
 
 def _options() -> argparse.Namespace:

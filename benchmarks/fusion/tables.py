@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from suite import RESULTS, Show, write_suite
+from suite import RESULTS, Show, read_rows, write_suite
 
 Key = tuple[str, str, float, float]
 """Parent, method, share of MACs kept, recovery."""
@@ -28,7 +27,7 @@ LEAD = 10.0  # points ahead of plain torch-pruning at 30 % kept
 
 def write_tables(cells: Path) -> None:
     """Write ``results/fusion.json`` and the plots from the cells measured so far."""
-    rows = [json.loads(line) for line in cells.read_text(encoding="utf-8").splitlines() if line]
+    rows = read_rows(cells)
     table = summarise(rows)
     seeds = sorted({row["seed"] for row in rows})
     write_suite(

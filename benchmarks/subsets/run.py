@@ -11,7 +11,6 @@ all tasks' scores. Widths are the same in both, so trunk and head budgets are eq
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -34,7 +33,7 @@ from secateur.metrics.kind import kind_of
 from secateur.prune import apply_plan, find_groups, macs_model, plan_prune, plan_widths
 from secateur.prune.plan import Budget
 from secateur.tasks import select_tasks
-from suite import RESULTS, Show, write_suite
+from suite import RESULTS, Show, append_row, read_rows, write_suite
 
 BUDGETS = (0.7, 0.5, 0.3)
 CELLS = RESULTS / "subsets.cells.jsonl"
@@ -54,7 +53,7 @@ def main() -> None:
             for kept in subsets(bench):
                 if len(kept) < len(bench.parent.tasks):
                     _compare_once(bench, kept, seed)
-    rows = _rows()
+    rows = read_rows(CELLS)
     gains = [row["gain"] for row in rows]
     shows = [Show("seconds to plan 7 subsets x 3 budgets from one bank, no backward pass", 60,
                   round(planned["seconds"], 1), "<=")]  # fmt: skip
@@ -95,11 +94,10 @@ def plan_all(bench: Bench) -> dict[str, Any]:
 
 def _compare_once(bench: Bench, kept: Subset, seed: int) -> None:
     key = {"parent": bench.name, "keep": list(kept), "seed": seed}
-    if any(key.items() <= row.items() for row in _rows()):
+    if any(key.items() <= row.items() for row in read_rows(CELLS)):
         return
     row = {"what": "kept or all", **key, **compare(bench, kept, seed)}
-    with CELLS.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    append_row(CELLS, row)
     print(*key.values(), f"{row['all']:.2f} (all) {row['kept']:.2f} (kept)", flush=True)
 
 
@@ -130,12 +128,6 @@ def compare(bench: Bench, kept: Subset, seed: int) -> dict[str, Any]:
         metrics = evaluate_model(fitted, bench.test, bench.spec, batch_size=32)
         result[name] = delta(parent, metrics, higher).mean
     return {**result, "gain": result["kept"] - result["all"]}
-
-
-def _rows() -> list[dict[str, Any]]:
-    if not CELLS.exists():
-        return []
-    return [json.loads(line) for line in CELLS.read_text(encoding="utf-8").splitlines() if line]
 
 
 if __name__ == "__main__":
