@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from fusion.bench import Bench, Scores
+from fusion.bench import PARENT, Bench, Scores
 from fusion.ours import CUT, REFIT_IMAGES, Recipe, fused_scores
-from fusion.run import PARENT, measure
+from fusion.run import measure
 from secateur.compensate import refit
 from secateur.core.model import MultiTaskModel
 from secateur.core.plan import PrunePlan

@@ -34,6 +34,8 @@ from suite import read_json
 from torch import Tensor
 from train_parent import PARENTS
 
+PARENT = "nyuv2_lite0_96x128"
+SECOND = "nyuv2_mobilenetv2_96x128"
 PARENT_FILES = Path(__file__).resolve().parents[1] / "parents"
 GRID = 8
 Scores = Mapping[str, NDArray[np.float64]]

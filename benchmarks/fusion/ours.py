@@ -1,6 +1,6 @@
 """Our own cuts: scores per task, fused by a rule, allocated, refitted; each part may be left out.
 
-Settings (how many images score and refit, the ladder's floor, the search) were chosen on ``val``.
+How the refit samples and how recovery trains was chosen on ``val``; the search's tries by time.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-PARENT = "nyuv2_lite0_96x128"
+from fusion.bench import PARENT
+
 RECOVERY = 0.15
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from fusion.bench import Bench
+from fusion.bench import PARENT, Bench
 from fusion.ours import OURS
 from fusion.rivals import RIVALS
 from secateur.bench.accuracy import evaluate_model
@@ -42,7 +42,6 @@ LABEL_FREE = frozenset(name for name, recipe in OURS.items() if not recipe.label
 HEADLINE = ("cut", "tp_group_taylor", "l2", "random")
 KEEP = (0.3, 0.5, 0.1)
 CELLS = RESULTS / "fusion.cells.jsonl"
-PARENT = "nyuv2_lite0_96x128"
 # The same for every method; chosen on the validation split.
 LEARNING_RATE, DISTILL, BATCH = 2e-3, 0.0, 8
 

@@ -8,12 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fusion.bench import PARENT, SECOND
 from suite import RESULTS, Show, read_rows, write_suite
 
 Key = tuple[str, str, float, float]
 """Parent, method, share of MACs kept, recovery."""
-PARENT = "nyuv2_lite0_96x128"
-SECOND = "nyuv2_mobilenetv2_96x128"
 # ΔT that `cut` should reach, by recovery and share of MACs kept
 TARGETS = {
     0.05: {0.5: -2.0, 0.3: -7.0, 0.1: -28.0},

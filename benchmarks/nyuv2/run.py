@@ -1,9 +1,9 @@
 """NYUv2, half the MACs, two of three tasks: the whole way, and what each part is worth.
 
-    SECATEUR_DATA=... python benchmarks/nyuv2/run.py [--quick]
+    SECATEUR_DATA=... python benchmarks/nyuv2/run.py
 
-``--quick`` leaves out the table of criteria with and without compensation. Latencies of parent
-and cut are taken in turns in one run; every accuracy is on all 654 test images.
+Cuts without training are the suite ``compensation``. Latencies of parent and cut are taken in turns
+in one run; every accuracy is on all 654 test images.
 """
 
 from __future__ import annotations
@@ -25,22 +25,16 @@ from secateur.core.progress import shown
 from secateur.data.loading import open_reader
 from secateur.data.transforms import image_tensor
 from secateur.flow.build import build
-from secateur.flow.cache import StageCache
-from secateur.flow.job import open_job
 from secateur.flow.recipe import Recipe, load_recipe
-from secateur.flow.stages import change, compensated, make_plan, torch_accuracy
-from secateur.prune import apply_plan
 from secateur.runtimes.base import runtime_of
 from suite import LEFT_OUT, Show, exit_status, read_json, write_suite
 
 ROOT = Path(__file__).resolve().parents[2]
-CRITERIA = ("taylor", "magnitude", "random")
 RUNNER_IMAGES = 8
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "nyuv2")
     options = parser.parse_args()
     recipe = load_recipe(ROOT / "examples" / "nyuv2.yaml")
@@ -50,8 +44,6 @@ def main() -> None:
         rows: list[dict[str, Any]] = [
             {"what": "build", **manifest.model_dump(mode="json", exclude=LEFT_OUT)}
         ]
-        if not options.quick:
-            rows += criteria_table(recipe)
     differing = runner_differences(result.folder, recipe)
     shows = claims(manifest, differing)
     write_suite("nyuv2", "python benchmarks/nyuv2/run.py", [0], rows, shows)
@@ -78,25 +70,6 @@ def claims(manifest: Manifest, differing: int) -> list[Show]:
         Show(f"arrays of run.py that differ from the build's ONNX, {RUNNER_IMAGES} images", 0,
              differing, "<="),
     ]  # fmt: skip
-
-
-def criteria_table(recipe: Recipe) -> list[dict[str, Any]]:
-    """Change per task for each criterion, plain and compensated, without any training."""
-    rows = []
-    for criterion in CRITERIA:
-        prune = recipe.prune.model_copy(update={"criterion": criterion})
-        job = open_job(recipe.model_copy(update={"prune": prune}), StageCache())
-        groups, plan = make_plan(job, 8)
-        pruned = apply_plan(job.selected, groups, plan, job.example)
-        models = {"plain": pruned, "compensated": compensated(job, groups, plan, pruned)}
-        parent = torch_accuracy(job, job.selected, "accuracy of the parent")
-        for name, model in models.items():
-            metrics = torch_accuracy(job, model, f"{criterion}, {name}")
-            result = change(job, parent, metrics)
-            rows.append({"what": "no training", "criterion": criterion, "cut": name,
-                         "delta_t": result.mean, "change_percent": dict(result.per_task),
-                         "metrics": metrics, "macs": plan.macs_after})  # fmt: skip
-    return rows
 
 
 def runner_differences(bundle: Path, recipe: Recipe) -> int:

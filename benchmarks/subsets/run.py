@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from fusion.bench import GRID, Bench, Scores
+from fusion.bench import GRID, PARENT, Bench, Scores
 from fusion.ours import REFIT_IMAGES, task_scores
-from fusion.run import PARENT
 from secateur.bench.accuracy import evaluate_model
 from secateur.compensate import refit
 from secateur.core.progress import shown

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 RIDGES = (0.003, 0.03, 0.3, 3.0)
+UNJUDGED_RIDGE = 0.1
 
 
 @dataclass
@@ -58,11 +59,12 @@ def fit(fitted_on: Moments, held_out: Moments | None, ridge: float | None) -> Te
     """Return the change of weights (G, O, D) that explains the errors.
 
     With ``ridge`` None, each output takes the ridge of ``RIDGES`` (or no change at all) under
-    which it errs least on ``held_out``; then all samples are used.
+    which it errs least on ``held_out``; then all samples are used. Where nothing was held out,
+    that is ``UNJUDGED_RIDGE``.
     """
     if ridge is not None or held_out is None:
         whole = fitted_on if held_out is None else fitted_on + held_out
-        return _solve(whole.gram, whole.cross, ridge if ridge is not None else 0.1)
+        return _solve(whole.gram, whole.cross, UNJUDGED_RIDGE if ridge is None else ridge)
     errors = [torch.zeros_like(held_out.e)]  # no change
     gram, cross = fitted_on.gram, fitted_on.cross
     gram_out, cross_out = held_out.gram, held_out.cross
