@@ -4,6 +4,10 @@
     python benchmarks/train_parent.py pets_lite0 --data DIR --weights FILE [--epochs 60]
     python benchmarks/train_parent.py scenes_small [--epochs 60]
 
+The last ``--finish`` epochs, after ``--epochs``, see the images as they are but for flips, at a
+rate that falls anew: zooms and jitter hold a network back from the best it can do on plain images.
+``--start FILE`` takes the weights that an earlier run's ``--epochs`` gave, and only finishes.
+
 Resumable: run the same command again after a stop. Uses a GPU when there is one.
 """
 
@@ -14,13 +18,13 @@ import json
 import os
 import platform
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import accelerate
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from secateur import zoo
 from secateur.bench.accuracy import evaluate_model
 from secateur.core.files import atomic_path, write_json, write_text
@@ -30,7 +34,7 @@ from secateur.core.task import Task
 from secateur.data.loading import InMemory, open_reader
 from secateur.data.sample import Reader
 from secateur.data.transforms import Augment
-from secateur.recover import TrainResult, TrainSettings, train
+from secateur.recover import TrainSettings, train
 
 HERE = Path(__file__).resolve().parent
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -121,6 +125,8 @@ def main() -> None:
     factory = getattr(zoo, parent.factory)
     network = factory(options.weights) if options.weights else factory()
     model = MultiTaskModel(network, parent.tasks)
+    if options.start:
+        network.load_state_dict({k: v.float() for k, v in load_file(options.start).items()})
     settings = TrainSettings(
         epochs=options.epochs,
         batch_size=options.batch_size,
@@ -128,25 +134,47 @@ def main() -> None:
         seed=options.seed,
         bf16=options.bf16,
     )
+    phases = [("main", settings, parent.augment)]
+    if options.finish:
+        plain = Augment(scale=1.0, jitter=0.0)
+        last = replace(settings, epochs=options.finish, learning_rate=options.finish_rate)
+        phases.append(("finish", last, plain))
+    started = time.time()
+    curve: list[dict[str, object]] = []
+    for phase, how, augment in phases[1 if options.start else 0 :]:
+        with shown(quiet=options.quiet):
+            model = _train(options, parent, model, how, augment, train_set, test_set, work / phase)
+        curve += json.loads((work / phase / "curve.json").read_text())
+    _write(options, parent, model, curve, phases, train_set, test_set, time.time() - started)
+
+
+def _train(
+    options: argparse.Namespace,
+    parent: Parent,
+    model: MultiTaskModel,
+    settings: TrainSettings,
+    augment: Augment,
+    train_set: Reader,
+    test_set: Reader,
+    work: Path,
+) -> MultiTaskModel:
+    """Train one phase, keeping its curve of test metrics beside its checkpoint."""
     curve_file = work / "curve.json"
     curve = json.loads(curve_file.read_text()) if curve_file.exists() else []
 
     def after_epoch(epoch: int, model: MultiTaskModel, loss: float) -> None:
-        row: dict[str, object] = {"epoch": epoch, "loss": round(loss, 4)}
-        if epoch % options.every == 0 or epoch == options.epochs - 2:
+        row: dict[str, object] = {"phase": work.name, "epoch": epoch, "loss": round(loss, 4)}
+        if epoch % options.every == 0 or epoch == (settings.epochs or 0):
             row["test"] = _test(model, test_set, parent.spec)
         curve.append(row)
         write_json(curve_file, curve)
         print(json.dumps(row), flush=True)
 
-    started = time.time()
-    with shown(quiet=options.quiet):
-        result = train(
-            model, train_set, parent.spec, settings,
-            augment=parent.augment, checkpoint=work, after_epoch=after_epoch, title=options.name,
-        )  # fmt: skip
-    seconds = time.time() - started
-    _write(options, parent, result, curve, settings, test_set, seconds)
+    return train(
+        model, train_set, parent.spec, settings,
+        augment=augment, checkpoint=work, after_epoch=after_epoch,
+        title=f"{options.name}, {work.name}:",
+    ).model  # fmt: skip
 
 
 def _options() -> argparse.Namespace:
@@ -155,6 +183,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--data", help="the data set's folder (not for scenes_small)")
     parser.add_argument("--weights", help="ImageNet weights of the backbone (safetensors)")
     parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--finish", type=int, default=0, help="epochs with flips alone, at the end")
+    parser.add_argument("--finish-rate", type=float, default=2e-3, help="its learning rate")
+    parser.add_argument("--start", help="weights after --epochs, trained earlier (safetensors)")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -175,14 +206,14 @@ def _test(model: MultiTaskModel, reader: Reader, spec: ModelInput) -> dict[str, 
 def _write(
     options: argparse.Namespace,
     parent: Parent,
-    result: TrainResult,
+    model: MultiTaskModel,
     curve: list[dict[str, object]],
-    settings: TrainSettings,
+    phases: list[tuple[str, TrainSettings, Augment]],
+    train_set: Reader,
     test_set: Reader,
     seconds: float,
 ) -> None:
     """Write the fp16 weights, and the card from what those very weights score."""
-    model = result.model
     state = {
         key: tensor.half().contiguous() if tensor.is_floating_point() else tensor
         for key, tensor in model.network.state_dict().items()
@@ -195,13 +226,13 @@ def _write(
     record = {
         "name": options.name,
         "factory": f"secateur.zoo:{parent.factory}",
-        "command": f"python benchmarks/train_parent.py {options.name} --epochs {options.epochs}"
-        f" --batch-size {options.batch_size} --learning-rate {options.learning_rate}"
-        f" --seed {options.seed}{' --bf16' if options.bf16 else ''}",
+        "command": _command(options),
         "note": options.note,
-        "settings": asdict(settings),
-        "augment": asdict(parent.augment),
-        "steps": result.steps,
+        "phases": [
+            {"name": name, "settings": asdict(settings), "augment": asdict(augment)}
+            for name, settings, augment in phases
+        ],
+        "steps": sum(settings.total_steps(len(train_set)) for _, settings, _ in phases),
         "test_metrics": metrics,
         "curve": curve,
         "seconds_of_last_run": round(seconds),
@@ -214,6 +245,17 @@ def _write(
     }
     write_json(options.out / f"{options.name}.json", record)
     write_text(options.out / f"{options.name}.md", _card(options.name, parent, record))
+
+
+def _command(options: argparse.Namespace) -> str:
+    """Return the command that gives these weights from nothing."""
+    finish = f" --finish {options.finish} --finish-rate {options.finish_rate}"
+    return (
+        f"python benchmarks/train_parent.py {options.name} --epochs {options.epochs}"
+        f" --batch-size {options.batch_size} --learning-rate {options.learning_rate}"
+        f" --seed {options.seed}{finish if options.finish else ''}"
+        f"{' --bf16' if options.bf16 else ''}"
+    )
 
 
 def _card(name: str, parent: Parent, record: dict[str, object]) -> str:

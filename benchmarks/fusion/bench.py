@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,10 @@ from secateur.data.loading import (
     spread,
 )
 from secateur.data.sample import Reader
+from secateur.flow.axes import NORM_IMAGES, plan_axes
 from secateur.metrics.kind import kind_of
 from secateur.prune import apply_plan, find_groups, macs_model, plan_prune
+from secateur.prune.axes import apply_axes, linear_groups
 from secateur.prune.macs import MacsModel
 from secateur.prune.plan import Budget
 from suite import read_json
@@ -38,6 +41,7 @@ PARENT = "nyuv2_lite0_96x128"
 SECOND = "nyuv2_mobilenetv2_96x128"
 PARENT_FILES = Path(__file__).resolve().parents[1] / "parents"
 GRID = 8
+AXES_IMAGES, BATCH = 128, 8
 Scores = Mapping[str, NDArray[np.float64]]
 Metrics = dict[str, dict[str, float]]
 
@@ -58,10 +62,27 @@ class Bench:
         self.example = self.spec.example()
         self.parent_steps = int(read_json(PARENT_FILES / f"{name}.json")["steps"])
         self._reader = known.reader
+        self._turned: dict[bool, Bench] = {}
         self._parent_metrics: dict[str, Metrics] = {}
+        self._measure_groups()
+
+    def _measure_groups(self) -> None:
         self.groups: tuple[ChannelGroup, ...] = find_groups(self.parent, self.example)
         self.cost: MacsModel = macs_model(self.parent, self.groups, self.example)
         self.full_macs = self.cost.macs([group.width for group in self.groups])
+
+    def turned(self, *, labels: bool = True) -> Bench:
+        """Return the same with its parent in balanced axes: equal outputs, better to cut."""
+        if labels not in self._turned:
+            linear = linear_groups(self.parent, self.groups, self.example)
+            stream = partial(self.stream, AXES_IMAGES, batch_size=BATCH, labels=labels)
+            axes = plan_axes(self.parent, linear, self.parent.tasks, stream, AXES_IMAGES // BATCH)
+            other = copy.copy(self)
+            other.name = f"{self.name}-balanced"
+            other.parent = apply_axes(self.parent, linear, axes, self.images(NORM_IMAGES))
+            other._measure_groups()
+            self._turned[labels] = other
+        return self._turned[labels]
 
     @cached_property
     def fit(self) -> Reader:

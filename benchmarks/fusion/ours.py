@@ -30,8 +30,9 @@ CACHE = Path(__file__).resolve().parents[2] / "out" / "fusion"
 class Recipe:
     """One way to cut. ``allocation``: global ranking, ranking balanced by group, or a search.
 
-    Without ``labels`` importance is read from targets sampled from the parent's outputs, and the
-    search is judged by the distance to them.
+    With ``axes`` the parent is first rewritten in balanced axes. Without ``labels`` importance is
+    read from targets sampled from the parent's outputs, and the search is judged by the distance
+    to them.
     """
 
     criterion: str = "taylor"
@@ -39,8 +40,14 @@ class Recipe:
     allocation: str = "balanced"
     refit: bool = True
     labels: bool = True
+    axes: bool = True
+
+    def bench(self, bench: Bench) -> Bench:
+        """Return the bench whose parent this recipe cuts: in balanced axes or as trained."""
+        return bench.turned(labels=self.labels) if self.axes else bench
 
     def cut(self, bench: Bench, share: float, seed: int) -> MultiTaskModel:
+        bench = self.bench(bench)
         plan = self.plan(bench, share, seed)
         pruned = bench.apply(plan)
         if not self.refit:
@@ -48,6 +55,7 @@ class Recipe:
         return refit(bench.parent, pruned, bench.groups, plan, bench.images(REFIT_IMAGES, seed))
 
     def plan(self, bench: Bench, share: float, seed: int) -> PrunePlan:
+        """Decide the cut of what ``bench`` gave (see above)."""
         fused = fused_scores(bench, self.criterion, self.rule, share, seed, labels=self.labels)
         if self.allocation == "search":
             from fusion.allocation import searched_plan
@@ -121,6 +129,7 @@ RULES = ("mean", "max", "unanimous", "vote", "rank_mean", "cosine", "cosine_magn
 CUT = Recipe(allocation="search")
 OURS: dict[str, Recipe] = {
     "cut": CUT,
+    "cut, original axes": replace(CUT, axes=False),
     "cut, no refit": replace(CUT, refit=False),
     "cut, label-free": replace(CUT, labels=False),
     "cut, balanced ranking": replace(CUT, allocation="balanced"),

@@ -136,13 +136,14 @@ def score(recipe: RecipeArgument, cache: CacheOption = None, as_json: JsonOption
 
     Example: secateur score examples/scenes.yaml
     """
+    from secateur.flow.axes import turn_axes
     from secateur.flow.cache import StageCache
     from secateur.flow.job import open_job
     from secateur.flow.recipe import load_recipe
     from secateur.flow.stages import score_bank
 
     with shown(quiet=as_json):
-        job = open_job(load_recipe(recipe), StageCache(cache))
+        job = turn_axes(open_job(load_recipe(recipe), StageCache(cache)))
         bank = score_bank(job, [task.name for task in job.parent.tasks])
     rows = {
         task: {"groups": len(scores), "channels": sum(len(values) for values in scores.values())}
@@ -168,6 +169,7 @@ def plan(
     Example: secateur plan examples/scenes.yaml --target x86-64-cpu
     """
     from secateur.devices.target import load_target
+    from secateur.flow.axes import turn_axes
     from secateur.flow.cache import StageCache
     from secateur.flow.job import open_job
     from secateur.flow.recipe import load_recipe
@@ -175,7 +177,7 @@ def plan(
 
     profile = load_target(target)
     with shown(quiet=as_json):
-        job = open_job(load_recipe(recipe), StageCache(cache))
+        job = turn_axes(open_job(load_recipe(recipe), StageCache(cache)))
         _, decided = make_plan(job, job.grid(profile))
     if as_json:
         typer.echo(json.dumps(decided.to_json(), indent=2))

@@ -31,6 +31,7 @@ from secateur.compensate.residual import partners
 from secateur.compensate.walk import Stop, Walk
 from secateur.core.channels import ChannelGroup
 from secateur.core.model import MultiTaskModel, evaluating
+from secateur.core.norms import following_norms
 from secateur.core.plan import PrunePlan, dropped_indices
 from secateur.core.progress import track
 
@@ -74,7 +75,7 @@ def refit(
     """
     fitted = copy.deepcopy(cut).eval()
     layers = _single_calls(fitted, images[:1])
-    norms = _following_norms(fitted, images[:1])
+    norms = following_norms(fitted, images[:1])
     clips = find_clips(fitted, layers, images[:1])
     added = partners(fitted, layers, norms, images[:1])
     dropped = dropped_indices(groups, plan)
@@ -250,35 +251,3 @@ def _shift(layer: Layer, norm: nn.Module | None, offset: Tensor) -> None:
         norm.running_mean -= offset
     else:
         layer.bias = nn.Parameter(offset.clone())
-
-
-def _following_norms(model: MultiTaskModel, image: Tensor) -> dict[str, nn.Module]:
-    """Return, per layer, the batch norm that reads its output tensor directly."""
-    made: dict[tuple[int, int], str] = {}
-    alive: list[Tensor] = []  # keeps tensors alive, so that ids stay unique
-    found: dict[str, nn.Module] = {}
-
-    def after(name: str, output: Tensor) -> None:
-        made[id(output), output._version] = name
-        alive.append(output)
-
-    def before(norm: nn.Module, tensor: Tensor) -> None:
-        key = id(tensor), tensor._version  # an in-place activation between raises the version
-        if key in made:
-            found[made[key]] = norm
-
-    hooks = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            hooks.append(
-                module.register_forward_hook(lambda _m, _i, out, name=name: after(name, out))
-            )
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-            hooks.append(module.register_forward_pre_hook(lambda m, args: before(m, args[0])))
-    try:
-        with evaluating(model):
-            model(image)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found

@@ -10,6 +10,7 @@ from secateur.bench.latency import Protocol
 from secateur.bundle.manifest import Manifest
 from secateur.bundle.write import prepare_folder
 from secateur.devices.target import load_target
+from secateur.flow.axes import turn_axes
 from secateur.flow.cache import StageCache
 from secateur.flow.evidence import gather_evidence
 from secateur.flow.job import open_job
@@ -49,6 +50,8 @@ def build(
     folder = out / target.name / recipe.precision.mode
     prepare_folder(folder)
     clock.lap("load")
+    job = turn_axes(job)
+    clock.lap("turn_axes")
     groups, plan = make_plan(job, job.grid(target))
     clock.lap("score_and_plan")
     cut = make_cut(job, groups, plan)

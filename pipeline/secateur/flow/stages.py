@@ -52,7 +52,7 @@ def score_bank(job: Job, tasks: Sequence[str]) -> dict[str, Scores]:
     """
     wanted = job.recipe.prune
     paths = {
-        task: job.cache.folder("scores", *_score_key(job, [task]), wanted.criterion)
+        task: job.cache.folder("scores", *score_key(job, [task]), wanted.criterion)
         / "scores.safetensors"
         for task in job.scored.tasks
         if task.name in tasks
@@ -62,7 +62,7 @@ def score_bank(job: Job, tasks: Sequence[str]) -> dict[str, Scores]:
     if missing:
         groups = find_groups(job.scored, job.example)
         made = score_tasks(
-            job.scored, groups, missing, wanted.criterion, *_score_stream(job, missing)
+            job.scored, groups, missing, wanted.criterion, *score_stream(job, missing)
         )
         for task in missing:
             save_scores(paths[task], made[task.name])
@@ -70,13 +70,14 @@ def score_bank(job: Job, tasks: Sequence[str]) -> dict[str, Scores]:
     return {name: scores for name, scores in bank.items() if scores is not None}
 
 
-def _score_key(job: Job, tasks: Sequence[Task]) -> tuple[Any, ...]:
+def score_key(job: Job, tasks: Sequence[Task]) -> tuple[Any, ...]:
+    """Return what anything read from the tasks' gradients on the training images depends on."""
     return (model_fingerprint(job.scored), job.train.fingerprint,
             [_meaning(task) for task in tasks],
             job.recipe.prune.images, asdict(job.spec))  # fmt: skip
 
 
-def _score_stream(job: Job, tasks: Sequence[Task]) -> tuple[Callable[[], Iterable[Batch]], int]:
+def score_stream(job: Job, tasks: Sequence[Task]) -> tuple[Callable[[], Iterable[Batch]], int]:
     """Return the batches that importance is read from, and how many they are."""
     subset = Subset(job.train, spread(job.train, job.recipe.prune.images))
     labelled = [task for task in tasks if has_labels(job.train, [task])]
@@ -86,10 +87,10 @@ def _score_stream(job: Job, tasks: Sequence[Task]) -> tuple[Callable[[], Iterabl
 
 def task_agreement(job: Job, groups: Sequence[ChannelGroup]) -> Scores:
     """Return how alike the kept tasks' gradients are, 0..1, on the parent's groups."""
-    folder = job.cache.folder("agreement", *_score_key(job, job.tasks))
+    folder = job.cache.folder("agreement", *score_key(job, job.tasks))
     found = load_scores(folder / "scores.safetensors")
     if found is None:
-        data = task_data(job.scored, job.tasks, *_score_stream(job, job.tasks))
+        data = task_data(job.scored, job.tasks, *score_stream(job, job.tasks))
         found = agreement(job.scored, groups, data)
         save_scores(folder / "scores.safetensors", found)
     return found

@@ -1,0 +1,71 @@
+"""Before anything is scored: the parent in the axes in which it is best cut (``prune.axes``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from secateur.core.channels import ChannelGroup
+from secateur.core.model import MultiTaskModel
+from secateur.core.task import Task
+from secateur.data.loading import image_batch, spread
+from secateur.flow.job import Job
+from secateur.flow.stages import score_key, score_stream
+from secateur.fusion.directions import fuse_gradients
+from secateur.importance.bank import Stream, load_scores, save_scores, task_data
+from secateur.importance.directions import measure_directions
+from secateur.prune import find_groups
+from secateur.prune.axes import apply_axes, balanced_axes, linear_groups
+from secateur.tasks import select_tasks
+
+NORM_IMAGES = 64  # tell batch norms what their turned channels hold
+
+
+def turn_axes(job: Job) -> Job:
+    """Return the job with its model in balanced axes: the same function, better to cut.
+
+    The axes are those of all tasks of ``job.scored``, so that one score bank serves every subset.
+    """
+    if job.recipe.prune.axes == "original":
+        return job
+    groups = linear_groups(job.scored, find_groups(job.scored, job.example), job.example)
+    if not groups:
+        return job
+    axes = _axes(job, groups)
+    images = image_batch(job.train, spread(job.train, NORM_IMAGES), job.spec)
+    turned = apply_axes(job.scored, groups, axes, images)
+    if job.scored is job.selected:
+        return replace(job, scored=turned, selected=turned)
+    keep = [task.name for task in job.tasks]
+    selected = select_tasks(turned, keep, job.example).eval()
+    return replace(job, scored=turned, selected=selected)
+
+
+def plan_axes(
+    model: MultiTaskModel,
+    groups: Sequence[ChannelGroup],
+    tasks: Sequence[Task],
+    stream: Stream,
+    batch_count: int,
+) -> dict[str, NDArray[np.float64]]:
+    """Return the balanced axes (W, W) of each linear group, all tasks having their say."""
+    data = task_data(model, tasks, stream, batch_count)
+    weights = {task.name: task.weight for task in tasks}
+    return {
+        name: balanced_axes(found.activity, fuse_gradients(found.gradients, weights))
+        for name, found in measure_directions(model, groups, data).items()
+    }
+
+
+def _axes(job: Job, groups: Sequence[ChannelGroup]) -> Mapping[str, NDArray[np.float64]]:
+    tasks = job.scored.tasks
+    weights = [task.weight for task in tasks]
+    path = job.cache.folder("axes", *score_key(job, tasks), weights) / "axes.safetensors"
+    found = load_scores(path)
+    if found is None:
+        found = plan_axes(job.scored, groups, tasks, *score_stream(job, tasks))
+        save_scores(path, found)
+    return found

@@ -1,0 +1,143 @@
+"""Balanced axes: the network stays the same, and what is cut afterwards was worth less."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import torch
+from conftest import tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from secateur.core.model import MultiTaskModel
+from secateur.core.task import Task
+from secateur.data.loading import Batch
+from secateur.flow.axes import plan_axes
+from secateur.prune import apply_plan, find_groups, macs_model, plan_widths
+from secateur.prune.axes import apply_axes, balanced_axes, linear_groups
+from secateur.prune.plan import Budget
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim.swa_utils import update_bn
+
+TASKS = (
+    Task("depth", "depth", "depth", "depth"),
+    Task("room", "room", "classification", "room", classes=4),
+)
+IMAGES = torch.randn(8, 3, 16, 24, generator=torch.Generator().manual_seed(1))
+
+
+class Bottlenecks(nn.Module):
+    """Inverted residuals around a stream without activations, read in four ways.
+
+    With ``rank``, all that the stream ever carries lies in so many directions of its channels.
+    """
+
+    def __init__(self, rank: int = 16) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, stride=2, padding=1)
+        self.norm = nn.BatchNorm2d(16)
+        self.expand = nn.Conv2d(16, 32, 3, padding=1)
+        self.project = nn.Conv2d(32, 16, 1, bias=False)
+        self.project_norm = nn.BatchNorm2d(16)
+        self.mix = nn.Conv2d(48, 8, 1)
+        self.depth = nn.Conv2d(8, 1, 1)
+        self.room = nn.Linear(16, 4)
+        basis = torch.randn(16, rank)
+        for maker in (self.stem, self.project):
+            inner = torch.randn(rank, *maker.weight.shape[1:])
+            maker.weight.data = torch.tensordot(basis, inner, 1)
+        nn.init.zeros_(self.stem.bias)
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        stream = self.norm(self.stem(image))
+        stream = stream + self.project_norm(self.project(functional.relu(self.expand(stream))))
+        small = functional.avg_pool2d(stream, 2)
+        up = functional.interpolate(small, scale_factor=2.0, mode="bilinear")
+        mixed = functional.relu(self.mix(torch.cat([stream, up, -stream], 1)))
+        return {"depth": self.depth(mixed), "room": self.room(stream.mean((2, 3)))}
+
+
+def bottlenecks(rank: int = 16) -> MultiTaskModel:
+    """Return the network with batch norms that know the images and let them pass unchanged."""
+    torch.manual_seed(3)
+    model = MultiTaskModel(Bottlenecks(rank), TASKS)
+    for norm in (model.network.norm, model.network.project_norm):
+        norm.weight.data, norm.bias.data = torch.ones(16), torch.zeros(16)
+        update_bn(IMAGES.split(4), model)
+        norm.weight.data = (norm.running_var + norm.eps).sqrt()
+        norm.bias.data = norm.running_mean.clone()
+    return model.eval()
+
+
+def largest_difference(one: MultiTaskModel, other: MultiTaskModel) -> float:
+    with torch.no_grad():
+        wanted, given_ = one(IMAGES), other(IMAGES)
+    return max(
+        float((wanted[name] - given_[name]).abs().max() / wanted[name].abs().max())
+        for name in wanted
+    )
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 999))
+def test_any_invertible_axes_leave_every_output_as_it_was(seed: int) -> None:
+    model = bottlenecks()
+    (stream,) = linear_groups(model, find_groups(model, IMAGES[:2]), IMAGES[:2])
+    assert stream.width == 16
+    noise = np.random.default_rng(seed).standard_normal((16, 16))
+    turned = apply_axes(model, [stream], {stream.name: np.eye(16) + 0.2 * noise}, IMAGES)
+    assert largest_difference(model, turned) < 1e-4
+
+
+def test_channels_behind_an_activation_are_not_linear() -> None:
+    model = tiny_model()
+    example = torch.randn(2, 3, 32, 48)
+    assert linear_groups(model, find_groups(model, example), example) == ()
+
+
+def test_a_turned_network_trains_on_from_where_it_was() -> None:
+    model = bottlenecks()
+    groups = linear_groups(model, find_groups(model, IMAGES[:2]), IMAGES[:2])
+    axes = {group.name: 3 * np.eye(group.width)[::-1] for group in groups}
+    turned = apply_axes(model, groups, axes, IMAGES)
+    trained = copy.deepcopy(turned).train()  # batch norms now use the batch's own statistics
+    assert largest_difference(turned, trained) < 1e-2
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 999))
+def test_balanced_axes_make_activity_and_sensitivity_the_same_diagonal(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    one, two = rng.standard_normal((2, 6, 30))
+    activity, sensitivity = one @ one.T, two @ two.T
+    axes = balanced_axes(activity, sensitivity)
+    back = np.linalg.inv(axes)
+    seen = axes @ (activity / np.trace(activity) * 6 + 1e-6 * np.eye(6)) @ axes.T
+    felt = back.T @ (sensitivity / np.trace(sensitivity) * 6 + 1e-2 * np.eye(6)) @ back
+    np.testing.assert_allclose(seen, felt, atol=1e-8)
+    np.testing.assert_allclose(seen, np.diag(np.diag(seen)), atol=1e-8)
+    assert (np.diff(np.diag(seen)) <= 1e-9).all()
+
+
+def test_a_stream_of_low_rank_is_cut_to_its_rank_for_free() -> None:
+    model = bottlenecks(rank=8)
+    groups = find_groups(model, IMAGES[:2])
+    (stream,) = linear_groups(model, groups, IMAGES[:2])
+    targets = {"depth": torch.rand(8, 8, 12) + 1, "room": torch.arange(8) % 4}
+    batch = Batch(IMAGES, targets, ())
+    axes = plan_axes(model, [stream], TASKS, lambda: [batch], 1)
+    turned = apply_axes(model, [stream], axes, IMAGES)
+
+    def cut_to_half(parent: MultiTaskModel) -> float:
+        own = find_groups(parent, IMAGES[:2])
+        order = {group.name: np.arange(group.width, 0.0, -1.0) for group in own}
+        counts = [8 if group.name == stream.name else group.width for group in own]
+        cost = macs_model(parent, own, IMAGES[:2])
+        plan = plan_widths(
+            own, cost, order, counts, Budget(0.9, 1), per_task={}, criterion="-", fusion="-"
+        )
+        return largest_difference(parent, apply_plan(parent, own, plan, IMAGES[:2]))
+
+    assert cut_to_half(turned) < 0.01
+    assert cut_to_half(model) > 0.2
