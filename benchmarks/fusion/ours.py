@@ -126,13 +126,13 @@ def _path(bench: Bench, what: str, seed: int) -> Path:
 
 
 RULES = ("mean", "max", "unanimous", "vote", "rank_mean", "cosine", "cosine_magnitude", "guarded")
-CUT = Recipe(allocation="search")
+CUT = Recipe()
 OURS: dict[str, Recipe] = {
     "cut": CUT,
     "cut, original axes": replace(CUT, axes=False),
     "cut, no refit": replace(CUT, refit=False),
     "cut, label-free": replace(CUT, labels=False),
-    "cut, balanced ranking": replace(CUT, allocation="balanced"),
+    "cut, searched": replace(CUT, allocation="search"),
     "cut, global ranking": replace(CUT, allocation="global"),
     **{f"rule {rule}": Recipe(rule=rule) for rule in RULES if rule != "mean"},
 }

@@ -83,8 +83,9 @@ def _run(options: argparse.Namespace) -> None:
     wanted = list(dict.fromkeys(cells(options.parent)))
     if options.quick:
         wanted = [c for c in wanted if c.method in HEADLINE and c.keep == 0.5 and c.seed == 0][:4]
-    if options.methods:
-        wanted = [c for c in wanted if c.method in options.methods]
+    for field in ("method", "keep", "recovery", "seed"):
+        chosen = getattr(options, field)
+        wanted = [c for c in wanted if not chosen or getattr(c, field) in chosen]
     deadline = time.monotonic() + 60 * options.minutes
     for number, cell in enumerate(wanted):
         if number % parts != part - 1 or cell in _done():
@@ -168,7 +169,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--parent", default=PARENT)
     parser.add_argument("--part", default="1/1", help="which share of the cells, as 2/3")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no cell after these")
-    parser.add_argument("--methods", nargs="*", help="only these")
+    parser.add_argument("--method", nargs="*", help="only these")
+    parser.add_argument("--keep", nargs="*", type=float, help="only these shares of MACs")
+    parser.add_argument("--recovery", nargs="*", type=float, help="only these shares of steps")
+    parser.add_argument("--seed", nargs="*", type=int, help="only these")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--tables", action="store_true", help="only tables, from the cells so far")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")

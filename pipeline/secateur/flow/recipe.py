@@ -83,7 +83,7 @@ class PruneSpec(_Strict):
     balance: float = Field(default=0.65, ge=0, le=1)
     images: int = Field(default=128, ge=1)
     axes: Literal["balanced", "original"] = "balanced"
-    search: SearchSpec | Literal[False] = SearchSpec()
+    search: SearchSpec | Literal[False] | None = None
 
 
 class CompensateSpec(_Strict):
@@ -100,10 +100,10 @@ class RecoverSpec(_Strict):
     epochs: int | None = Field(default=None, ge=1)
     steps: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=8, ge=2)
-    learning_rate: float = Field(default=2e-3, gt=0)
+    learning_rate: float = Field(default=3e-3, gt=0)
     labels: bool = True
     balance: Literal["fixed", "uncertainty", "dwa", "pcgrad"] = "fixed"
-    distill: float = Field(default=0.0, ge=0)
+    distill: float = Field(default=1.0, ge=0)
     feature_distill: float = Field(default=0.0, ge=0)
     ema: float = Field(default=0.0, ge=0, lt=1)
     early_stop: EarlyStopSpec | Literal[False] = False
@@ -168,6 +168,15 @@ class Recipe(_Strict):
     def kept_names(self) -> tuple[str, ...]:
         """Return the kept tasks' names; all of them when ``keep`` is not given."""
         return self.keep or tuple(self.tasks)
+
+    def searched(self) -> SearchSpec | Literal[False]:
+        """Return the allocation search: by default only where no recovery follows.
+
+        What a search gains before recovery, recovery gives back (benchmarks/fusion).
+        """
+        if self.prune.search is None:
+            return SearchSpec() if self.recover == "none" else False
+        return self.prune.search
 
     def data_root(self, spec: DataSpec) -> Path:
         """Return a data set's root; a relative one lies beside the recipe or where we run."""

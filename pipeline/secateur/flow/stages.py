@@ -151,11 +151,10 @@ def make_plan(job: Job, grid: int) -> tuple[tuple[ChannelGroup, ...], PrunePlan]
         oracle=lambda trial: _removed(plan(trial)),
         keep_share=wanted.budget.macs**0.5,  # MACs go with the square of the widths
     )
-    if wanted.search is False:
+    search = job.recipe.searched()
+    if search is False:
         return groups, plan(fused)
-    return groups, searched_plan(
-        job, wanted.search, groups, cost, fused, plan(fused), budget, per_task
-    )
+    return groups, searched_plan(job, search, groups, cost, fused, plan(fused), budget, per_task)
 
 
 def _removed(plan: PrunePlan) -> dict[str, NDArray[np.bool_]]:
