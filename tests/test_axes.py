@@ -107,17 +107,17 @@ def test_a_turned_network_trains_on_from_where_it_was() -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 999))
-def test_balanced_axes_make_activity_and_sensitivity_the_same_diagonal(seed: int) -> None:
+def test_balanced_axes_make_activity_and_sensitivity_diagonal_together(seed: int) -> None:
     rng = np.random.default_rng(seed)
     one, two = rng.standard_normal((2, 6, 30))
     activity, sensitivity = one @ one.T, two @ two.T
     axes = balanced_axes(activity, sensitivity)
     back = np.linalg.inv(axes)
-    seen = axes @ (activity / np.trace(activity) * 6 + 1e-6 * np.eye(6)) @ axes.T
+    seen = axes @ (activity / np.trace(activity) * 6 + 1e-4 * np.eye(6)) @ axes.T
     felt = back.T @ (sensitivity / np.trace(sensitivity) * 6 + 1e-2 * np.eye(6)) @ back
-    np.testing.assert_allclose(seen, felt, atol=1e-8)
-    np.testing.assert_allclose(seen, np.diag(np.diag(seen)), atol=1e-8)
-    assert (np.diff(np.diag(seen)) <= 1e-9).all()
+    np.testing.assert_allclose(seen, np.eye(6), atol=1e-7)
+    np.testing.assert_allclose(felt, np.diag(np.diag(felt)), atol=1e-7)
+    assert (np.diff(np.diag(felt)) <= 1e-9).all()
 
 
 def test_a_stream_of_low_rank_is_cut_to_its_rank_for_free() -> None:

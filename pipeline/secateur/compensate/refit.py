@@ -31,7 +31,7 @@ from secateur.compensate.residual import partners
 from secateur.compensate.walk import Stop, Walk
 from secateur.core.channels import ChannelGroup
 from secateur.core.model import MultiTaskModel, evaluating
-from secateur.core.norms import following_norms
+from secateur.core.norms import following_norms, settle_norms
 from secateur.core.plan import PrunePlan, dropped_indices
 from secateur.core.progress import track
 
@@ -95,6 +95,7 @@ def refit(
         for theirs, ours in pairs:
             theirs.finish()
             ours.finish()
+    settle_norms(fitted, images)  # so that training starts from what was fitted
     return fitted
 
 

@@ -22,12 +22,11 @@ from torch import Tensor, nn
 
 from secateur.core.channels import ChannelGroup, Member
 from secateur.core.model import MultiTaskModel, evaluating
-from secateur.core.norms import following_norms
+from secateur.core.norms import following_norms, is_affine_norm, norm_parts, settle_norms
 
 Matrix = NDArray[np.float64]
 Dense = nn.Conv2d | nn.Linear
-ACTIVITY_FLOOR, SENSITIVITY_FLOOR = 1e-6, 1e-2  # of the mean diagonal: keeps A well conditioned
-CHUNK = 32  # images per forward pass
+ACTIVITY_FLOOR, SENSITIVITY_FLOOR = 1e-4, 1e-2  # of the mean diagonal: keeps A well conditioned
 TOLERANCE = 1e-3  # of an output's largest value; where there is an activation, turning is far off
 
 
@@ -57,14 +56,15 @@ def linear_groups(
 def balanced_axes(activity: Matrix, sensitivity: Matrix) -> Matrix:
     """Return the (W, W) ``A`` that balances covariance ``C`` and sensitivity ``G``, both (W, W).
 
-    ``A C A^T`` and ``A^-T G A^-1`` are the same diagonal matrix, largest first (up to the floors
-    that keep directions without activity or importance from being blown up).
+    ``A C A^T`` and ``A^-T G A^-1`` are diagonal and their products fall along the diagonal (up to
+    the floors that keep directions without activity or importance from being blown up). The scale
+    of a channel is free: here all have variance 1, which trains and quantises best.
     """
     activity = _floored(activity, ACTIVITY_FLOOR)
     sensitivity = _floored(sensitivity, SENSITIVITY_FLOOR)
     of_activity, of_sensitivity = np.linalg.cholesky(activity), np.linalg.cholesky(sensitivity)
     left, values, _ = np.linalg.svd(of_sensitivity.T @ of_activity)
-    axes: Matrix = (left / np.sqrt(values)).T @ of_sensitivity.T
+    axes: Matrix = (left / values).T @ of_sensitivity.T
     return axes
 
 
@@ -81,14 +81,9 @@ def apply_axes(
     """
     turned = copy.deepcopy(model)
     after = _norm_after(turned, images[:1])
-    changed: dict[str, list[int]] = {}
     for group in groups:
         _turn(turned, group, after, axes[group.name])
-        for member in _makers(turned, group):
-            if member.layer in after:
-                at = [places[0] for places in member.indices]
-                changed.setdefault(after[member.layer], []).extend(at)
-    _renew_norms(turned, changed, images)
+    settle_norms(turned, images)
     return turned.eval()
 
 
@@ -114,7 +109,7 @@ def _has_plain_members(
         and others <= between
         and all(_is_dense(model.get_submodule(m.layer)) for m in readers)
         and all(len(m.indices[0]) == 1 for m in makers)
-        and all(_is_affine(model.get_submodule(name)) for name in between)
+        and all(is_affine_norm(model.get_submodule(name)) for name in between)
     )
 
 
@@ -122,14 +117,6 @@ def _is_dense(module: nn.Module) -> TypeGuard[Dense]:
     if isinstance(module, nn.Conv2d):
         return module.groups == 1
     return isinstance(module, nn.Linear)
-
-
-def _is_affine(module: nn.Module) -> bool:
-    return (
-        isinstance(module, nn.modules.batchnorm._BatchNorm)
-        and module.affine
-        and module.running_mean is not None
-    )
 
 
 def _makers(model: MultiTaskModel, group: ChannelGroup) -> list[Member]:
@@ -166,7 +153,7 @@ def _own_bias(layer: Dense) -> Tensor:
 
 def _folded(layer: Dense, norm: nn.Module, at: list[int]) -> Tensor:
     """Make the norm after ``layer`` a mere bias for channels ``at``, and return that bias."""
-    weight, bias, mean, variance, eps = _parts(norm)
+    weight, bias, mean, variance, eps = norm_parts(norm)
     scale = weight / (variance + eps).sqrt()
     layer.weight.data[at] *= scale.view(-1, *[1] * (layer.weight.dim() - 1))[at]
     inner = -mean if layer.bias is None else layer.bias - mean
@@ -177,59 +164,10 @@ def _folded(layer: Dense, norm: nn.Module, at: list[int]) -> Tensor:
     return bias
 
 
-def _parts(norm: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
-    """Return a batch norm's weight, bias, running mean, running variance and epsilon."""
-    weight, bias = norm.get_parameter("weight"), norm.get_parameter("bias")
-    eps = cast(float, norm.eps)
-    return weight, bias, norm.get_buffer("running_mean"), norm.get_buffer("running_var"), eps
-
-
 def _mix(tensor: Tensor, at: list[int], matrix: Tensor) -> None:
     """Replace the entries ``at`` of axis 0 by ``matrix`` times them."""
     rows = tensor.data[at].double()
     tensor.data[at] = torch.tensordot(matrix.to(rows.device), rows, 1).to(tensor.dtype)
-
-
-@torch.no_grad()
-def _renew_norms(model: MultiTaskModel, changed: Mapping[str, list[int]], images: Tensor) -> None:
-    """Give folded norms the statistics of their new channels, without changing any output.
-
-    Evaluated they do what they did; trained on, they would otherwise rescale every channel.
-    """
-    count, sums, squares = 0, dict[str, Tensor](), dict[str, Tensor]()
-    for chunk in torch.split(images, CHUNK):
-        for name, tensor in _inputs_of(model, changed, chunk).items():
-            values = tensor.transpose(0, 1).flatten(1)[changed[name]].double()
-            sums[name] = sums.get(name, 0) + values.mean(1) * len(chunk)
-            squares[name] = squares.get(name, 0) + values.square().mean(1) * len(chunk)
-        count += len(chunk)
-    for name, at in changed.items():
-        weight, bias, mean, variance, eps = _parts(model.get_submodule(name))
-        middle = sums[name] / count
-        spread = (squares[name] / count - middle.square()).clamp(min=0)
-        mean[at], variance[at] = middle.float(), spread.float()
-        weight.data[at] = (spread + eps).sqrt().float()
-        bias.data[at] += middle.float()
-
-
-def _inputs_of(
-    model: MultiTaskModel, layers: Mapping[str, object], images: Tensor
-) -> dict[str, Tensor]:
-    """Return what each of ``layers`` reads in one forward pass."""
-    seen: dict[str, Tensor] = {}
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(
-            lambda _m, args, name=name: seen.__setitem__(name, args[0])
-        )
-        for name in layers
-    ]
-    try:
-        with evaluating(model):
-            model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return seen
 
 
 def _rotation(width: int) -> Matrix:
