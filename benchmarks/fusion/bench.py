@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -40,6 +40,7 @@ from train_parent import PARENTS
 PARENT = "nyuv2_lite0_96x128"
 SECOND = "nyuv2_mobilenetv2_96x128"
 PARENT_FILES = Path(__file__).resolve().parents[1] / "parents"
+FOLDERS = {"nyuv2": "nyuv2_288x384", "pets": "pets3"}  # under SECATEUR_DATA
 GRID = 8
 AXES_IMAGES, BATCH = 128, 8
 Scores = Mapping[str, NDArray[np.float64]]
@@ -62,7 +63,7 @@ class Bench:
         self.example = self.spec.example()
         self.parent_steps = int(read_json(PARENT_FILES / f"{name}.json")["steps"])
         self._reader = known.reader
-        self._turned: dict[bool, Bench] = {}
+        self._turned: dict[tuple[object, ...], Bench] = {}
         self._parent_metrics: dict[str, Metrics] = {}
         self._measure_groups()
 
@@ -71,18 +72,24 @@ class Bench:
         self.cost: MacsModel = macs_model(self.parent, self.groups, self.example)
         self.full_macs = self.cost.macs([group.width for group in self.groups])
 
-    def turned(self, *, labels: bool = True) -> Bench:
-        """Return the same with its parent in balanced axes: equal outputs, better to cut."""
-        if labels not in self._turned:
+    def turned(self, *, tasks: Sequence[str] = (), labels: bool = True) -> Bench:
+        """Return the same with its parent in balanced axes: equal outputs, better to cut.
+
+        The axes are those of ``tasks``, or of all.
+        """
+        chosen = [task for task in self.parent.tasks if not tasks or task.name in tasks]
+        key = (*(task.name for task in chosen), labels)
+        if key not in self._turned:
             linear = linear_groups(self.parent, self.groups, self.example)
             stream = partial(self.stream, AXES_IMAGES, batch_size=BATCH, labels=labels)
-            axes = plan_axes(self.parent, linear, self.parent.tasks, stream, AXES_IMAGES // BATCH)
+            axes = plan_axes(self.parent, linear, chosen, stream, AXES_IMAGES // BATCH)
             other = copy.copy(self)
-            other.name = f"{self.name}-balanced"
+            own = "-".join(tasks) or "balanced"
+            other.name = f"{self.name}-{own}{'' if labels else '-label-free'}"
             other.parent = apply_axes(self.parent, linear, axes, self.images(NORM_IMAGES))
             other._measure_groups()
-            self._turned[labels] = other
-        return self._turned[labels]
+            self._turned[key] = other
+        return self._turned[key]
 
     @cached_property
     def fit(self) -> Reader:
@@ -141,5 +148,5 @@ class Bench:
         return sorted(int(i) for i in order[:count])
 
     def _open(self, split: str) -> Reader:
-        root = Path(os.environ["SECATEUR_DATA"]) / "nyuv2_288x384"
+        root = Path(os.environ["SECATEUR_DATA"]) / FOLDERS[self._reader]
         return resized_reader(open_reader(self._reader, root, split), self.spec, self.parent.tasks)
