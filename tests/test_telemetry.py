@@ -18,13 +18,10 @@ from secateur.devices import nvpmodel, probe, tegrastats, telemetry, tree
 from secateur.devices.target import load_target, target_names
 from secateur.devices.telemetry import Clock, read_telemetry
 
-# Orin Nano 8 GB Super, JetPack 6.2 (L4T 36.4.3), 25 W: NVIDIA's nvpmodel_p3767_0003_super.conf
+# Orin Nano 8 GB Super, JetPack 6.2 (L4T 36.4.3), 25 W; cut down, with the caps of
+# nvpmodel_p3767_0003_super.conf
 NANO_CONF = """\
-#
-# FORMAT:
-# < PARAM TYPE=PARAM_TYPE NAME=PARAM_NAME >
-# < POWER_MODEL ID=id_num NAME=mode_name >
-# < PM_CONFIG DEFAULT=default_mode >
+# a comment may name sections: < POWER_MODEL ID=9 NAME=not_a_mode >
 < PARAM TYPE=FILE NAME=CPU_ONLINE >
 CORE_0 /sys/devices/system/cpu/cpu0/online
 <PARAM TYPE=CLOCK NAME=EMC >
@@ -57,7 +54,6 @@ CPU_A78_0 MAX_FREQ -1
 GPU MAX_FREQ -1
 EMC MAX_FREQ -1
 
-# mandatory section to configure the default power mode
 < PM_CONFIG DEFAULT=1 >
 """
 
