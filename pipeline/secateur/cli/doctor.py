@@ -40,9 +40,9 @@ def doctor(as_json: JsonOption = False) -> None:
     host = host_facts()
     console.print(f"{host['cpu']}, {host['logical_cores']} cores, {host['memory_gb']} GB")
     console.print(", ".join(f"{name} {version}" for name, version in library_versions().items()))
-    table = Table("target", "can be built here")
+    table = Table("target", "can be built")
     for name, builds in targets.items():
-        table.add_row(name, ", ".join(builds))
+        table.add_row(name, ", ".join(builds).replace("engine", "engine (on the device)"))
     console.print(table)
     for name, row in missing.items():
         console.print(f"not installed: {name} ({row['for']}); {row['fix']}", markup=False)

@@ -33,9 +33,8 @@ def targets(
     console.print(table)
     if name:
         facts = Table("fact", "value", "source")
-        for key, fact in chosen[0].facts.items():
-            mark = " (derived)" if fact.derived else ""
-            facts.add_row(key, f"{fact.value} {fact.unit}".strip(), fact.source + mark)
+        for row in chosen[0].rows():
+            facts.add_row(row.fact, row.value, row.source + (" (derived)" if row.derived else ""))
         console.print(facts)
         if chosen[0].note:
             console.print(chosen[0].note)

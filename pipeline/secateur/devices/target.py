@@ -1,38 +1,43 @@
-"""Target profiles: ``targets/<name>/target.yaml``, each fact with its source."""
+"""Target profiles: ``targets/<name>/target.yaml``, each fact with its source.
+
+What code reads is a typed field; what people only read is a free ``Fact``. Either has a source,
+and ``derived`` where it was computed from others rather than read somewhere.
+"""
 
 from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from secateur.core.errors import DeviceError
 from secateur.core.shipped import shipped
+from secateur.devices.hardware import Cpu, Dla, Fact, Gpu, Memory, PowerMode, Stack, Strict
+from secateur.devices.version import Version, in_series, parse_version
 
 Precision = Literal["fp32", "fp16", "int8"]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class Row(NamedTuple):
+    """One line of what is known: for people."""
+
+    fact: str
+    value: str
+    source: str
+    derived: bool
 
 
-class Fact(_Strict):
-    """One fact. ``derived`` marks what was computed from others rather than read somewhere."""
-
-    value: str | int | float | bool
-    unit: str = ""
-    source: str = Field(min_length=3)
-    derived: bool = False
-
-
-class Target(_Strict):
+class Target(Strict):
     """A device as the pipeline sees it.
 
     ``channel_grid`` gives, per precision, the multiple that channel counts are kept at, because
-    the runtime's kernels work in such blocks. ``builds`` lists what this version can make for it.
+    the runtime's kernels work in such blocks. ``builds`` lists what this version can make for it;
+    an ``engine`` is built on the device itself, by ``engine_runtime`` (the Python module there).
+    ``runtime`` is what a bundle is checked with on the machine that builds it. ``modules`` are
+    the part numbers by which a device tells in its device tree that it is this target.
     """
 
     name: str
@@ -40,12 +45,99 @@ class Target(_Strict):
     arch: Literal["x86_64", "aarch64"]
     accelerator: Literal["cpu", "gpu"]
     runtime: str
+    engine_runtime: Literal["tensorrt", "tensorrt_rtx"] | None = None
     threads: int = Field(ge=1, description="threads a latency is measured with by default")
     precisions: tuple[Precision, ...]
     channel_grid: dict[Precision, int]
     builds: tuple[Literal["onnx", "engine"], ...]
     note: str = ""
-    facts: dict[str, Fact]
+    modules: tuple[str, ...] = ()
+    gpu: Gpu | None = None
+    cpu: Cpu | None = None
+    memory: Memory | None = None
+    dla: Dla | None = None
+    power_modes: tuple[PowerMode, ...] = ()
+    stacks: tuple[Stack, ...] = ()
+    facts: dict[str, Fact] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Target:
+        missing = set(self.precisions) - set(self.channel_grid)
+        if missing:
+            raise ValueError(f"channel_grid lacks {', '.join(sorted(missing))}")
+        if ("engine" in self.builds) != (self.engine_runtime is not None):
+            raise ValueError("engine_runtime is set exactly where builds has engine")
+        if self.accelerator == "gpu" and self.gpu is None:
+            raise ValueError("a gpu target needs the gpu block")
+        names = [mode.name for mode in self.power_modes]
+        if len(set(names)) < len(names):
+            raise ValueError("two power modes have the same name")
+        releases = [release for stack in self.stacks for release in stack.l4t]
+        if len(set(releases)) < len(releases):
+            raise ValueError("two stacks claim the same l4t release")
+        return self
+
+    def power_mode(self, name: str) -> PowerMode | None:
+        """Return the mode of that name, or None: a device may have others than we know."""
+        return next((mode for mode in self.power_modes if mode.name == name), None)
+
+    def stack(self, l4t: str) -> Stack | None:
+        """Return what comes with a Jetson Linux release such as "36.4.3"; None when unknown."""
+        release = parse_version(l4t)
+        return None if release is None else _stack_of(self.stacks, release)
+
+    def dla_cores(self, tensorrt: Version) -> int:
+        """Return how many DLA cores that TensorRT version can use on this module."""
+        return self.dla.usable(tensorrt) if self.dla else 0
+
+    def dense_rate(self, precision: Literal["int8", "fp16"], mode: str) -> float | None:
+        """Return the GPU's dense int8 (TOPS) or fp16 (TFLOPS) peak in a power mode.
+
+        Without DLA and without sparsity: rate per SM and GHz x SMs x GHz. None where a factor
+        is unknown.
+
+        Raises:
+            DeviceError: the profile has no such power mode.
+        """
+        found = self.power_mode(mode)
+        if found is None:
+            raise DeviceError(
+                f"{self.name} has no power mode '{mode}'",
+                hint=f"modes: {', '.join(each.name for each in self.power_modes) or 'none known'}",
+            )
+        return self.gpu.dense_rate(precision, found) if self.gpu else None
+
+    def rows(self) -> list[Row]:
+        """Return everything known, one line a fact."""
+        blocks = {"gpu": self.gpu, "cpu": self.cpu, "memory": self.memory, "dla": self.dla}
+        rows = [
+            Row(name, block.said(), block.source, block.derived)
+            for name, block in blocks.items()
+            if block is not None
+        ]
+        rows += [
+            Row(f"power mode {mode.name}", mode.said(), mode.source, mode.derived)
+            for mode in self.power_modes
+        ]
+        rows += [
+            Row(f"JetPack {stack.jetpack}", stack.said(), stack.source, stack.derived)
+            for stack in self.stacks
+        ]
+        return rows + [
+            Row(name, f"{fact.value} {fact.unit}".strip(), fact.source, fact.derived)
+            for name, fact in self.facts.items()
+        ]
+
+
+def _stack_of(stacks: tuple[Stack, ...], release: Version) -> Stack | None:
+    # The longest match wins, so that 39.2.2 may have its own stack beside 39.2.
+    matches = [
+        (len(series), stack)
+        for stack in stacks
+        for series in map(parse_version, stack.l4t)
+        if series is not None and in_series(release, series)
+    ]
+    return max(matches, key=lambda match: match[0])[1] if matches else None
 
 
 def target_names(root: Path | None = None) -> list[str]:
@@ -57,7 +149,7 @@ def _first_problem(error: ValidationError | yaml.YAMLError) -> str:
     if isinstance(error, yaml.YAMLError):
         return f"not YAML: {error}"
     first = error.errors()[0]
-    return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
+    return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}".removeprefix(": ")
 
 
 def load_target(name: str, root: Path | None = None) -> Target:
