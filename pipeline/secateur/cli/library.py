@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
+from rich.table import Column, Table
 
 from secateur.cli.options import JsonOption
 from secateur.cli.verify import BundleArgument
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from secateur.vote.entry import Facts
 
 BUDGET_SLACK = 0.02  # plans end a little under what they may keep
+SHORT = 8  # characters of an id or fingerprint that a table shows; commands take the beginning
 
 app = typer.Typer(
     help="The library of earlier cuts: list, show, add, nearest, export, import, remove, gc.",
@@ -60,11 +62,12 @@ def list_entries(
                       "scored": each.scored, "with_weights": each.with_weights}
                      for each in found])  # fmt: skip
         return
-    table = Table("id", "tasks", "MACs kept", "ΔT %", "steps", "parent", "holds", "created")
+    table = _table_of_entries("tasks", "MACs kept", "ΔT %", "parent", "holds", "created")
     for each in found:
-        held = [*(["scores"] if each.scored else []), *(["weights"] if each.with_weights else [])]
-        table.add_row(each.id, *_cells(each.facts), str(each.facts.steps), each.facts.parent,
-                      ", ".join([*held, *each.sketches]) or "-", each.facts.created)  # fmt: skip
+        held = [*(["scores"] if each.scored else []), *(["weights"] if each.with_weights else []),
+                *each.sketches]  # fmt: skip
+        _add_row(table, each.id[:SHORT], *_cells(each.facts), each.facts.parent[:SHORT],
+                 ", ".join(held) or "-", each.facts.created[:10])  # fmt: skip
     Console().print(table)
 
 
@@ -105,10 +108,10 @@ def show(entry: EntryArgument, library: LibraryOption = None, as_json: JsonOptio
     accuracy = Table("task", "metric", "value")
     for task, metrics in facts.accuracy.items():
         for metric, value in metrics.items():
-            accuracy.add_row(task, metric, f"{value:.4g}")
+            _add_row(accuracy, task, metric, f"{value:.4g}")
     groups = Table("group", "kept", "of")
     for cut in found.plan.cuts:
-        groups.add_row(cut.name, str(len(cut.kept)), str(cut.width))
+        _add_row(groups, cut.name, str(len(cut.kept)), str(cut.width))
     console.print(accuracy)
     console.print(groups)
 
@@ -163,14 +166,14 @@ def nearest(
         _print_json({"entry": own.id, "measure": measure, **asdict(result)})
         return
     console = Console()
-    table = Table("id", "tasks", "MACs kept", "ΔT %", measure)
+    table = _table_of_entries("tasks", "MACs kept", "ΔT %", measure)
     for each in result.neighbours:
-        table.add_row(each.id, *_cells(each.facts), f"{each.similarity:.3f}")
+        _add_row(table, each.id[:SHORT], *_cells(each.facts), f"{each.similarity:.3f}")
     console.print(table)
     for neighbour in result.neighbours:
-        console.print(f"{neighbour.id}: {neighbour.why}", markup=False, soft_wrap=True)
+        console.print(f"{neighbour.id[:SHORT]}: {neighbour.why}", markup=False, soft_wrap=True)
     for refused in result.refused:
-        console.print(f"{refused.id} refused: {refused.why}", markup=False, soft_wrap=True)
+        console.print(f"{refused.id[:SHORT]} refused: {refused.why}", markup=False, soft_wrap=True)
 
 
 @app.command("export")
@@ -257,6 +260,14 @@ def _around(budget: float | None) -> tuple[float, float] | None:
 def _cells(facts: Facts) -> tuple[str, str, str]:
     change = "-" if facts.delta_t is None else f"{facts.delta_t:+.2f}"
     return ", ".join(facts.task_names), f"{facts.budget:.3f}", change
+
+
+def _table_of_entries(*headers: str) -> Table:
+    return Table(Column("id", no_wrap=True), *headers)
+
+
+def _add_row(table: Table, *cells: str) -> None:
+    table.add_row(*(escape(cell) for cell in cells))
 
 
 def _tell(entries: Sequence[str], what: str, as_json: bool) -> None:

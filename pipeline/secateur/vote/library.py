@@ -155,6 +155,7 @@ def load_entry(library: Library, entry: str) -> Entry:
         LibraryError: there is none, or an array is missing or was altered.
     """
     with connect(library.index) as connection:
+        connection.execute("BEGIN")  # one view: not the entry before, its sketches after a removal
         row = connection.execute(
             "SELECT facts, plan, scores, weights FROM entries WHERE id = ?", (entry,)
         ).fetchone()
