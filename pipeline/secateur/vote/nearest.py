@@ -68,7 +68,7 @@ def nearest(
     if measure not in sketches:
         raise LibraryError(
             f"there is no '{measure}' sketch of this task to compare",
-            hint=f"use one of: {', '.join(sorted(sketches)) or 'none; add sketches to the entry'}",
+            hint=f"it has {', '.join(sorted(sketches)) or 'none: a bundle holds no sketches'}",
         )
     close: list[tuple[float, str]] = []
     refused = []
