@@ -82,8 +82,9 @@ def example() -> Tensor:
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test reads or leaves anything in the user's cache."""
+    """No test reads or leaves anything in the user's cache or library."""
     monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("SECATEUR_LIBRARY", str(tmp_path / "library"))
 
 
 def need_data(name: str) -> Path:

@@ -15,7 +15,7 @@ from conftest import REPOSITORY
 CODE = REPOSITORY / "pipeline" / "secateur"
 NOUNS = {"core", "data", "metrics", "devices"}  # every stage may use these
 STAGES = {"tasks", "importance", "fusion", "prune", "compensate", "recover", "lower", "runtimes",
-          "bundle", "bench"}  # fmt: skip
+          "bundle", "bench", "vote"}  # fmt: skip
 
 
 def imported_rooms(path: Path) -> set[str]:
@@ -74,7 +74,8 @@ def test_importing_the_command_line_stays_light() -> None:
 
 
 def test_every_command_in_the_docs_names_a_verb_and_files_that_exist() -> None:
-    verbs = {"targets", "inspect", "score", "plan", "build", "verify", "bench", "demo", "doctor"}
+    verbs = {"targets", "inspect", "score", "plan", "build", "verify", "bench", "demo", "doctor",
+             "library"}  # fmt: skip
     documents = [REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")]
     commands = [
         line.strip().removeprefix("$ ")

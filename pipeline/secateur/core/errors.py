@@ -12,6 +12,7 @@
     ├── BuildError          lowering or export failed
     ├── VerifyError         a finished bundle is worse than it may be   (exit 1)
     ├── DeviceError         a target or a device is unknown or unreachable
+    ├── LibraryError        the library of earlier cuts, an entry or an archive cannot be used
     └── BundleError         a bundle is incomplete, altered or unwritable
 
 A message says what is wrong, where, what was got and what was expected; the hint says what to
@@ -76,6 +77,10 @@ class VerifyError(SecateurError):
 
 class DeviceError(SecateurError):
     """A target profile or a device is unknown or cannot be reached."""
+
+
+class LibraryError(SecateurError):
+    """The library of earlier cuts, one of its entries or an archive of them cannot be used."""
 
 
 class BundleError(SecateurError):

@@ -1,0 +1,135 @@
+"""Whose cuts may say something about a new task: the library's nearest tasks, and why."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
+
+from secateur.core.errors import LibraryError
+from secateur.vote.entry import Facts, parsed, unpack_sketch
+from secateur.vote.library import Library
+from secateur.vote.similarity.measure import Measure, measure_of
+from secateur.vote.store import connect
+
+Sketches = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """An entry, the measure's number (its range is in ``why``) and a sentence that explains it."""
+
+    id: str
+    facts: Facts
+    similarity: float
+    why: str
+
+
+@dataclass(frozen=True)
+class Refused:
+    """An entry that cannot be compared, and why."""
+
+    id: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """``neighbours``, nearest first, and the entries that were ``refused``."""
+
+    neighbours: tuple[Neighbour, ...]
+    refused: tuple[Refused, ...]
+
+
+def nearest(
+    library: Library,
+    sketches: Sketches,
+    parent: str,
+    measure: str,
+    count: int,
+    *,
+    basis: str = "original",
+    budget: tuple[float, float] | None = None,
+    skip: Collection[str] = (),
+) -> Nearest:
+    """Return the ``count`` entries of ``parent`` whose tasks are nearest by ``measure``.
+
+    ``sketches`` are the new task's, ``basis`` what its parent's channels are counted in (see
+    ``entry.Facts``), ``budget`` the least and most share of MACs of the entries to look at,
+    ``skip`` the ids to leave out (a task is its own nearest neighbour). Ties go by id.
+
+    Raises:
+        LibraryError: there is no such measure, or no sketch of the new task for it.
+    """
+    found = measure_of(measure)
+    if measure not in sketches:
+        raise LibraryError(
+            f"there is no '{measure}' sketch of this task to compare",
+            hint=f"it has {', '.join(sorted(sketches)) or 'none: a bundle holds no sketches'}",
+        )
+    close: list[tuple[float, str]] = []
+    refused = []
+    for entry, of_parent, of_basis, data in _rows(library, measure, budget):
+        if entry in skip:
+            continue
+        why = _stranger(of_parent, of_basis, parent, basis)
+        value = 0.0
+        if not why:
+            value, why = _compared(found, sketches[measure], data)
+        if why:
+            refused.append(Refused(entry, why))
+        else:
+            close.append((value, entry))
+    best = heapq.nsmallest(count, close, key=lambda pair: (-pair[0], pair[1]))
+    facts = _facts(library, [entry for _, entry in best])
+    return Nearest(
+        tuple(
+            Neighbour(entry, facts[entry], value, found.explained.format(value=value))
+            for value, entry in best
+            if entry in facts  # else it was removed meanwhile
+        ),
+        tuple(refused),
+    )
+
+
+def _stranger(of_parent: str, of_basis: str, parent: str, basis: str) -> str:
+    """Return why an entry's keep-sets mean other channels, or "" where they do not."""
+    if of_parent != parent:
+        return f"it was cut from another parent ({of_parent}, yours is {parent})"
+    if of_basis != basis:
+        return f"its channels are counted in other axes ({of_basis}, yours are {basis})"
+    return ""
+
+
+def _compared(measure: Measure, own: NDArray[Any], data: bytes | None) -> tuple[float, str]:
+    """Return the similarity and "", or 0 and why there is none."""
+    if data is None:
+        return 0.0, f"it holds no '{measure.name}' sketch"
+    try:
+        return measure.similarity(own, unpack_sketch(data)), ""
+    except LibraryError as error:
+        return 0.0, error.message
+
+
+def _rows(
+    library: Library, measure: str, budget: tuple[float, float] | None
+) -> list[tuple[str, str, str, bytes | None]]:
+    least, most = budget or (0.0, 1.0)
+    with connect(library.index) as connection:
+        return connection.execute(
+            "SELECT id, parent, basis, data FROM entries "
+            "LEFT JOIN sketches ON entry = id AND name = ? WHERE budget BETWEEN ? AND ?",
+            (measure, least, most),
+        ).fetchall()
+
+
+def _facts(library: Library, entries: list[str]) -> dict[str, Facts]:
+    with connect(library.index) as connection:
+        rows = [
+            connection.execute("SELECT id, facts FROM entries WHERE id = ?", (entry,)).fetchone()
+            for entry in entries
+        ]
+    return {row[0]: parsed(Facts, row[1], f"entry {row[0]}") for row in rows if row is not None}
