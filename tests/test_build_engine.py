@@ -279,6 +279,8 @@ def test_an_engine_of_tensorrt_rtx_is_bound_to_its_version_and_capabilities() ->
     assert [row.field for row in check_engine(built, here, FILES)] == ["compute_capability"]
     assert check_engine(built, {**here, "compute_capability": "8.9"}, FILES) == []
     assert "runtime" in {row.field for row in check_engine(built, FACTS, FILES)}
+    odd = {**built, "options": {"compute_capabilities": 86}}
+    assert [row.field for row in check_engine(odd, here, FILES)] == ["compute_capability"]
     newer = {**here, "tensorrt": "1.8.0", "compute_capability": "8.6"}
     assert [row.field for row in check_engine(built, newer, FILES)] == ["tensorrt"]
 

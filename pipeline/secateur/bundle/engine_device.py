@@ -33,6 +33,7 @@ def check_engine(engine, facts, files):
             return [Difference(part, value, "a table", True)]
     device, here = dict(built["device"]), dict(facts)
     wanted = built["options"].get("compute_capabilities") or []
+    wanted = wanted if isinstance(wanted, list) else [wanted]
     if here.get("runtime") == "tensorrt_rtx" == device.get("runtime"):
         device, here = ({key: d.get(key) for key in PORTABLE} for d in (device, here))
         if wanted and facts.get("compute_capability") not in [None, *wanted]:
