@@ -192,3 +192,15 @@ def test_a_bundle_for_another_kind_of_machine_claims_no_latency(capsys, project:
     assert code == 0 and built["manifest"]["device"] == "raspberry-pi-5"
     if platform.machine() != "aarch64":
         assert built["manifest"]["latency_ms"] == {}
+
+
+def test_a_bundle_for_a_device_with_a_gpu_brings_its_builder(capsys, project: Path) -> None:
+    code, stdout, _ = run(
+        capsys, "build", project / "recipe.yaml", "--target", "jetson-orin-nano-8gb", "--cache",
+        project / "cache", "--out", project / "jetson", "--json",
+    )  # fmt: skip
+    (built,) = json.loads(stdout)
+    assert code == 0 and {"build_engine.py", "nodes.json"} <= set(built["manifest"]["files"])
+    folder = project / "jetson/jetson-orin-nano-8gb/fp32"
+    nodes = json.loads((folder / "nodes.json").read_text())["nodes"]
+    assert {task for tasks in nodes.values() for task in tasks} == {"segmentation", "depth"}

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
-from secateur.bundle import runner
+from secateur.bundle import build_engine, runner
 from secateur.bundle.manifest import FileRecord, Manifest
 from secateur.bundle.read import REQUIRED_FILES
-from secateur.core.files import atomic_path, file_sha256, not_writable, write_json
+from secateur.core.files import atomic_path, file_sha256, not_writable, write_json, write_text
 
 CHECK_FILE = "check.npz"
 PICTURES = "pictures/*.png"
+BUILDER_FILES = ("build_engine.py", "nodes.json")  # of targets with a GPU
 
 
 def write_check(
@@ -36,11 +40,13 @@ def write_runner(folder: Path) -> None:
 
 def file_records(folder: Path) -> dict[str, FileRecord]:
     """Return the digest and size of every file of the bundle, whatever else lies beside them."""
+    wanted = [folder / name for name in REQUIRED_FILES]
+    wanted += [folder / name for name in BUILDER_FILES if (folder / name).exists()]
     return {
         path.relative_to(folder).as_posix(): FileRecord(
             sha256=file_sha256(path), bytes=path.stat().st_size
         )
-        for path in sorted([*(folder / name for name in REQUIRED_FILES), *folder.glob(PICTURES)])
+        for path in sorted([*wanted, *folder.glob(PICTURES)])
     }
 
 
@@ -62,3 +68,41 @@ def prepare_folder(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise not_writable(folder, error) from error
+
+
+def node_tasks(onnx_file: Path) -> dict[str, list[str]]:
+    """Return, for each ONNX node, the outputs (one per task) that it is needed for.
+
+    A node without a name has the one that TensorRT's parser gives it, ``node_of_<first output>``.
+    """
+    graph = onnx.load(onnx_file, load_external_data=False).graph
+    maker = {output: node for node in graph.node for output in node.output}
+    needed: dict[str, set[str]] = {}
+    for task in (output.name for output in graph.output):
+        waiting, seen = [task], set()
+        while waiting:
+            node = maker.get(waiting.pop())
+            if node is None or id(node) in seen:
+                continue
+            seen.add(id(node))
+            needed.setdefault(node.name or f"node_of_{node.output[0]}", set()).add(task)
+            waiting += node.input
+    return {name: sorted(tasks) for name, tasks in sorted(needed.items())}
+
+
+def stand_alone(module: ModuleType) -> str:
+    """Return a module's source with the modules of this room that it imports put in their place."""
+    source = Path(str(module.__file__)).read_text(encoding="utf-8")
+    pattern = r"^from secateur\.bundle\.(\w+) import (?:\([^)]*\)|[^\n]*)\n"
+    here = Path(__file__).parent
+
+    def text_of(match: re.Match[str]) -> str:
+        return (here / f"{match[1]}.py").read_text(encoding="utf-8") + "\n\n"
+
+    return re.sub(pattern, text_of, source, flags=re.MULTILINE)
+
+
+def write_builder(folder: Path) -> None:
+    """Write ``build_engine.py``, and ``nodes.json`` that tells it which task needs which node."""
+    write_text(folder / "build_engine.py", stand_alone(build_engine))
+    write_json(folder / "nodes.json", {"nodes": node_tasks(folder / "model.onnx")})

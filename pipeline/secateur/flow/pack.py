@@ -11,7 +11,13 @@ import torch
 
 from secateur.bench.pictures import contact_sheet, savings_chart
 from secateur.bundle.manifest import SCHEMA_VERSION, InputContract, Manifest, TaskContract
-from secateur.bundle.write import file_records, write_bundle, write_check, write_runner
+from secateur.bundle.write import (
+    file_records,
+    write_builder,
+    write_bundle,
+    write_check,
+    write_runner,
+)
 from secateur.core.files import atomic_path, write_json, write_text
 from secateur.core.model import MultiTaskModel, evaluating
 from secateur.core.plan import PrunePlan
@@ -47,6 +53,8 @@ def pack(job: Job, made: Made, folder: Path) -> Manifest:
     write_json(folder / "plan.json", made.plan.to_json())
     write_text(folder / "recipe.yaml", job.recipe.source)
     write_runner(folder)
+    if made.target.accelerator == "gpu":
+        write_builder(folder)
     _write_check(job, made.cut.recovered, folder)
     _write_pictures(job, made, folder / "pictures")
     manifest = _manifest(job, made).model_copy(update={"files": file_records(folder)})
