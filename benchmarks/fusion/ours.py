@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from fusion.bench import GRID, Bench, Scores
@@ -41,6 +42,7 @@ class Recipe:
     refit: bool = True
     labels: bool = True
     axes: bool = True
+    norms: Literal["batch", "frozen"] = "frozen"
 
     def bench(self, bench: Bench) -> Bench:
         """Return the bench whose parent this recipe cuts: in balanced axes or as trained."""
@@ -130,7 +132,8 @@ CUT = Recipe()
 OURS: dict[str, Recipe] = {
     "cut": CUT,
     "cut, original axes": replace(CUT, axes=False),
-    "cut, no refit": replace(CUT, refit=False),
+    "cut, trained norms": replace(CUT, norms="batch"),
+    "cut, no refit": replace(CUT, refit=False, norms="batch"),
     "cut, label-free": replace(CUT, labels=False),
     "cut, searched": replace(CUT, allocation="search"),
     "cut, global ranking": replace(CUT, allocation="global"),

@@ -18,11 +18,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
 from fusion.bench import PARENT, Bench
-from fusion.ours import OURS
+from fusion.ours import OURS, REFIT_IMAGES
 from fusion.rivals import RIVALS
 from secateur.bench.accuracy import evaluate_model
 from secateur.core.errors import PlanError
@@ -34,10 +35,30 @@ from secateur.metrics.kind import kind_of
 from secateur.prune import count_macs
 from secateur.recover import TrainSettings, train
 from suite import RESULTS, append_row, read_rows
+from torch.optim.swa_utils import update_bn
 
+Norms = Literal["batch", "frozen"]
 Cutter = Callable[[Bench, float, int], MultiTaskModel]
+
+
+def re_estimated(cut: Cutter) -> Cutter:
+    """Return ``cut`` followed by batch norms that know the cut network (256 unlabelled images)."""
+
+    def both(bench: Bench, share: float, seed: int) -> MultiTaskModel:
+        model = cut(bench, share, seed)
+        update_bn(torch.split(bench.images(REFIT_IMAGES, seed), 32), model)
+        return model.eval()
+
+    return both
+
+
 CONTROL = "no cut (control)"  # the parent after the same recovery; told with its whole MACs
-METHODS: dict[str, Cutter] = {**{name: recipe.cut for name, recipe in OURS.items()}, **RIVALS}
+FROZEN = ", frozen norms"  # of a rival: its batch norms re-estimated, then treated as ours are
+METHODS: dict[str, Cutter] = {
+    **{name: recipe.cut for name, recipe in OURS.items()},
+    **RIVALS,
+    **{f"{name}{FROZEN}": re_estimated(RIVALS[name]) for name in ("tp_group_taylor", "l2")},
+}
 LABEL_FREE = frozenset(name for name, recipe in OURS.items() if not recipe.labels)
 HEADLINE = ("cut", "tp_group_taylor", "l2", "random")
 KEEP = (0.3, 0.5, 0.1)
@@ -112,7 +133,10 @@ def run_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
     cut_seconds = time.monotonic() - started
     before = measure(bench, model)
     steps = round(cell.recovery * bench.parent_steps)
-    recovered = recover(bench, model, steps, cell.seed, labels=cell.method not in LABEL_FREE)
+    recovered = recover(
+        bench, model, steps, cell.seed,
+        labels=cell.method not in LABEL_FREE, norms=norms_of(cell.method),
+    )  # fmt: skip
     return {
         "macs": count_macs(model, bench.example) / bench.full_macs,
         "params": parameter_count(model) / parameter_count(bench.parent),
@@ -124,10 +148,27 @@ def run_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
     }
 
 
+def norms_of(method: str) -> Norms:
+    """Return how recovery treats batch norms: frozen where they know the network they are in.
+
+    A refit leaves them so, and the parent is so. A plain cut has those of another network, and
+    trains on each batch's own.
+    """
+    if method in OURS:
+        return OURS[method].norms
+    return "frozen" if method == CONTROL or method.endswith(FROZEN) else "batch"
+
+
 def recover(
-    bench: Bench, model: MultiTaskModel, steps: int, seed: int, *, labels: bool = True
+    bench: Bench,
+    model: MultiTaskModel,
+    steps: int,
+    seed: int,
+    *,
+    labels: bool = True,
+    norms: Norms = "batch",
 ) -> MultiTaskModel:
-    """Return ``model`` after ``steps`` of fine-tuning, equal for all methods that use labels."""
+    """Return ``model`` after ``steps`` of fine-tuning, equal for all but labels and norms."""
     settings = TrainSettings(
         steps=steps,
         batch_size=BATCH,
@@ -135,6 +176,7 @@ def recover(
         distill=DISTILL,
         seed=seed,
         labels=labels,
+        norms=norms,
     )
     augment = Augment(scale=1.0, jitter=0.0)
     return train(

@@ -107,6 +107,7 @@ class RecoverSpec(_Strict):
     feature_distill: float = Field(default=0.0, ge=0)
     ema: float = Field(default=0.0, ge=0, lt=1)
     early_stop: EarlyStopSpec | Literal[False] = False
+    norms: Literal["batch", "frozen"] | None = None
     augment: Literal["none", "flip", "full"] = "flip"
     reinit: bool = False
     seed: int = 0
@@ -177,6 +178,17 @@ class Recipe(_Strict):
         if self.prune.search is None:
             return SearchSpec() if self.recover == "none" else False
         return self.prune.search
+
+    def recovery_norms(self) -> Literal["batch", "frozen"]:
+        """Return how recovery treats batch norms: as told, else frozen where they were compensated.
+
+        Without compensation, or from random weights, their statistics are not the cut network's.
+        """
+        if self.recover != "none" and self.recover.norms is not None:
+            return self.recover.norms
+        if self.recover == "none" or self.recover.reinit or self.compensate is False:
+            return "batch"
+        return "frozen"
 
     def data_root(self, spec: DataSpec) -> Path:
         """Return a data set's root; a relative one lies beside the recipe or where we run."""

@@ -111,6 +111,7 @@ class _Run:
             rule = get_ema_multi_avg_fn(settings.ema)  # type: ignore[no-untyped-call]
             self.average = AveragedModel(self.model, multi_avg_fn=rule, use_buffers=True)
         self.accelerator = accelerator
+        self.frozen = settings.norms == "frozen"
         self.network: nn.Module = self.model
 
     def parts(self) -> dict[str, Stateful]:
@@ -131,6 +132,8 @@ class _Run:
     def epoch(self, objective: Objective, stream: Iterable[Batch], rates: Sequence[float]) -> float:
         """Take one step per batch and return the mean loss, tasks added by their fixed weights."""
         self.network.train()
+        if self.frozen:
+            _freeze_statistics(self.network)
         sums = [0.0] * (len(self.balance.names) + 1)
         for batch, rate in zip(stream, rates, strict=True):
             for group in self.optimizer.param_groups:
@@ -182,6 +185,13 @@ def _judge(
         state = model.state_dict()
         progress.best = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
     progress.scores.append(score)
+
+
+def _freeze_statistics(network: nn.Module) -> None:
+    """Let batch norms use their running statistics and leave them as they are; the rest trains."""
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
 
 
 def _schedule(done: float, warmup: float) -> float:
