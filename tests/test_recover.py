@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -295,6 +296,37 @@ def test_a_training_takes_epochs_or_steps() -> None:
     for wrong in ({}, {"epochs": 1, "steps": 1}):
         with pytest.raises(RecipeError, match="epochs or steps"):
             TrainSettings(**wrong)
+
+
+@pytest.mark.parametrize("norms", ["batch", "frozen"])
+def test_frozen_norms_keep_their_statistics_and_the_rest_learns(
+    norms: Literal["batch", "frozen"],
+) -> None:
+    model = tiny_model()
+    settings = TrainSettings(steps=3, batch_size=4, norms=norms)
+    before, after = model.state_dict(), train(model, scenes(), SPEC, settings).model.state_dict()
+    for name in ("stem_norm.running_mean", "depthwise_norm.running_var"):
+        kept = torch.equal(before[f"network.{name}"], after[f"network.{name}"])
+        assert kept == (norms == "frozen")
+    assert not torch.equal(before["network.stem_norm.weight"], after["network.stem_norm.weight"])
+
+
+@pytest.mark.parametrize(
+    ("recover", "compensate", "norms"),
+    [
+        ("steps: 5", "{images: 4}", "frozen"),
+        ("steps: 5, norms: batch", "{images: 4}", "batch"),
+        ("steps: 5, reinit: true", "{images: 4}", "batch"),
+        ("steps: 5", "false", "batch"),
+        ("steps: 5, norms: frozen", "false", "frozen"),
+    ],
+)
+def test_norms_are_frozen_by_default_where_they_were_compensated(
+    recover: str, compensate: str, norms: str, tmp_path: Path
+) -> None:
+    text = RECIPE.format(reader="scenes", count=8, recover=recover)
+    text = text.replace("compensate: {images: 4}", f"compensate: {compensate}")
+    assert parse_recipe(text, tmp_path / "recipe.yaml").recovery_norms() == norms
 
 
 def test_averaged_weights_follow_their_formula() -> None:
