@@ -72,7 +72,7 @@ def main() -> None:
         for allocation, what, keep, seed in cells(options.seeds):
             if options.quick and (keep != 0.5 or allocation == "search"):
                 continue
-            if options.keep and keep not in options.keep or options.what not in (None, what):
+            if (options.keep and keep not in options.keep) or options.what not in (None, what):
                 continue
             key = {"parent": bench.name, "allocation": allocation, "what": what, "keep": keep,
                    "seed": seed}  # fmt: skip
