@@ -33,7 +33,7 @@ class Recipe:
 
     With ``axes`` the parent is first rewritten in balanced axes. Without ``labels`` importance is
     read from targets sampled from the parent's outputs, and the search is judged by the distance
-    to them.
+    to them. ``norms``: what recovery does with batch norms.
     """
 
     criterion: str = "taylor"

@@ -1,4 +1,4 @@
-"""Every way to cut a multi-task network, in one harness with equal recovery.
+"""Every way to cut a multi-task network, in one harness with equal recovery (but for ``norms_of``).
 
     SECATEUR_DATA=... python benchmarks/fusion/run.py [--parent NAME] [--part 1/2] [--minutes 60]
     python benchmarks/fusion/run.py --tables

@@ -45,13 +45,15 @@ class RefitSettings:
 
     ``ridge`` None chooses it per output channel on images held out of the fit. ``sweeps``: fits of
     a layer whose output is clipped. ``per_weight``: output positions, over all images, for each
-    weight of an output channel, within the limits ``samples``.
+    weight of an output channel, within the limits ``samples``. ``settle`` makes batch norms ready
+    for training, at the cost of one more forward pass; outputs are the same without.
     """
 
     ridge: float | None = None
     sweeps: int = 4
     per_weight: int = 64
     samples: tuple[int, int] = (8192, 65_536)
+    settle: bool = True
 
     def positions(self, layer: Layer, images: int) -> int:
         """Return how many output positions of each image ``layer`` is fitted on."""
@@ -95,7 +97,8 @@ def refit(
         for theirs, ours in pairs:
             theirs.finish()
             ours.finish()
-    settle_norms(fitted, images)  # so that training starts from what was fitted
+    if settings.settle:
+        settle_norms(fitted, images)  # so that training starts from what was fitted
     return fitted
 
 

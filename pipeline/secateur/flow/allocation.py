@@ -33,7 +33,7 @@ from secateur.prune.search import search_counts
 
 # (floor, balance) of the rankings that the search starts from
 STARTS = ((0.3, 0.65), (0.2, 0.8), (0.1, 0.9), (0.1, 0.5))
-QUICK = RefitSettings(ridge=0.03, sweeps=2, per_weight=8, samples=(2048, 8192))
+QUICK = RefitSettings(ridge=0.03, sweeps=2, per_weight=8, samples=(2048, 8192), settle=False)
 
 
 @dataclass(frozen=True)

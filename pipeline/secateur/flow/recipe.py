@@ -184,11 +184,10 @@ class Recipe(_Strict):
 
         Without compensation, or from random weights, their statistics are not the cut network's.
         """
-        if self.recover != "none" and self.recover.norms is not None:
-            return self.recover.norms
-        if self.recover == "none" or self.recover.reinit or self.compensate is False:
+        if self.recover == "none":
             return "batch"
-        return "frozen"
+        settled = self.compensate is not False and not self.recover.reinit
+        return self.recover.norms or ("frozen" if settled else "batch")
 
     def data_root(self, spec: DataSpec) -> Path:
         """Return a data set's root; a relative one lies beside the recipe or where we run."""

@@ -6,7 +6,7 @@ of inverted residuals, a linear bottleneck) channels are a choice of coordinates
 channel carries a little of everything, so dropping one costs more than it needs to. In *balanced*
 coordinates, those of balanced truncation (Moore, IEEE TAC 1981; rotations alone: SliceGPT, arXiv
 2401.15024), the covariance ``C`` of the activations and the sensitivity ``G`` of the losses are
-the same diagonal matrix: a channel that varies little is one that no task reads.
+both diagonal, with each channel's share of either in one order: what little is read goes last.
 """
 
 from __future__ import annotations
