@@ -83,8 +83,8 @@ def fusion_table(suite: dict[str, Any]) -> str:
         "ΔT in % on the 654 test images, mean ± standard deviation over the seeds;",
         "EfficientNet-Lite0 with segmentation, depth and normals at 96x128; every method",
         "recovers for 15 % of the parent's steps, with the same loss and rate. A refit leaves",
-        "batch norms that fit the cut network, so they stay frozen; `trained norms` is without",
-        "that, `frozen norms` gives a rival the same after re-estimating its own.",
+        "batch norms that fit the cut network; recovery freezes them half-way, `frozen norms` from",
+        "the first step (a rival's after re-estimating them), `trained norms` never.",
     ]
     control = next((c for (_, keep), c in cells.items() if keep == 1.0), None)
     if control:

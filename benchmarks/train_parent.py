@@ -2,7 +2,7 @@
 
     python benchmarks/train_parent.py nyuv2_lite0 --data DIR --weights FILE [--epochs 60]
     python benchmarks/train_parent.py pets_lite0 --data DIR --weights FILE [--epochs 60]
-    python benchmarks/train_parent.py scenes_small [--epochs 60]
+    python benchmarks/train_parent.py scenes_small [--epochs 60]    # or scenes_vit
 
 The last ``--finish`` epochs, after ``--epochs``, see the images as they are but for flips, at a
 rate that falls anew: zooms and jitter hold a network back from the best it can do on plain images.
@@ -73,6 +73,24 @@ def _nyuv2(factory: str, height: int, width: int, backbone: str, **options: str)
     )
 
 
+def _scenes(factory: str) -> Parent:
+    return Parent(
+        factory=factory,
+        tasks=(
+            Task("segmentation", "segmentation", "segmentation", "segmentation", classes=8),
+            Task("depth", "depth", "depth", "depth"),
+            Task("normals", "normals", "normals", "normals", weight=2.0),
+            Task("room", "room", "classification", "room", classes=4),
+        ),
+        spec=ModelInput(3, 96, 128, MEAN, STD),
+        reader="scenes",
+        data="Rooms rendered by secateur.data.scenes (deterministic, embedded); trained from "
+        "scratch.",
+        terms="No third-party data; Apache-2.0 like the code.",
+        augment=Augment(scale=1.2),
+    )
+
+
 PARENTS = {
     "nyuv2_lite0": _nyuv2("nyuv2_lite0", 192, 256, "Apache-2.0"),
     # The small ones carry the benchmark grids; they never saw the validation images.
@@ -97,21 +115,7 @@ PARENTS = {
         augment=Augment(),
         train_split="fit",
     ),
-    "scenes_small": Parent(
-        factory="scenes_small",
-        tasks=(
-            Task("segmentation", "segmentation", "segmentation", "segmentation", classes=8),
-            Task("depth", "depth", "depth", "depth"),
-            Task("normals", "normals", "normals", "normals", weight=2.0),
-            Task("room", "room", "classification", "room", classes=4),
-        ),
-        spec=ModelInput(3, 96, 128, MEAN, STD),
-        reader="scenes",
-        data="Rooms rendered by secateur.data.scenes (deterministic, embedded); trained from "
-        "scratch.",
-        terms="No third-party data; Apache-2.0 like the code.",
-        augment=Augment(scale=1.2),
-    ),
+    **{name: _scenes(name) for name in ("scenes_small", "scenes_vit")},
 }
 
 
@@ -180,7 +184,7 @@ def _train(
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", choices=sorted(PARENTS))
-    parser.add_argument("--data", help="the data set's folder (not for scenes_small)")
+    parser.add_argument("--data", help="the data set's folder (the scenes have none)")
     parser.add_argument("--weights", help="ImageNet weights of the backbone (safetensors)")
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--finish", type=int, default=0, help="epochs with flips alone, at the end")

@@ -6,7 +6,6 @@ import math
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pytest
@@ -34,6 +33,7 @@ from secateur.recover.balance import (
     Uncertainty,
 )
 from secateur.recover.features import attention_distance, attention_points, captured
+from secateur.recover.teacher import RememberedOutputs
 from torch import Tensor, nn
 
 EXAMPLE = SPEC.example(2)
@@ -298,35 +298,61 @@ def test_a_training_takes_epochs_or_steps() -> None:
             TrainSettings(**wrong)
 
 
-@pytest.mark.parametrize("norms", ["batch", "frozen"])
-def test_frozen_norms_keep_their_statistics_and_the_rest_learns(
-    norms: Literal["batch", "frozen"],
-) -> None:
+class Counting(nn.Module):
+    """A network that counts the images it was shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown = 0
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        self.shown += len(images)
+        return {"mean": images.mean(dim=(2, 3)), "double": 2 * images}
+
+
+def test_a_remembered_image_is_not_computed_again() -> None:
+    network = Counting()
+    teacher = RememberedOutputs(network)
+    a, b, c = torch.randn(3, 3, 4, 5)
+    first, second = teacher(torch.stack([a, b])), teacher(torch.stack([c, a.clone(), b]))
+    assert network.shown == 3
+    assert torch.equal(second["double"], 2 * torch.stack([c, a, b]))
+    assert torch.equal(second["mean"][1:], first["mean"])
+
+
+def test_what_memory_does_not_hold_is_computed_each_time() -> None:
+    network, images = Counting(), torch.randn(3, 3, 4, 5)
+    each = 4 * (3 + 60)  # bytes of one image's outputs
+    teacher = RememberedOutputs(network, max_bytes=2 * each)
+    assert torch.equal(teacher(images)["double"], teacher(images)["double"])
+    assert network.shown == 3 + 1
+
+
+@pytest.mark.parametrize("augment", [None, FLIP, Augment()])
+def test_the_parent_is_asked_once_for_each_image_that_comes_again(augment: Augment | None) -> None:
+    shown: list[bytes] = []
+    parent = tiny_model()
+    parent.register_forward_pre_hook(
+        lambda _m, args: shown.extend(image.numpy(force=True).tobytes() for image in args[0])
+    )
+    settings = TrainSettings(epochs=5, batch_size=4, distill=1.0)
+    train(tiny_model(), scenes(), SPEC, settings, parent=parent, augment=augment)
+    most = 5 * 12 if augment == Augment() else 2 * 12
+    assert len(shown) == len(set(shown)) <= most
+    assert len(shown) >= (5 * 12 if augment == Augment() else 12)
+
+
+@pytest.mark.parametrize(("share", "counted"), [(0.0, 0), (0.5, 3), (0.7, 5), (1.0, 6)])
+def test_frozen_norms_keep_their_statistics_and_the_rest_learns(share: float, counted: int) -> None:
     model = tiny_model()
-    settings = TrainSettings(steps=3, batch_size=4, norms=norms)
+    settings = TrainSettings(steps=6, batch_size=4, freeze_norms=share)
     before, after = model.state_dict(), train(model, scenes(), SPEC, settings).model.state_dict()
-    for name in ("stem_norm.running_mean", "depthwise_norm.running_var"):
-        kept = torch.equal(before[f"network.{name}"], after[f"network.{name}"])
-        assert kept == (norms == "frozen")
-    assert not torch.equal(before["network.stem_norm.weight"], after["network.stem_norm.weight"])
-
-
-@pytest.mark.parametrize(
-    ("recover", "compensate", "norms"),
-    [
-        ("steps: 5", "{images: 4}", "frozen"),
-        ("steps: 5, norms: batch", "{images: 4}", "batch"),
-        ("steps: 5, reinit: true", "{images: 4}", "batch"),
-        ("steps: 5", "false", "batch"),
-        ("steps: 5, norms: frozen", "false", "frozen"),
-    ],
-)
-def test_norms_are_frozen_by_default_where_they_were_compensated(
-    recover: str, compensate: str, norms: str, tmp_path: Path
-) -> None:
-    text = RECIPE.format(reader="scenes", count=8, recover=recover)
-    text = text.replace("compensate: {images: 4}", f"compensate: {compensate}")
-    assert parse_recipe(text, tmp_path / "recipe.yaml").recovery_norms() == norms
+    name = "network.stem_norm"
+    batches_seen = after[f"{name}.num_batches_tracked"] - before[f"{name}.num_batches_tracked"]
+    assert int(batches_seen) == counted
+    kept = torch.equal(before[f"{name}.running_mean"], after[f"{name}.running_mean"])
+    assert kept == (counted == 0)
+    assert not torch.equal(before[f"{name}.weight"], after[f"{name}.weight"])
 
 
 def test_averaged_weights_follow_their_formula() -> None:

@@ -206,6 +206,17 @@ def test_dropping_removes_what_only_dropped_tasks_use_and_nothing_else(kind, kee
     assert left == {name for name, users in use.parameters.items() if users & keep}
 
 
+@pytest.mark.parametrize("kind", sorted(MODELS))
+def test_an_output_that_no_task_names_goes_though_every_task_is_kept(kind: str) -> None:
+    whole = MODELS[kind]
+    named = MultiTaskModel(whole.network, [t for t in whole.tasks if t.name != "b"]).eval()
+    selected = select_tasks(named, ["a", "c"], IMAGE)
+    wanted = select_tasks(whole, ["a", "c"], IMAGE)
+    left = {name for name, _ in selected.named_parameters()}
+    assert left == {name for name, _ in wanted.named_parameters()}
+    assert all(torch.equal(selected(IMAGE)[name], whole(IMAGE)[name]) for name in ("a", "c"))
+
+
 @settings(max_examples=12, deadline=None)
 @given(
     kind=st.sampled_from(sorted(MODELS.keys() - {"untraceable"})),

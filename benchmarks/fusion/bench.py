@@ -40,7 +40,8 @@ from train_parent import PARENTS
 PARENT = "nyuv2_lite0_96x128"
 SECOND = "nyuv2_mobilenetv2_96x128"
 PARENT_FILES = Path(__file__).resolve().parents[1] / "parents"
-FOLDERS = {"nyuv2": "nyuv2_288x384", "pets": "pets3"}  # under SECATEUR_DATA
+FOLDERS = {"nyuv2": "nyuv2_288x384", "pets": "pets3", "scenes": "."}  # under SECATEUR_DATA
+SPLITS = {"scenes": {"fit": "train", "val": "calibration"}}  # where a reader calls them otherwise
 GRID = 8
 AXES_IMAGES, BATCH = 128, 8
 Scores = Mapping[str, NDArray[np.float64]]
@@ -149,4 +150,5 @@ class Bench:
 
     def _open(self, split: str) -> Reader:
         root = Path(os.environ["SECATEUR_DATA"]) / FOLDERS[self._reader]
-        return resized_reader(open_reader(self._reader, root, split), self.spec, self.parent.tasks)
+        name = SPLITS.get(self._reader, {}).get(split, split)
+        return resized_reader(open_reader(self._reader, root, name), self.spec, self.parent.tasks)

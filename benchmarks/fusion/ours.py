@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from fusion.bench import GRID, Bench, Scores
@@ -33,7 +32,7 @@ class Recipe:
 
     With ``axes`` the parent is first rewritten in balanced axes. Without ``labels`` importance is
     read from targets sampled from the parent's outputs, and the search is judged by the distance
-    to them. ``norms``: what recovery does with batch norms.
+    to them. ``freeze_norms``: see ``TrainSettings``.
     """
 
     criterion: str = "taylor"
@@ -42,7 +41,7 @@ class Recipe:
     refit: bool = True
     labels: bool = True
     axes: bool = True
-    norms: Literal["batch", "frozen"] = "frozen"
+    freeze_norms: float = 0.5
 
     def bench(self, bench: Bench) -> Bench:
         """Return the bench whose parent this recipe cuts: in balanced axes or as trained."""
@@ -132,8 +131,9 @@ CUT = Recipe()
 OURS: dict[str, Recipe] = {
     "cut": CUT,
     "cut, original axes": replace(CUT, axes=False),
-    "cut, trained norms": replace(CUT, norms="batch"),
-    "cut, no refit": replace(CUT, refit=False, norms="batch"),
+    "cut, frozen norms": replace(CUT, freeze_norms=0.0),
+    "cut, trained norms": replace(CUT, freeze_norms=1.0),
+    "cut, no refit": replace(CUT, refit=False, freeze_norms=1.0),
     "cut, label-free": replace(CUT, labels=False),
     "cut, searched": replace(CUT, allocation="search"),
     "cut, global ranking": replace(CUT, allocation="global"),

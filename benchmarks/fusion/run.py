@@ -1,4 +1,4 @@
-"""Every way to cut a multi-task network, in one harness with equal recovery (but for ``norms_of``).
+"""Every way to cut a multi-task network, in one harness with equal recovery.
 
     SECATEUR_DATA=... python benchmarks/fusion/run.py [--parent NAME] [--part 1/2] [--minutes 60]
     python benchmarks/fusion/run.py --tables
@@ -18,12 +18,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from fusion.bench import PARENT, Bench
-from fusion.ours import OURS, REFIT_IMAGES
+from fusion.ours import CUT, OURS, REFIT_IMAGES
 from fusion.rivals import RIVALS
 from secateur.bench.accuracy import evaluate_model
 from secateur.core.errors import PlanError
@@ -37,7 +37,6 @@ from secateur.recover import TrainSettings, train
 from suite import RESULTS, append_row, read_rows
 from torch.optim.swa_utils import update_bn
 
-Norms = Literal["batch", "frozen"]
 Cutter = Callable[[Bench, float, int], MultiTaskModel]
 
 
@@ -53,7 +52,7 @@ def re_estimated(cut: Cutter) -> Cutter:
 
 
 CONTROL = "no cut (control)"  # the parent after the same recovery; told with its whole MACs
-FROZEN = ", frozen norms"  # of a rival: its batch norms re-estimated, then treated as ours are
+FROZEN = ", frozen norms"  # of a rival: its batch norms re-estimated, then left alone
 METHODS: dict[str, Cutter] = {
     **{name: recipe.cut for name, recipe in OURS.items()},
     **RIVALS,
@@ -135,7 +134,7 @@ def run_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
     steps = round(cell.recovery * bench.parent_steps)
     recovered = recover(
         bench, model, steps, cell.seed,
-        labels=cell.method not in LABEL_FREE, norms=norms_of(cell.method),
+        labels=cell.method not in LABEL_FREE, freeze=freeze_norms(cell.method),
     )  # fmt: skip
     return {
         "macs": count_macs(model, bench.example) / bench.full_macs,
@@ -148,15 +147,15 @@ def run_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
     }
 
 
-def norms_of(method: str) -> Norms:
-    """Return how recovery treats batch norms: frozen where they know the network they are in.
+def freeze_norms(method: str) -> float:
+    """Return after which share of the recovery batch norms are frozen, as suits the method.
 
-    A refit leaves them so, and the parent is so. A plain cut has those of another network, and
-    trains on each batch's own.
+    Half-way for ours, which a refit leaves with norms of the network they are in. A plain cut has
+    those of another network; on the validation images it is better never to freeze them.
     """
     if method in OURS:
-        return OURS[method].norms
-    return "frozen" if method == CONTROL or method.endswith(FROZEN) else "batch"
+        return OURS[method].freeze_norms
+    return {CONTROL: CUT.freeze_norms}.get(method, 0.0 if method.endswith(FROZEN) else 1.0)
 
 
 def recover(
@@ -166,7 +165,7 @@ def recover(
     seed: int,
     *,
     labels: bool = True,
-    norms: Norms = "batch",
+    freeze: float = 1.0,
 ) -> MultiTaskModel:
     """Return ``model`` after ``steps`` of fine-tuning, equal for all but labels and norms."""
     settings = TrainSettings(
@@ -176,7 +175,7 @@ def recover(
         distill=DISTILL,
         seed=seed,
         labels=labels,
-        norms=norms,
+        freeze_norms=freeze,
     )
     augment = Augment(scale=1.0, jitter=0.0)
     return train(

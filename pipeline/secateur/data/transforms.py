@@ -28,6 +28,11 @@ class Augment:
     scale: float = 1.5
     jitter: float = 0.2
 
+    @property
+    def repeats(self) -> bool:
+        """Whether an image comes again just as it was: flips alone give two of each."""
+        return self.scale == 1.0 and self.jitter == 0.0
+
 
 @dataclass(frozen=True)
 class View:

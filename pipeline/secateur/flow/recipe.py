@@ -107,7 +107,7 @@ class RecoverSpec(_Strict):
     feature_distill: float = Field(default=0.0, ge=0)
     ema: float = Field(default=0.0, ge=0, lt=1)
     early_stop: EarlyStopSpec | Literal[False] = False
-    norms: Literal["batch", "frozen"] | None = None
+    freeze_norms: float = Field(default=0.5, ge=0, le=1)
     augment: Literal["none", "flip", "full"] = "flip"
     reinit: bool = False
     seed: int = 0
@@ -178,16 +178,6 @@ class Recipe(_Strict):
         if self.prune.search is None:
             return SearchSpec() if self.recover == "none" else False
         return self.prune.search
-
-    def recovery_norms(self) -> Literal["batch", "frozen"]:
-        """Return how recovery treats batch norms: as told, else frozen where they were compensated.
-
-        Without compensation, or from random weights, their statistics are not the cut network's.
-        """
-        if self.recover == "none":
-            return "batch"
-        settled = self.compensate is not False and not self.recover.reinit
-        return self.recover.norms or ("frozen" if settled else "batch")
 
     def data_root(self, spec: DataSpec) -> Path:
         """Return a data set's root; a relative one lies beside the recipe or where we run."""

@@ -60,7 +60,7 @@ def recovered(job: Job, plan: PrunePlan, model: MultiTaskModel) -> tuple[MultiTa
     if wanted == "none":
         return model, 0
     key = (job.parent_key, asdict(plan)["cuts"], str(job.recipe.compensate),
-           job.recipe.prune.axes, job.recipe.recovery_norms(), job.train.fingerprint,
+           job.recipe.prune.axes, job.train.fingerprint,
            wanted.model_dump(), asdict(job.spec),
            [{**asdict(task), "max_drop": None} for task in job.tasks])  # fmt: skip
     folder = job.cache.folder("recover", *key)
@@ -69,8 +69,7 @@ def recovered(job: Job, plan: PrunePlan, model: MultiTaskModel) -> tuple[MultiTa
     if steps.exists() and load_weights(weights, found):
         return found, int(json.loads(steps.read_text(encoding="utf-8")))
     settings = TrainSettings(
-        **wanted.model_dump(exclude={"augment", "early_stop", "reinit", "norms"}),
-        norms=job.recipe.recovery_norms(),
+        **wanted.model_dump(exclude={"augment", "early_stop", "reinit"}),
         patience=wanted.early_stop.patience if wanted.early_stop else 0,
     )
     training, held_out = _split(job, wanted)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -16,10 +16,13 @@ from secateur.data.loading import Batch
 from secateur.metrics.kind import TaskKind, kind_of
 from secateur.recover.features import attention_distance, attention_points, captured
 from secateur.recover.settings import TrainSettings
+from secateur.recover.teacher import RememberedOutputs
 
 
 class Objective:
     """Per task ``weight * (task loss + distill * distance to the parent's output)``.
+
+    ``repeats``: the same images come again and again, so that the parent's outputs may be kept.
 
     Raises:
         DataError: a task has no labels, or features are to be distilled, and there is no parent.
@@ -34,6 +37,8 @@ class Objective:
         spec: ModelInput,
         settings: TrainSettings,
         accelerator: Accelerator,
+        *,
+        repeats: bool = False,
     ) -> None:
         _check_teacher(model, parent, labelled, settings)
         self.model, self.tasks = model, model.tasks
@@ -50,6 +55,9 @@ class Objective:
             self.parent = self.parent.to(self.device).eval()
             if self.feature_weight:
                 self.points = attention_points(model, self.parent, spec.example())
+        self.teacher: Callable[[Tensor], Mapping[str, Tensor]] | None = self.parent
+        if repeats and self.parent is not None and not self.points and self.device.type == "cpu":
+            self.teacher = RememberedOutputs(self.parent)
 
     def __call__(self, network: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], Tensor | None]:
         """Return each task's loss, and the features' loss where there is one (both scalars).
@@ -75,14 +83,14 @@ class Objective:
         return losses, shared
 
     def _parent_outputs(self, images: Tensor) -> tuple[dict[str, Tensor], Mapping[str, Tensor]]:
-        if self.parent is None:
+        if self.parent is None or self.teacher is None:
             return {}, {}
         with (
             torch.no_grad(),
             self.accelerator.autocast(),
             captured(self.parent, self.points) as features,
         ):
-            outputs = self.parent(images)
+            outputs = self.teacher(images)
         return {name: tensor.float() for name, tensor in outputs.items()}, features
 
 

@@ -19,8 +19,9 @@ class TrainSettings:
     reads no label at all. ``feature_distill`` weighs ``features.attention_distance``. ``balance``
     is a rule of ``balance.py``. ``ema`` is the decay per step of the averaged weights that are
     returned (0 is off). ``patience`` epochs without a better validation end the training (0
-    never does). ``norms`` "frozen" keeps every batch norm's statistics: right where they are those
-    of the network as it starts, as after a refit, and then both quicker and better than "batch".
+    never does). ``freeze_norms``: the share of the steps after which batch norms keep their
+    statistics (1 is never). From then on the network trains as it will be used; 0 is right only
+    where the statistics are the network's own as it starts, as after a refit.
 
     Raises:
         RecipeError: neither ``epochs`` nor ``steps`` is given, or both.
@@ -40,7 +41,7 @@ class TrainSettings:
     ema: float = 0.0
     labels: bool = True
     patience: int = 0
-    norms: Literal["batch", "frozen"] = "batch"
+    freeze_norms: float = 1.0
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):

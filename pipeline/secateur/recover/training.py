@@ -59,7 +59,10 @@ def train(
     labelled = [task for task in model.tasks if settings.labels and has_labels(reader, [task])]
     accelerator = Accelerator(mixed_precision="bf16" if settings.bf16 else "no")
     run = _Run(model, settings, accelerator)
-    objective = Objective(run.model, parent, labelled, spec, settings, accelerator)
+    objective = Objective(
+        run.model, parent, labelled, spec, settings, accelerator,
+        repeats=augment is None or augment.repeats,
+    )  # fmt: skip
     progress = load_checkpoint(checkpoint, run.parts())
     run.prepare()
     per_epoch = steps_per_epoch(len(reader), settings.batch_size)
@@ -76,8 +79,7 @@ def train(
         bar = track(islice(stream, steps), f"{title} epoch {epoch + 1}/{epochs}", steps)
         torch.manual_seed(seed)  # dropout resumes as it would have gone on
         done = [(epoch + step / per_epoch) / (total / per_epoch) for step in range(steps)]
-        rates = [settings.learning_rate * _schedule(share, settings.warmup) for share in done]
-        progress.losses.append(run.epoch(objective, bar, rates))
+        progress.losses.append(run.epoch(objective, bar, done))
         if validate is not None:
             _judge(run.result(), validate, progress)
         save_checkpoint(checkpoint, run.parts(), progress)
@@ -111,7 +113,7 @@ class _Run:
             rule = get_ema_multi_avg_fn(settings.ema)  # type: ignore[no-untyped-call]
             self.average = AveragedModel(self.model, multi_avg_fn=rule, use_buffers=True)
         self.accelerator = accelerator
-        self.frozen = settings.norms == "frozen"
+        self.settings = settings
         self.network: nn.Module = self.model
 
     def parts(self) -> dict[str, Stateful]:
@@ -129,17 +131,21 @@ class _Run:
         if self.average is not None:
             self.average.to(self.accelerator.device)
 
-    def epoch(self, objective: Objective, stream: Iterable[Batch], rates: Sequence[float]) -> float:
-        """Take one step per batch and return the mean loss, tasks added by their fixed weights."""
+    def epoch(self, objective: Objective, stream: Iterable[Batch], done: Sequence[float]) -> float:
+        """Take one step per batch and return the mean loss, tasks added by their fixed weights.
+
+        ``done``: the share of the whole schedule that each step finds behind it.
+        """
         self.network.train()
-        if self.frozen:
-            _freeze_statistics(self.network)
         sums = [0.0] * (len(self.balance.names) + 1)
-        for batch, rate in zip(stream, rates, strict=True):
+        for batch, share in zip(stream, done, strict=True):
+            rate = self.settings.learning_rate * _schedule(share, self.settings.warmup)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate * group.get("rate", 1.0)
+            if share >= self.settings.freeze_norms:
+                _freeze_statistics(self.network)
             sums = [a + b for a, b in zip(sums, self._step(objective, batch), strict=True)]
-        means = [value / len(rates) for value in sums]
+        means = [value / len(done) for value in sums]
         self.balance.end_epoch(dict(zip(self.balance.names, means[:-1], strict=True)))
         return sum(means)
 

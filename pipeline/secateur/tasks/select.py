@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.core.errors import ModelError
-from secateur.core.model import MultiTaskModel, evaluating
+from secateur.core.model import MultiTaskModel, evaluating, named_outputs
 from secateur.tasks.graph import eliminate
 from secateur.tasks.stub import stub_unused
 
@@ -42,7 +42,7 @@ def select_tasks(
     names = [task.output for task in tasks]
     if isinstance(model.network, SelectsOutputs):
         return MultiTaskModel(model.network.select_outputs(names), tasks)
-    if len(tasks) == len(model.tasks):
+    if len(tasks) == len(model.tasks) and not _has_unnamed(model, names, example):
         return copy.deepcopy(model)
     try:
         selected = MultiTaskModel(eliminate(copy.deepcopy(model.network), names, example), tasks)
@@ -62,6 +62,14 @@ def select_tasks(
             "or keep all its tasks",
         )
     return selected
+
+
+def _has_unnamed(model: MultiTaskModel, names: Collection[str], example: Tensor | None) -> bool:
+    """Say whether ``forward`` gives outputs beyond ``names``, which no task of the user's reads."""
+    if example is None:
+        return False
+    with evaluating(model):
+        return not named_outputs(model.network(example)).keys() <= set(names)
 
 
 def _changed_task(model: MultiTaskModel, selected: MultiTaskModel, example: Tensor) -> str | None:

@@ -2,7 +2,13 @@
 
 from secateur.zoo.age_gender import AGE_GENDER_INPUT, age_gender
 from secateur.zoo.compose import ComposedModel, HeadSpec, compose
-from secateur.zoo.parents import nyuv2_lite0, nyuv2_mobilenetv2, pets_lite0, scenes_small
+from secateur.zoo.parents import (
+    nyuv2_lite0,
+    nyuv2_mobilenetv2,
+    pets_lite0,
+    scenes_small,
+    scenes_vit,
+)
 
 __all__ = [
     "AGE_GENDER_INPUT",
@@ -14,4 +20,5 @@ __all__ = [
     "nyuv2_mobilenetv2",
     "pets_lite0",
     "scenes_small",
+    "scenes_vit",
 ]

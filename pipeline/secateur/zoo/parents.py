@@ -14,6 +14,12 @@ NYUV2_HEADS = {
     "depth": HeadSpec("depth", 1),
     "normals": HeadSpec("normals", 3),
 }
+SCENES_HEADS = {
+    "segmentation": HeadSpec("segmentation", len(SCENE_CLASSES), width=32),
+    "depth": HeadSpec("depth", 1, width=32),
+    "normals": HeadSpec("normals", 3, width=32),
+    "room": HeadSpec("classification", len(SCENE_ROOMS), width=32),
+}
 
 
 def nyuv2_lite0(backbone_weights: str | Path | None = None) -> ComposedModel:
@@ -41,12 +47,15 @@ def pets_lite0(backbone_weights: str | Path | None = None) -> ComposedModel:
 
 def scenes_small() -> ComposedModel:
     """A narrow MobileNetV2 with four heads, for the rendered rooms of ``data.scenes``."""
+    return compose("mobilenetv2_050", SCENES_HEADS)
+
+
+def scenes_vit() -> ComposedModel:
+    """A ViT with the same heads: 96x128 in patches of 8, six blocks of 128 channels, four heads.
+
+    The task heads read blocks 2, 4 and 6.
+    """
     return compose(
-        "mobilenetv2_050",
-        {
-            "segmentation": HeadSpec("segmentation", len(SCENE_CLASSES), width=32),
-            "depth": HeadSpec("depth", 1, width=32),
-            "normals": HeadSpec("normals", 3, width=32),
-            "room": HeadSpec("classification", len(SCENE_ROOMS), width=32),
-        },
-    )
+        "vit_tiny_patch16_224", SCENES_HEADS, img_size=(96, 128), patch_size=8, embed_dim=128,
+        depth=6, num_heads=4, out_indices=(1, 3, 5),
+    )  # fmt: skip
