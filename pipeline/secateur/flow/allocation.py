@@ -67,7 +67,7 @@ def plan_by_search(
     Raises:
         PlanError: the budget is below what the grid allows.
     """
-    loss = _RelativeLoss(model, judged)
+    loss = RelativeLoss(model, judged)
 
     def planned(counts: Sequence[int]) -> PrunePlan:
         return plan_widths(
@@ -144,7 +144,7 @@ def searched_plan(
     return PrunePlan.from_json(job.cache.json("search", key, find))
 
 
-class _RelativeLoss:
+class RelativeLoss:
     """The mean over tasks of a cut network's loss relative to a reference."""
 
     def __init__(self, parent: MultiTaskModel, judged: Batch) -> None:
@@ -158,6 +158,7 @@ class _RelativeLoss:
         }
 
     def __call__(self, model: MultiTaskModel) -> float:
+        """Return that loss; 1 is the parent's."""
         with evaluating(model):
             outputs = model(self._judged.images)
         shares = []
