@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_run import run
+from cli_run import RECIPE, make_project, run
 from safetensors.torch import save_file
 from secateur.core.model import model_fingerprint
 from secateur.flow.axes import turn_axes
@@ -16,6 +16,7 @@ from secateur.flow.cache import StageCache
 from secateur.flow.inherited import best_start
 from secateur.flow.job import Job, open_job
 from secateur.flow.recipe import parse_recipe
+from secateur.flow.sketches import sketch_tasks
 from secateur.flow.stages import begin_cut
 from secateur.flow.warm_start import Planned, plan_job
 from secateur.vote.entry import Entry
@@ -207,6 +208,20 @@ def test_every_measure_finds_the_first_cut(capsys, project: Path, first: Entry, 
     line = copied(project, "one", first)
     vote = plan(capsys, project, asking(library=line, similarity=measure))["warm_start"]
     assert vote["similarity"] == measure and [v["id"] for v in vote["voters"]] == [first.id]
+
+
+def test_sketches_of_dense_and_whole_image_labels(tmp_path: Path) -> None:
+    recipe = make_project(tmp_path, RECIPE.replace("[segmentation, depth]", "[segmentation, room]"))
+    loaded = parse_recipe(recipe.read_text().replace("images: 16}", "images: 16, similarity: "
+                          "task2vec}"), recipe)  # fmt: skip
+    found, again = (sketch_tasks(open_job(loaded, StageCache(tmp_path / name))) for name in "ab")
+    labels, sources = found["leep"].shape
+    assert 1 < labels <= 8 + 4 and sources == 8 + 4  # classes seen, and all the parent has
+    assert found["leep"].sum() == pytest.approx(1, abs=1e-4)
+    assert found["cka"].shape == (16 * 17 // 2,) and found["mean_feature"].shape == (32 + 16 + 32,)
+    assert found.keys() == {"score_cosine", "task2vec", "mean_feature", "cka", "leep"}
+    for name, sketch in found.items():
+        np.testing.assert_array_equal(sketch, again[name])  # else no two builds were one entry
 
 
 def test_task2vec_is_there_where_a_recipe_asks_for_it(capsys, project: Path, first) -> None:

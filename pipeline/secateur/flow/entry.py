@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from secateur.bundle.read import check_files, read_bundle
-from secateur.core.errors import BundleError, LibraryError
+from secateur.core.errors import BundleError, SecateurError
 from secateur.core.plan import PrunePlan
 from secateur.flow.evidence import Evidence
 from secateur.flow.job import Job
@@ -24,8 +24,8 @@ UNSTATED = "unstated"  # axes that the bundle does not name: its keep-sets are s
 def add_build(job: Job, planned: Planned, cut: Cut, evidence: Evidence) -> str:
     """Add a build to the library unless the recipe says no; return a sentence on what was done.
 
-    A library that cannot be written does not undo a build: the sentence says so. The same build
-    made again is the same entry.
+    What keeps it from being added does not undo a build: the sentence says so. The same build made
+    again is the same entry.
     """
     if not job.recipe.library.add:
         return ""
@@ -34,7 +34,7 @@ def add_build(job: Job, planned: Planned, cut: Cut, evidence: Evidence) -> str:
     try:
         library = open_library(job.recipe.library_root())
         name = add_entry(library, _entry_of_build(job, planned, cut, evidence))
-    except LibraryError as error:
+    except SecateurError as error:
         return f"not added: {error}"
     return f"entry {name} in {library.root}"
 

@@ -61,7 +61,7 @@ def best_start(
         return begun, Origin("parent", {}, reason=reason), ""
     groups, plan = planned.scored.groups, planned.plan
     donors = planned.donors[:1] if wanted == "nearest" else planned.donors
-    own = {name: tensor.numpy() for name, tensor in begun.state_dict().items()}
+    own = {name: tensor.cpu().numpy() for name, tensor in begun.state_dict().items()}
     result = inherit(
         SubNetwork(own, dropped_indices(groups, plan)),
         [donor.network for donor in donors],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -21,6 +22,7 @@ from secateur.prune.groups import output_layers
 from secateur.vote.similarity import cka, leep, mean_feature, score_cosine, task2vec
 
 Array = NDArray[np.float32]
+CHUNK = 16  # images per forward pass
 SKETCH_IMAGES = 64  # CKA keeps N (N + 1) / 2 numbers of N images
 PIXELS = 64  # of each image whose labels LEEP reads
 WITH_CLASSES = ("classification", "segmentation")
@@ -83,10 +85,10 @@ def _features(
         task.name: list(dict.fromkeys(output_layers(_only(model, task), example[:1])))
         for task in model.tasks
     }
-    read: dict[nn.Module, Tensor] = {}
+    read: dict[nn.Module, list[Tensor]] = defaultdict(list)
 
     def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        read[layer] = inputs[0]
+        read[layer].append(_mean_over_positions(layer, inputs[0]))
 
     hooks = [
         layer.register_forward_pre_hook(note)
@@ -94,16 +96,16 @@ def _features(
     ]
     try:
         with evaluating(model):
-            outputs = model(images)
+            parts = [model(chunk) for chunk in torch.split(images, CHUNK)]
     finally:
         for hook in hooks:
             hook.remove()
     features = {}
     for name, layers in last.items():
-        rows = [_mean_over_positions(layer, read[layer]) for layer in layers]
+        rows = [torch.cat(read[layer]) for layer in layers if read[layer]]
         if rows and all(len(each) == len(images) for each in rows):
             features[name] = torch.cat(rows, 1).float().cpu().numpy()
-    return features, outputs
+    return features, {name: torch.cat([part[name] for part in parts]) for name in last}
 
 
 def _only(model: MultiTaskModel, task: Task) -> MultiTaskModel:

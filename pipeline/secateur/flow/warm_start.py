@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secateur.core.channels import ChannelGroup
-from secateur.core.errors import LibraryError, SecateurError
+from secateur.core.errors import SecateurError
 from secateur.core.plan import PrunePlan, dropped_indices
 from secateur.flow.job import Job
 from secateur.flow.sketches import sketch_tasks
@@ -99,6 +99,10 @@ class Planned:
     donors: tuple[Donor, ...] = ()
 
 
+class _Refusal(Exception):
+    """Why an entry cannot vote."""
+
+
 @dataclass(frozen=True, eq=False)
 class _Witness:
     """A neighbour, its entry, and what it says of the new model's groups."""
@@ -177,14 +181,16 @@ def _witnesses(
         names = tuple(sorted(neighbour.facts.task_names))
         try:
             if neighbour.similarity <= 0:
-                raise LibraryError("its tasks are not similar at all", hint="-")
+                raise _Refusal("its tasks are not similar at all")
             if names not in of_tasks:
                 of_tasks[names] = _groups_of(job, names)
             entry = load_entry(library, neighbour.id)
             if job.recipe.prune.votes == "scores" and not entry.scores:
-                raise LibraryError("it holds no scores", hint="-")
+                raise _Refusal("it holds no scores")
             witnesses.append(_witness(groups, neighbour, entry, of_tasks[names]))
-        except SecateurError as error:
+        except _Refusal as refusal:
+            refused[str(refusal)] += 1
+        except SecateurError as error:  # a damaged entry says nothing, and stops nobody
             refused[error.message] += 1
     return witnesses, dict(refused)
 
@@ -193,11 +199,11 @@ def _groups_of(job: Job, names: Sequence[str]) -> tuple[ChannelGroup, ...]:
     """Return the channel groups of the parent with these tasks only.
 
     Raises:
-        LibraryError: it lacks one of them.
+        _Refusal: it lacks one of them.
     """
     unknown = {*names} - {task.name for task in job.scored.tasks}
     if unknown:
-        raise LibraryError(f"it keeps a task '{min(unknown)}', which yours lacks", hint="-")
+        raise _Refusal(f"it keeps a task '{min(unknown)}', which yours lacks")
     return find_groups(select_tasks(job.scored, names, job.example).eval(), job.example)
 
 
@@ -210,11 +216,11 @@ def _witness(
     """Carry an entry's keep-sets and scores to ``groups``, NaN where it has no such channel.
 
     Raises:
-        LibraryError: the entry's groups are not those of its tasks.
+        _Refusal: the entry's groups are not those of its tasks.
     """
     plan = entry.plan
     if {cut.name: cut.width for cut in plan.cuts} != {each.name: each.width for each in theirs}:
-        raise LibraryError("its channel groups are not those that its tasks have here", hint="-")
+        raise _Refusal("its channel groups are not those that its tasks have here")
     keeps = {cut.name: keep_opinion(cut.width, cut.kept) for cut in plan.cuts}
     scores: Mapping[str, NDArray[np.float64]] = {
         cut.name: np.full(cut.width, np.nan) for cut in plan.cuts
