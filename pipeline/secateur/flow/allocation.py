@@ -139,8 +139,10 @@ def searched_plan(
         )  # fmt: skip
         return plan.to_json()
 
+    # two rankings may agree on this plan and differ at other widths
+    order = {name: np.argsort(-values, kind="stable").tolist() for name, values in fused.items()}
     key = (model_fingerprint(job.selected), ranked.to_json(), wanted.model_dump(), asdict(job.spec),
-           job.train.fingerprint, [task.name for task in labelled])  # fmt: skip
+           job.train.fingerprint, [task.name for task in labelled], order)  # fmt: skip
     return PrunePlan.from_json(job.cache.json("search", key, find))
 
 
