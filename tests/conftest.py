@@ -80,6 +80,12 @@ def example() -> Tensor:
     return SPEC.example(2)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_library_of_the_users(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Builds of fixtures that outlive a test add their cuts here."""
+    os.environ["SECATEUR_LIBRARY"] = str(tmp_path_factory.mktemp("library"))
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or leaves anything in the user's cache or library."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -56,7 +57,7 @@ def build(
 
 def _json(result: BuildResult) -> dict[str, object]:
     manifest = result.manifest.model_dump(mode="json", exclude={"recipe"})
-    return {"bundle": str(result.folder), "manifest": manifest}
+    return {"bundle": str(result.folder), "manifest": manifest, "library": result.library}
 
 
 def print_result(result: BuildResult, console: Console) -> None:
@@ -74,11 +75,24 @@ def print_result(result: BuildResult, console: Console) -> None:
     for task in accuracy.too_low:
         console.print(f"[bold red]task '{task}' lost more than its max_drop allows[/]")
     folder = result.folder
+    warm = manifest.plan.get("warm_start")
+    if warm is not None:
+        console.print(f"start     {_start(warm)}", soft_wrap=True, highlight=False, markup=False)
+    if result.library:
+        console.print(f"library   {result.library}", soft_wrap=True, highlight=False, markup=False)
     console.print(f"bundle    {folder}", soft_wrap=True, highlight=False)
     console.print(f"table     {folder / 'manifest.json'}", soft_wrap=True, highlight=False)
     for picture in ("contact_sheet.png", "savings.png"):
         console.print(f"pictures  {folder / 'pictures' / picture}", soft_wrap=True, highlight=False)
     console.print(f"run it    python3 {folder / 'run.py'} IMAGE", soft_wrap=True, highlight=False)
+
+
+def _start(warm: Mapping[str, Any]) -> str:
+    if warm["cold"]:
+        return f"cold: {warm['cold']}"
+    weights = warm["weights"]
+    chosen = weights["reason"] or f"{weights['chosen']} (of {', '.join(weights['losses'])})"
+    return f"{len(warm['voters'])} earlier cuts voted; weights: {chosen}"
 
 
 def _accuracy_table(manifest: Manifest) -> Table:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from secateur.cli.options import (
@@ -20,6 +21,7 @@ from secateur.cli.options import (
 from secateur.core.progress import shown
 
 if TYPE_CHECKING:
+    from secateur.flow.warm_start import Vote
     from secateur.tasks import TaskUse
 
 
@@ -173,22 +175,47 @@ def plan(
     from secateur.flow.cache import StageCache
     from secateur.flow.job import open_job
     from secateur.flow.recipe import load_recipe
-    from secateur.flow.stages import make_plan
+    from secateur.flow.warm_start import plan_job
 
     profile = load_target(target)
     with shown(quiet=as_json):
         job = turn_axes(open_job(load_recipe(recipe), StageCache(cache)))
-        _, decided = make_plan(job, job.grid(profile))
+        planned = plan_job(job, job.grid(profile))
+    decided, vote = planned.plan, planned.vote
     if as_json:
-        typer.echo(json.dumps(decided.to_json(), indent=2))
+        asked = {} if vote is None else {"warm_start": vote.to_json()}
+        typer.echo(json.dumps({**decided.to_json(), **asked}, indent=2))
         return
     console = Console()
-    table = Table("group", "kept", "of")
+    voted = {}
+    if vote is not None and not vote.cold:
+        voted = {"confidence": vote.confidence, "IoU with own": vote.iou}
+    table = Table("group", "kept", "of", *voted)
     for cut in decided.cuts:
-        table.add_row(cut.name, str(len(cut.kept)), str(cut.width))
+        said = [f"{numbers.get(cut.name, 0.0):.2f}" for numbers in voted.values()]
+        table.add_row(cut.name, str(len(cut.kept)), str(cut.width), *said)
     console.print(table)
+    if vote is not None:
+        _print_vote(vote, console)
     share = decided.macs_after / decided.macs_before
     console.print(f"MACs {decided.macs_before / 1e6:.2f} M -> {decided.macs_after / 1e6:.2f} M "
                   f"({share:.4f}; budget {decided.budget_macs / 1e6:.2f} M)")  # fmt: skip
     for task, lost in decided.lost.items():
         console.print(f"{task}: {100 * lost:.1f} % of its importance goes")
+
+
+def _print_vote(vote: Vote, console: Console) -> None:
+    """Print who voted, why they did, and how much that changed."""
+    if vote.cold:
+        console.print(f"cold start: {vote.cold}", markup=False)
+    else:
+        table = Table("voter", "tasks", "MACs kept", vote.similarity, "weight")
+        for each in vote.voters:
+            table.add_row(each.id[:8], escape(", ".join(each.tasks)), f"{each.budget:.3f}",
+                          f"{each.similarity:.3f}", f"{each.weight:.2f}")  # fmt: skip
+        console.print(table)
+        for each in vote.voters:
+            console.print(f"{each.id[:8]}: {each.why}", markup=False, soft_wrap=True)
+        console.print(f"IoU of what is kept with own scores' choice: {vote.iou_of_all:.3f}")
+    for why, count in vote.refused.items():
+        console.print(f"{count} refused: {why}", markup=False, soft_wrap=True)

@@ -67,7 +67,7 @@ def plan_by_search(
     Raises:
         PlanError: the budget is below what the grid allows.
     """
-    loss = _RelativeLoss(model, judged)
+    loss = RelativeLoss(model, judged)
 
     def planned(counts: Sequence[int]) -> PrunePlan:
         return plan_widths(
@@ -139,12 +139,14 @@ def searched_plan(
         )  # fmt: skip
         return plan.to_json()
 
+    # two rankings may agree on this plan and differ at other widths
+    order = {name: np.argsort(-values, kind="stable").tolist() for name, values in fused.items()}
     key = (model_fingerprint(job.selected), ranked.to_json(), wanted.model_dump(), asdict(job.spec),
-           job.train.fingerprint, [task.name for task in labelled])  # fmt: skip
+           job.train.fingerprint, [task.name for task in labelled], order)  # fmt: skip
     return PrunePlan.from_json(job.cache.json("search", key, find))
 
 
-class _RelativeLoss:
+class RelativeLoss:
     """The mean over tasks of a cut network's loss relative to a reference."""
 
     def __init__(self, parent: MultiTaskModel, judged: Batch) -> None:
@@ -158,6 +160,7 @@ class _RelativeLoss:
         }
 
     def __call__(self, model: MultiTaskModel) -> float:
+        """Return that loss; 1 is the parent's."""
         with evaluating(model):
             outputs = model(self._judged.images)
         shares = []

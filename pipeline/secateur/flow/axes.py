@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secateur.core.channels import ChannelGroup
+from secateur.core.files import value_digest
 from secateur.core.model import MultiTaskModel
 from secateur.core.task import Task
 from secateur.data.loading import image_batch, spread
@@ -37,11 +39,12 @@ def turn_axes(job: Job) -> Job:
     axes = _axes(job, groups)
     images = image_batch(job.train, spread(job.train, NORM_IMAGES), job.spec)
     turned = apply_axes(job.scored, groups, axes, images)
+    basis = _basis(job, axes)
     if job.scored is job.selected:
-        return replace(job, scored=turned, selected=turned)
+        return replace(job, scored=turned, selected=turned, basis=basis)
     keep = [task.name for task in job.tasks]
     selected = select_tasks(turned, keep, job.example).eval()
-    return replace(job, scored=turned, selected=selected)
+    return replace(job, scored=turned, selected=selected, basis=basis)
 
 
 def plan_axes(
@@ -58,6 +61,12 @@ def plan_axes(
         name: balanced_axes(found.activity, fuse_gradients(found.gradients, weights))
         for name, found in measure_directions(model, groups, data).items()
     }
+
+
+def _basis(job: Job, axes: Mapping[str, NDArray[np.float64]]) -> str:
+    """Return a digest of the axes' bytes: in others, even nearly equal, a channel is another."""
+    bytes_of = {name: hashlib.sha256(matrix.tobytes()).hexdigest() for name, matrix in axes.items()}
+    return f"balanced-{value_digest([job.basis, bytes_of])}"
 
 
 def _axes(job: Job, groups: Sequence[ChannelGroup]) -> Mapping[str, NDArray[np.float64]]:

@@ -12,20 +12,24 @@ from secateur.bundle.write import prepare_folder
 from secateur.devices.target import load_target
 from secateur.flow.axes import turn_axes
 from secateur.flow.cache import StageCache
+from secateur.flow.entry import add_build
 from secateur.flow.evidence import gather_evidence
+from secateur.flow.inherited import best_start
 from secateur.flow.job import open_job
 from secateur.flow.pack import Made, pack
 from secateur.flow.recipe import Recipe
 from secateur.flow.recovery import check_recovery
-from secateur.flow.stages import check_evaluable, make_cut, make_plan
+from secateur.flow.stages import begin_cut, check_evaluable, finish_cut
+from secateur.flow.warm_start import plan_job
 
 
 @dataclass(frozen=True)
 class BuildResult:
-    """Where the bundle lies, and its manifest."""
+    """Where the bundle lies, its manifest, and what became of its entry in the library."""
 
     folder: Path
     manifest: Manifest
+    library: str
 
 
 def build(
@@ -52,14 +56,17 @@ def build(
     clock.lap("load")
     job = turn_axes(job)
     clock.lap("turn_axes")
-    groups, plan = make_plan(job, job.grid(target))
+    planned = plan_job(job, job.grid(target))
     clock.lap("score_and_plan")
-    cut = make_cut(job, groups, plan)
+    begun = begin_cut(job, planned.scored.groups, planned.plan)
+    begun, origin, key = best_start(job, planned, begun)
+    cut = finish_cut(job, planned.plan, begun, key)
     clock.lap("cut_compensate_recover")
     evidence = gather_evidence(job, cut, target, protocol)
     clock.lap("export_and_measure")
-    made = Made(target, plan, cut, evidence, clock.seconds, command)
-    return BuildResult(folder, pack(job, made, folder))
+    made = Made(target, planned, origin, cut, evidence, clock.seconds, command)
+    manifest = pack(job, made, folder)
+    return BuildResult(folder, manifest, add_build(job, planned, cut, evidence))
 
 
 class _Clock:

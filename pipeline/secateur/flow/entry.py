@@ -1,4 +1,4 @@
-"""What a finished bundle has to tell the library of earlier cuts."""
+"""What a build, or its finished bundle, has to tell the library of earlier cuts."""
 
 from __future__ import annotations
 
@@ -8,11 +8,59 @@ from pathlib import Path
 import yaml
 
 from secateur.bundle.read import check_files, read_bundle
-from secateur.core.errors import BundleError
+from secateur.core.errors import BundleError, SecateurError
 from secateur.core.plan import PrunePlan
+from secateur.flow.evidence import Evidence
+from secateur.flow.job import Job
+from secateur.flow.sketches import sketch_tasks
+from secateur.flow.stages import Cut
+from secateur.flow.warm_start import Planned
 from secateur.vote.entry import Entry, Facts, TaskMark
+from secateur.vote.library import add_entry, open_library
 
 UNSTATED = "unstated"  # axes that the bundle does not name: its keep-sets are shown, never compared
+
+
+def add_build(job: Job, planned: Planned, cut: Cut, evidence: Evidence) -> str:
+    """Add a build to the library unless the recipe says no; return a sentence on what was done.
+
+    What keeps it from being added does not undo a build: the sentence says so. The same build made
+    again is the same entry.
+    """
+    if not job.recipe.library.add:
+        return ""
+    if evidence.accuracy.too_low:
+        return f"not added: {', '.join(evidence.accuracy.too_low)} lost more than max_drop allows"
+    try:
+        library = open_library(job.recipe.library_root())
+        name = add_entry(library, _entry_of_build(job, planned, cut, evidence))
+    except SecateurError as error:
+        return f"not added: {error}"
+    return f"entry {name} in {library.root}"
+
+
+def _entry_of_build(job: Job, planned: Planned, cut: Cut, evidence: Evidence) -> Entry:
+    plan = planned.plan
+    facts = Facts(
+        parent=job.parent_key,
+        parent_name=job.recipe.model.factory,
+        tasks=tuple(TaskMark(task.name, task.kind, task.classes) for task in job.tasks),
+        data=job.train.fingerprint,
+        budget=plan.budget_macs / plan.macs_before,
+        basis=job.basis,
+        accuracy=evidence.accuracy.shipped,
+        delta_t=evidence.accuracy.delta_t,
+        steps=cut.steps,
+        recipe=job.recipe.source,
+    )
+    state = cut.recovered.state_dict()
+    return Entry(
+        facts,
+        plan,
+        planned.scored.per_task,
+        sketch_tasks(job),
+        {name: tensor.detach().cpu().numpy() for name, tensor in state.items()},
+    )
 
 
 def entry_of_bundle(folder: Path) -> Entry:

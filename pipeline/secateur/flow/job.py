@@ -25,6 +25,8 @@ class Job:
 
     ``scored`` is the model whose channels are scored: the parent, so that its scores serve every
     subset of tasks, or ``selected`` where folding made layers that the parent does not have.
+    ``basis`` names what its channels are counted in: ``original`` as in the parent, else a digest
+    of the folded layers or of the axes that it was turned to.
     """
 
     recipe: Recipe
@@ -37,6 +39,7 @@ class Job:
     eval: Reader
     cache: StageCache
     parent_key: str
+    basis: str = "original"
 
     @property
     def tasks(self) -> tuple[Task, ...]:
@@ -78,6 +81,7 @@ def open_job(recipe: Recipe, cache: StageCache) -> Job:
         eval=evaluation,
         cache=cache,
         parent_key=model_fingerprint(parent),
+        basis=f"folded-{model_fingerprint(selected)}" if folds.layers else "original",
     )
 
 

@@ -20,14 +20,15 @@ from secateur.bundle.write import (
 )
 from secateur.core.files import atomic_path, write_json, write_text
 from secateur.core.model import MultiTaskModel, evaluating
-from secateur.core.plan import PrunePlan
 from secateur.data.loading import image_batch, spread
 from secateur.data.transforms import image_tensor
 from secateur.devices.host import host_facts, library_versions
 from secateur.devices.target import Target
 from secateur.flow.evidence import Evidence
+from secateur.flow.inherited import Origin
 from secateur.flow.job import Job
 from secateur.flow.stages import Cut, plain_image
+from secateur.flow.warm_start import Planned
 from secateur.lower.export import INPUT_NAME
 
 SHEET_IMAGES = 6
@@ -38,7 +39,8 @@ class Made:
     """The outcome of a build, before it is packed."""
 
     target: Target
-    plan: PrunePlan
+    planned: Planned
+    origin: Origin | None
     cut: Cut
     evidence: Evidence
     seconds: Mapping[str, float]
@@ -50,7 +52,7 @@ def pack(job: Job, made: Made, folder: Path) -> Manifest:
     (folder / "manifest.json").unlink(missing_ok=True)  # an older one must not vouch for new files
     with atomic_path(folder / "model.onnx") as temporary:
         temporary.write_bytes(made.evidence.onnx.read_bytes())
-    write_json(folder / "plan.json", made.plan.to_json())
+    write_json(folder / "plan.json", made.planned.plan.to_json())
     write_text(folder / "recipe.yaml", job.recipe.source)
     write_runner(folder)
     if made.target.accelerator == "gpu":
@@ -64,7 +66,11 @@ def pack(job: Job, made: Made, folder: Path) -> Manifest:
 
 def _manifest(job: Job, made: Made) -> Manifest:
     evidence, spec = made.evidence, job.spec
-    summary = {key: value for key, value in made.plan.to_json().items() if key != "cuts"}
+    plan, vote = made.planned.plan.to_json(), made.planned.vote
+    summary = {key: value for key, value in plan.items() if key != "cuts"}
+    if vote is not None:
+        origin = made.origin.to_json() if made.origin else None
+        summary["warm_start"] = {**vote.to_json(), "weights": origin}
     return Manifest(
         schema_version=SCHEMA_VERSION,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -75,7 +81,11 @@ def _manifest(job: Job, made: Made) -> Manifest:
         input=InputContract(name=INPUT_NAME, **asdict(spec)),
         tasks=_task_contracts(job, made.cut.recovered),
         files={},
-        parent={"factory": job.recipe.model.factory, "fingerprint": job.parent_key},
+        parent={
+            "factory": job.recipe.model.factory,
+            "fingerprint": job.parent_key,
+            "basis": job.basis,
+        },
         data={
             "train": job.train.fingerprint,
             "eval": job.eval.fingerprint,

@@ -84,6 +84,17 @@ class PruneSpec(_Strict):
     images: int = Field(default=128, ge=1)
     axes: Literal["balanced", "original"] = "balanced"
     search: SearchSpec | Literal[False] | None = None
+    warm_start: Literal["none", "library"] = "none"
+    neighbours: int = Field(default=5, ge=1)
+    similarity: str = "score_cosine"
+    votes: Literal["keeps", "scores"] = "keeps"
+    vote_weight: float = Field(default=0.5, ge=0, le=1)
+    inherit: Literal["none", "nearest", "average"] = "nearest"
+
+
+class LibrarySpec(_Strict):
+    add: bool = True
+    path: Path | None = None
 
 
 class CompensateSpec(_Strict):
@@ -136,6 +147,7 @@ class Recipe(_Strict):
     compensate: CompensateSpec | Literal[False] = CompensateSpec()
     recover: RecoverSpec | Literal["none"] = "none"
     precision: PrecisionSpec = PrecisionSpec()
+    library: LibrarySpec = LibrarySpec()
     source: str = ""
     path: Path = Path()
 
@@ -184,6 +196,11 @@ class Recipe(_Strict):
         root = Path(spec.root or ".")
         beside = self.path.parent / root
         return (beside if beside.exists() else root).resolve()
+
+    def library_root(self) -> Path | None:
+        """Return the library's folder, a relative one beside the recipe; None for the default."""
+        path = self.library.path
+        return None if path is None else (self.path.parent / path).resolve()
 
     def find_file(self, path: Path) -> Path:
         """Return a file named in the recipe: beside the recipe, in the working or shipped folder.

@@ -54,15 +54,21 @@ def check_recovery(job: Job) -> None:
         )
 
 
-def recovered(job: Job, plan: PrunePlan, model: MultiTaskModel) -> tuple[MultiTaskModel, int]:
-    """Return ``model`` trained as the recipe says, and the optimiser steps that took."""
+def recovered(
+    job: Job, plan: PrunePlan, model: MultiTaskModel, origin: str = ""
+) -> tuple[MultiTaskModel, int]:
+    """Return ``model`` trained as the recipe says, and the optimiser steps that took.
+
+    ``origin`` tells weights that the recipe and the plan do not determine from those they do.
+    """
     wanted = job.recipe.recover
     if wanted == "none":
         return model, 0
     key = (job.parent_key, asdict(plan)["cuts"], str(job.recipe.compensate),
            job.recipe.prune.axes, job.train.fingerprint,
            wanted.model_dump(), asdict(job.spec),
-           [{**asdict(task), "max_drop": None} for task in job.tasks])  # fmt: skip
+           [{**asdict(task), "max_drop": None} for task in job.tasks],
+           *([origin] if origin else []))  # fmt: skip
     folder = job.cache.folder("recover", *key)
     weights, steps = folder / "weights.safetensors", folder / "steps.json"
     found = copy.deepcopy(model)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from secateur.lower import export_onnx
 from secateur.lower.export import OPSET
 from secateur.metrics.delta import Delta, delta
 from secateur.metrics.kind import kind_of
-from secateur.prune import apply_plan, count_macs, find_groups, macs_model, plan_prune
+from secateur.prune import MacsModel, apply_plan, count_macs, find_groups, macs_model, plan_prune
 from secateur.prune.plan import Budget
 from secateur.runtimes.base import Session
 
@@ -45,15 +45,15 @@ Scores = dict[str, NDArray[np.float64]]
 Metrics = dict[str, dict[str, float]]
 
 
-def score_bank(job: Job, tasks: Sequence[str]) -> dict[str, Scores]:
+def score_bank(job: Job, tasks: Sequence[str], criterion: str | None = None) -> dict[str, Scores]:
     """Return the scores of ``tasks`` on the groups of ``job.scored``, from the bank or made now.
 
     They are stored per task, so any subset of tasks is planned without another backward pass.
+    The recipe's criterion gives them unless another is named.
     """
-    wanted = job.recipe.prune
+    criterion = criterion or job.recipe.prune.criterion
     paths = {
-        task: job.cache.folder("scores", *score_key(job, [task]), wanted.criterion)
-        / "scores.safetensors"
+        task: job.cache.folder("scores", *score_key(job, [task]), criterion) / "scores.safetensors"
         for task in job.scored.tasks
         if task.name in tasks
     }
@@ -61,9 +61,7 @@ def score_bank(job: Job, tasks: Sequence[str]) -> dict[str, Scores]:
     missing = [task for task in paths if bank[task.name] is None]
     if missing:
         groups = find_groups(job.scored, job.example)
-        made = score_tasks(
-            job.scored, groups, missing, wanted.criterion, *score_stream(job, missing)
-        )
+        made = score_tasks(job.scored, groups, missing, criterion, *score_stream(job, missing))
         for task in missing:
             save_scores(paths[task], made[task.name])
             bank[task.name] = made[task.name]
@@ -97,12 +95,16 @@ def task_agreement(job: Job, groups: Sequence[ChannelGroup]) -> Scores:
 
 
 def scores_for(
-    groups: Sequence[ChannelGroup], parent_groups: Sequence[ChannelGroup], scores: GroupScores
+    groups: Sequence[ChannelGroup],
+    parent_groups: Sequence[ChannelGroup],
+    scores: GroupScores,
+    missing: float | None = None,
 ) -> Scores:
     """Carry scores from the whole parent's groups to those of the selected model.
 
     Dropping heads may split a group or give it another root, so channels are matched by the
-    layer and position that makes them.
+    layer and position that makes them. ``missing`` is for channels that ``parent_groups`` lack,
+    which those of a whole parent never do.
     """
     where = {
         (member.layer, place): (group.name, channel)
@@ -117,14 +119,38 @@ def scores_for(
         makers = [member for member in group.members if member.axis == "out"]
         values = np.zeros(group.width)
         for channel in range(group.width):
-            name, at = where[makers[0].layer, makers[0].indices[channel][0]]
+            place = makers[0].layer, makers[0].indices[channel][0]
+            if missing is not None and place not in where:
+                values[channel] = missing
+                continue
+            name, at = where[place]
             values[channel] = scores[name][at]
         carried[group.name] = values
     return carried
 
 
+@dataclass(frozen=True)
+class Scored:
+    """What the cut of the selected model is planned from, by ``groups`` of that model.
+
+    ``per_task`` and ``fused`` are (width,) scores per group.
+    """
+
+    groups: tuple[ChannelGroup, ...]
+    cost: MacsModel
+    budget: Budget
+    per_task: Mapping[str, GroupScores]
+    fused: GroupScores
+
+
 def make_plan(job: Job, grid: int) -> tuple[tuple[ChannelGroup, ...], PrunePlan]:
     """Score, fuse and plan the cut of the selected model; touches no weight."""
+    scored = score_channels(job, grid)
+    return scored.groups, plan_scored(job, scored)
+
+
+def score_channels(job: Job, grid: int) -> Scored:
+    """Score the selected model's channels for every kept task, and fuse the tasks' scores."""
     wanted = job.recipe.prune
     rule_of(wanted.fusion)  # a wrong name is told before the scoring
     bank = score_bank(job, [task.name for task in job.tasks])
@@ -137,24 +163,34 @@ def make_plan(job: Job, grid: int) -> tuple[tuple[ChannelGroup, ...], PrunePlan]
     cost = macs_model(job.selected, groups, job.example)
     budget = Budget(wanted.budget.macs, grid, wanted.floor, wanted.balance)
 
-    def plan(fused: GroupScores) -> PrunePlan:
-        return plan_prune(
-            groups, cost, fused, per_task, budget,
-            criterion=wanted.criterion, fusion=wanted.fusion,
-        )  # fmt: skip
-
+    empty = Scored(groups, cost, budget, per_task, {})
     fused = fuse(
         per_task,
         {task.name: task.weight for task in job.tasks},
         wanted.fusion,
         agreement=agree,
-        oracle=lambda trial: _removed(plan(trial)),
+        oracle=lambda trial: _removed(_ranked(job, replace(empty, fused=trial))),
         keep_share=wanted.budget.macs**0.5,  # MACs go with the square of the widths
     )
-    search = job.recipe.searched()
+    return replace(empty, fused=fused)
+
+
+def plan_scored(job: Job, scored: Scored) -> PrunePlan:
+    """Return the cut by the fused scores, its widths searched for if the recipe says so."""
+    ranked, search = _ranked(job, scored), job.recipe.searched()
     if search is False:
-        return groups, plan(fused)
-    return groups, searched_plan(job, search, groups, cost, fused, plan(fused), budget, per_task)
+        return ranked
+    return searched_plan(
+        job, search, scored.groups, scored.cost, scored.fused, ranked, scored.budget,
+        scored.per_task,
+    )  # fmt: skip
+
+
+def _ranked(job: Job, scored: Scored) -> PrunePlan:
+    return plan_prune(
+        scored.groups, scored.cost, scored.fused, scored.per_task, scored.budget,
+        criterion=job.recipe.prune.criterion, fusion=job.recipe.prune.fusion,
+    )  # fmt: skip
 
 
 def _removed(plan: PrunePlan) -> dict[str, NDArray[np.bool_]]:
@@ -174,11 +210,20 @@ class Cut:
 
 def make_cut(job: Job, groups: Sequence[ChannelGroup], plan: PrunePlan) -> Cut:
     """Apply the plan, compensate and recover."""
+    return finish_cut(job, plan, begin_cut(job, groups, plan))
+
+
+def begin_cut(job: Job, groups: Sequence[ChannelGroup], plan: PrunePlan) -> MultiTaskModel:
+    """Apply the plan and compensate."""
     pruned = apply_plan(job.selected, groups, plan, job.example)
     _check_surgery(job, pruned, plan)
-    refitted = pruned if forgets_weights(job) else compensated(job, groups, plan, pruned)
-    final, steps = recovered(job, plan, refitted)
-    return Cut(refitted, final, steps, model_fingerprint(final))
+    return pruned if forgets_weights(job) else compensated(job, groups, plan, pruned)
+
+
+def finish_cut(job: Job, plan: PrunePlan, begun: MultiTaskModel, origin: str = "") -> Cut:
+    """Recover the cut; ``origin`` names where its weights are from, if not from the parent."""
+    final, steps = recovered(job, plan, begun, origin)
+    return Cut(begun, final, steps, model_fingerprint(final))
 
 
 def _check_surgery(job: Job, pruned: MultiTaskModel, plan: PrunePlan) -> None:
@@ -211,11 +256,19 @@ def compensated(
     wanted = job.recipe.compensate
     if wanted is False:
         return pruned
-    count = min(wanted.images, REFIT_PIXELS // (job.spec.height * job.spec.width))
-    images = image_batch(job.train, spread(job.train, max(count, 2)), job.spec)
+    images = image_batch(job.train, refit_indices(job), job.spec)
     if len(images) < FEW_IMAGES:
         images = views(images)
     return refit(job.selected, pruned, groups, plan, images, RefitSettings(ridge=wanted.ridge))
+
+
+def refit_indices(job: Job) -> list[int]:
+    """Return which training images compensation is fitted on; none where there is no such step."""
+    wanted = job.recipe.compensate
+    if wanted is False:
+        return []
+    count = min(wanted.images, REFIT_PIXELS // (job.spec.height * job.spec.width))
+    return spread(job.train, max(count, 2))
 
 
 def torch_accuracy(job: Job, model: MultiTaskModel, title: str) -> Metrics:

@@ -1,0 +1,100 @@
+"""The weights a cut starts from: its own compensated ones, or those that neighbours recovered."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from secateur.core.model import MultiTaskModel, model_fingerprint
+from secateur.core.norms import settle_norms
+from secateur.core.plan import dropped_indices
+from secateur.data.loading import Subset, batches, has_labels, image_batch, spread
+from secateur.flow.allocation import RelativeLoss
+from secateur.flow.job import Job
+from secateur.flow.recovery import forgets_weights
+from secateur.flow.stages import compensated, refit_indices
+from secateur.flow.warm_start import Planned
+from secateur.vote.inherit import SubNetwork, inherit
+
+JUDGE_IMAGES = 64
+NORM_IMAGES = 64
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a cut's first weights are from: ``chosen`` of the starts that were compared.
+
+    ``losses`` are, per start, the mean over tasks of the loss relative to the parent's, on
+    training images that compensation did not see (recovered weights may have: they are judged
+    kindly). ``donors`` are entries' ids, ``share`` (0..1) of the numbers came from them.
+    ``reason`` says why there was nothing to compare.
+    """
+
+    chosen: str
+    losses: dict[str, float]
+    donors: tuple[str, ...] = ()
+    share: float = 0.0
+    reason: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON-like data."""
+        return asdict(self)
+
+
+def best_start(
+    job: Job, planned: Planned, begun: MultiTaskModel
+) -> tuple[MultiTaskModel, Origin | None, str]:
+    """Return the best start by loss, where it is from, and a digest of it where it is inherited.
+
+    Compared are ``begun``, the cut as compensation left it; the same with the neighbours' weights
+    wherever they have the channels; and that compensated once more, since the channels that they
+    lack are strangers to their weights. Origin is None where the recipe does not ask the library.
+    """
+    wanted = job.recipe.prune.inherit
+    if planned.vote is None:
+        return begun, None, ""
+    reason = _why_not(job, planned)
+    if reason:
+        return begun, Origin("parent", {}, reason=reason), ""
+    groups, plan = planned.scored.groups, planned.plan
+    donors = planned.donors[:1] if wanted == "nearest" else planned.donors
+    own = {name: tensor.cpu().numpy() for name, tensor in begun.state_dict().items()}
+    result = inherit(
+        SubNetwork(own, dropped_indices(groups, plan)),
+        [donor.network for donor in donors],
+        [donor.weight for donor in donors],
+    )
+    taken = copy.deepcopy(begun)
+    taken.load_state_dict({name: torch.tensor(array) for name, array in result.weights.items()})
+    settle_norms(taken, image_batch(job.train, spread(job.train, NORM_IMAGES), job.spec))
+    starts = {"parent": begun, "inherited": taken}
+    if job.recipe.compensate is not False:
+        starts["inherited and compensated"] = compensated(job, groups, plan, taken)
+    loss = _judge(job)
+    losses = {name: loss(model) for name, model in starts.items()}
+    chosen = min(losses, key=lambda name: losses[name])
+    origin = Origin(chosen, losses, tuple(donor.id for donor in donors), result.share)
+    key = "" if chosen == "parent" else model_fingerprint(starts[chosen])
+    return starts[chosen], origin, key
+
+
+def _why_not(job: Job, planned: Planned) -> str:
+    if job.recipe.prune.inherit == "none":
+        return "the recipe inherits no weights"
+    if forgets_weights(job):
+        return "recover.reinit forgets all weights"
+    if not planned.donors:
+        return "no voter holds weights"
+    return ""
+
+
+def _judge(job: Job) -> RelativeLoss:
+    seen = {*refit_indices(job)}
+    fresh = [index for index in range(len(job.train)) if index not in seen]
+    pool = Subset(job.train, fresh or range(len(job.train)))
+    chosen = Subset(pool, spread(pool, JUDGE_IMAGES))
+    labelled = [task for task in job.tasks if has_labels(job.train, [task])]
+    return RelativeLoss(job.selected, next(batches(chosen, labelled, job.spec, len(chosen))))

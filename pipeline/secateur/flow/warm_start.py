@@ -1,0 +1,271 @@
+"""Start a cut from the library: the nearest earlier cuts vote, and give their weights.
+
+Channels are matched by the layer and position that makes them, so that cuts of the same parent
+for other subsets of its tasks vote too.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from secateur.core.channels import ChannelGroup
+from secateur.core.errors import SecateurError
+from secateur.core.plan import PrunePlan, dropped_indices
+from secateur.flow.job import Job
+from secateur.flow.sketches import sketch_tasks
+from secateur.flow.stages import Scored, plan_scored, score_channels, scores_for
+from secateur.prune import find_groups
+from secateur.tasks import select_tasks
+from secateur.vote.ballot import (
+    Opinion,
+    blend,
+    confidence,
+    keep_opinion,
+    keep_top,
+    overlap,
+    score_opinion,
+    tally,
+    vote_weights,
+)
+from secateur.vote.entry import Entry
+from secateur.vote.inherit import SubNetwork
+from secateur.vote.library import Library, find_entries, load_entry, open_library
+from secateur.vote.nearest import Nearest, Neighbour, Refused, nearest
+from secateur.vote.similarity.measure import measure_of
+
+BUDGET_FACTOR = 2.0  # cuts to between half and twice the new budget may vote
+
+
+@dataclass(frozen=True)
+class Voter:
+    """An entry that votes: its ``similarity`` by the measure, its ``weight`` among all (sum 1)."""
+
+    id: str
+    tasks: tuple[str, ...]
+    budget: float
+    similarity: float
+    weight: float
+    why: str
+
+
+@dataclass(frozen=True)
+class Vote:
+    """What the library said to a plan. ``cold`` is why it was not used, or empty where it was.
+
+    ``refused`` counts the entries by the reason they could not vote for. ``confidence`` and
+    ``iou`` are per group, in 0..1: how far the voters agree beyond chance, and the overlap of what
+    the plan keeps with as many channels chosen by own scores alone; ``iou_of_all`` is that over
+    all groups.
+    """
+
+    library: str
+    similarity: str
+    votes: str
+    vote_weight: float
+    cold: str = ""
+    voters: tuple[Voter, ...] = ()
+    refused: Mapping[str, int] = field(default_factory=dict)
+    confidence: Mapping[str, float] = field(default_factory=dict)
+    iou: Mapping[str, float] = field(default_factory=dict)
+    iou_of_all: float = 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON-like data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, eq=False)
+class Donor:
+    """A voter that holds recovered weights, and its say."""
+
+    id: str
+    network: SubNetwork
+    weight: float
+
+
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """A plan, what it was made from, and, where the recipe asks the library, what that said."""
+
+    scored: Scored
+    plan: PrunePlan
+    vote: Vote | None = None
+    donors: tuple[Donor, ...] = ()
+
+
+class _Refusal(Exception):
+    """Why an entry cannot vote."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Witness:
+    """A neighbour, its entry, and what it says of the new model's groups."""
+
+    neighbour: Neighbour
+    entry: Entry
+    groups: tuple[ChannelGroup, ...]
+    keeps: Opinion
+    scores: Opinion
+
+
+def plan_job(job: Job, grid: int) -> Planned:
+    """Score and plan the cut of the selected model, from the library if the recipe says so.
+
+    Raises:
+        LibraryError: the library or the measure of similarity cannot be used.
+    """
+    wanted = job.recipe.prune
+    if wanted.warm_start == "none":
+        scored = score_channels(job, grid)
+        return Planned(scored, plan_scored(job, scored))
+    measure_of(wanted.similarity)  # a wrong name is told before the scoring
+    library = open_library(job.recipe.library_root())
+    scored = score_channels(job, grid)
+    found = _nearest(job, library)
+    witnesses, refused = _witnesses(job, library, scored.groups, found)
+    vote = Vote(
+        str(library.root), wanted.similarity, wanted.votes, wanted.vote_weight,
+        cold=_why_cold(job, witnesses), refused=refused,
+    )  # fmt: skip
+    if vote.cold:
+        return Planned(scored, plan_scored(job, scored), vote)
+    weights = vote_weights([each.neighbour.similarity for each in witnesses])
+    opinions = [each.keeps if wanted.votes == "keeps" else each.scores for each in witnesses]
+    fused = blend(tally(opinions, weights), scored.fused, wanted.vote_weight)
+    plan = plan_scored(job, replace(scored, fused=fused))
+    iou, of_all = _changed(plan, scored.fused)
+    vote = replace(
+        vote,
+        voters=tuple(_voter(each, weight) for each, weight in zip(witnesses, weights, strict=True)),
+        confidence=confidence([each.keeps for each in witnesses], weights),
+        iou=iou,
+        iou_of_all=of_all,
+    )
+    return Planned(scored, plan, vote, _donors(witnesses, weights))
+
+
+def _nearest(job: Job, library: Library) -> Nearest:
+    """Return the nearest entries of about this budget, this recipe's own left out.
+
+    A recipe that is built again finds the library as it was, as far as it changed it itself.
+    """
+    wanted, budget = job.recipe.prune, job.recipe.prune.budget.macs
+    window = budget / BUDGET_FACTOR, min(1.0, budget * BUDGET_FACTOR)
+    of_parent = find_entries(library, parent=job.parent_key, budget=window)
+    own = {each.id for each in of_parent if each.facts.recipe == job.recipe.source}
+    strangers = set()
+    if wanted.similarity == "cka":  # compares features of the same images
+        strangers = {each.id for each in of_parent if each.facts.data != job.train.fingerprint}
+    found = nearest(
+        library, sketch_tasks(job), job.parent_key, wanted.similarity, wanted.neighbours,
+        basis=job.basis, budget=window, skip=own | strangers,
+    )  # fmt: skip
+    others = tuple(Refused(each, "its features are of other images") for each in strangers - own)
+    return replace(found, refused=found.refused + others)
+
+
+def _witnesses(
+    job: Job, library: Library, groups: Sequence[ChannelGroup], found: Nearest
+) -> tuple[list[_Witness], dict[str, int]]:
+    """Return the neighbours that can be used, and how many entries could not, by the reason."""
+    refused = Counter(each.why for each in found.refused)
+    of_tasks: dict[tuple[str, ...], tuple[ChannelGroup, ...]] = {}
+    witnesses = []
+    for neighbour in found.neighbours:
+        names = tuple(sorted(neighbour.facts.task_names))
+        try:
+            if neighbour.similarity <= 0:
+                raise _Refusal("its tasks are not similar at all")
+            if names not in of_tasks:
+                of_tasks[names] = _groups_of(job, names)
+            entry = load_entry(library, neighbour.id)
+            if job.recipe.prune.votes == "scores" and not entry.scores:
+                raise _Refusal("it holds no scores")
+            witnesses.append(_witness(groups, neighbour, entry, of_tasks[names]))
+        except _Refusal as refusal:
+            refused[str(refusal)] += 1
+        except SecateurError as error:  # a damaged entry says nothing, and stops nobody
+            refused[error.message] += 1
+    return witnesses, dict(refused)
+
+
+def _groups_of(job: Job, names: Sequence[str]) -> tuple[ChannelGroup, ...]:
+    """Return the channel groups of the parent with these tasks only.
+
+    Raises:
+        _Refusal: it lacks one of them.
+    """
+    unknown = {*names} - {task.name for task in job.scored.tasks}
+    if unknown:
+        raise _Refusal(f"it keeps a task '{min(unknown)}', which yours lacks")
+    return find_groups(select_tasks(job.scored, names, job.example).eval(), job.example)
+
+
+def _witness(
+    groups: Sequence[ChannelGroup],
+    neighbour: Neighbour,
+    entry: Entry,
+    theirs: tuple[ChannelGroup, ...],
+) -> _Witness:
+    """Carry an entry's keep-sets and scores to ``groups``, NaN where it has no such channel.
+
+    Raises:
+        _Refusal: the entry's groups are not those of its tasks.
+    """
+    plan = entry.plan
+    if {cut.name: cut.width for cut in plan.cuts} != {each.name: each.width for each in theirs}:
+        raise _Refusal("its channel groups are not those that its tasks have here")
+    keeps = {cut.name: keep_opinion(cut.width, cut.kept) for cut in plan.cuts}
+    scores: Mapping[str, NDArray[np.float64]] = {
+        cut.name: np.full(cut.width, np.nan) for cut in plan.cuts
+    } | score_opinion(entry.scores)
+    return _Witness(
+        neighbour, entry, theirs,
+        scores_for(groups, theirs, keeps, np.nan), scores_for(groups, theirs, scores, np.nan),
+    )  # fmt: skip
+
+
+def _why_cold(job: Job, witnesses: Sequence[_Witness]) -> str:
+    """Return why the library is of no use, or "" where it is."""
+    if witnesses:
+        return ""
+    budget = job.recipe.prune.budget.macs
+    least, most = budget / BUDGET_FACTOR, min(1.0, budget * BUDGET_FACTOR)
+    return (
+        "the library has no useful cut of this parent, in these axes, to between "
+        f"{least:.3g} and {most:.3g} of its MACs"
+    )
+
+
+def _voter(witness: _Witness, weight: float) -> Voter:
+    found = witness.neighbour
+    return Voter(
+        found.id, found.facts.task_names, found.facts.budget, found.similarity, float(weight),
+        found.why,
+    )  # fmt: skip
+
+
+def _changed(plan: PrunePlan, own: Mapping[str, Any]) -> tuple[dict[str, float], float]:
+    """Return the overlap of the plan with the best channels by own scores, per group and of all."""
+    voted = {cut.name: cut.kept for cut in plan.cuts}
+    alone = keep_top(own, {name: len(kept) for name, kept in voted.items()})
+    return {name: overlap({name: voted[name]}, alone) for name in voted}, overlap(voted, alone)
+
+
+def _donors(witnesses: Sequence[_Witness], weights: NDArray[np.float64]) -> tuple[Donor, ...]:
+    """Return the voters that hold weights, nearest first."""
+    return tuple(
+        Donor(
+            each.neighbour.id,
+            SubNetwork(each.entry.weights, dropped_indices(each.groups, each.entry.plan)),
+            float(weight),
+        )
+        for each, weight in zip(witnesses, weights, strict=True)
+        if each.entry.weights
+    )

@@ -1,0 +1,318 @@
+"""A build adds its cut to the library, and the next one starts from it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cli_run import RECIPE, make_project, run
+from safetensors.torch import save_file
+from secateur.core.model import model_fingerprint
+from secateur.flow.axes import turn_axes
+from secateur.flow.cache import StageCache
+from secateur.flow.inherited import best_start
+from secateur.flow.job import Job, open_job
+from secateur.flow.recipe import parse_recipe
+from secateur.flow.sketches import sketch_tasks
+from secateur.flow.stages import begin_cut
+from secateur.flow.warm_start import Planned, plan_job
+from secateur.vote.entry import Entry
+from secateur.vote.library import add_entry, find_entries, load_entry, open_library
+from test_axes import bottlenecks
+
+TARGET = "raspberry-pi-5"  # no latency is measured for it here
+FACTORY = "from test_axes import Bottlenecks as make\n"  # its stream is turned to balanced axes
+ROOM = """\
+model:
+  factory: streams:make
+  checkpoint: streams.safetensors
+  input: {shape: [3, 32, 48]}
+tasks:
+  depth: {output: depth, kind: depth}
+  room:  {output: room, kind: classification, classes: 4}
+keep: [room]
+data:
+  train: {reader: scenes, split: train, options: {count: 16, height: 32, width: 48}}
+  eval:  {reader: scenes, split: test, options: {count: 4, height: 32, width: 48}}
+prune:      {budget: {macs: 0.5}, search: false, images: 16, grid: 2}
+compensate: {images: 8}
+recover:    {steps: 2}
+library:    {path: lib}
+"""
+BOTH = ROOM.replace("keep: [room]", "keep: [depth, room]")
+
+
+def asking(*, library: str = "{path: lib}", **keys: object) -> str:
+    """The recipe of both tasks, started from the library."""
+    said = "".join(f", {key}: {value}" for key, value in keys.items())
+    recipe = BOTH.replace("grid: 2}", f"grid: 2, warm_start: library{said}}}")
+    return recipe.replace("{path: lib}", library)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with a cache, nothing built yet."""
+    folder = tmp_path_factory.mktemp("warm")
+    (folder / "streams.py").write_text(FACTORY)
+    save_file(bottlenecks().network.state_dict(), folder / "streams.safetensors")
+    return folder
+
+
+def build(capsys, project: Path, recipe: str, out: str) -> dict:
+    path = project / f"{out}.yaml"
+    path.write_text(recipe)
+    code, stdout, stderr = run(capsys, "build", path, "--cache", project / "cache", "--target",
+                               TARGET, "--out", project / out, "--json")  # fmt: skip
+    assert code == 0, stderr
+    (result,) = json.loads(stdout)
+    return result
+
+
+def plan(capsys, project: Path, recipe: str) -> dict:
+    path = project / "plan.yaml"
+    path.write_text(recipe)
+    code, stdout, stderr = run(capsys, "plan", path, "--cache", project / "cache", "--json")
+    assert code == 0, stderr
+    return json.loads(stdout)
+
+
+def planned(project: Path, recipe: str) -> tuple[Job, Planned]:
+    loaded = parse_recipe(recipe, project / "recipe.yaml")
+    job = turn_axes(open_job(loaded, StageCache(project / "cache")))
+    return job, plan_job(job, 2)
+
+
+@pytest.fixture
+def first(capsys, project: Path) -> Entry:
+    """The entry of the first cut, which keeps the room alone; built once."""
+    library = open_library(project / "lib")
+    if not (project / "first").exists():
+        build(capsys, project, ROOM, "first")
+    (found,) = (each for each in find_entries(library) if each.facts.recipe == ROOM)
+    return load_entry(library, found.id)
+
+
+def copied(project: Path, name: str, *entries: Entry) -> str:
+    """A library of these entries; return its line in the recipe."""
+    for entry in entries:
+        add_entry(open_library(project / name), entry)
+    return f"{{path: {name}, add: false}}"
+
+
+def stranger(first: Entry, **facts: object) -> Entry:
+    return replace(first, facts=replace(first.facts, recipe="another", **facts))
+
+
+def contrary(first: Entry) -> Entry:
+    """The same cut, had it kept what it dropped (and, of more, its first channels)."""
+    cuts = []
+    for cut in first.plan.cuts:
+        order = sorted(range(cut.width), key=lambda channel, kept=cut.kept: channel in kept)
+        cuts.append(replace(cut, kept=tuple(sorted(order[: len(cut.kept)]))))
+    return replace(stranger(first), plan=replace(first.plan, cuts=tuple(cuts)))
+
+
+def test_a_build_adds_its_cut_once(capsys, project: Path, first: Entry) -> None:
+    manifest = json.loads((project / f"first/{TARGET}/fp32/manifest.json").read_text())
+    facts = first.facts
+    assert facts.parent == manifest["parent"]["fingerprint"]
+    assert facts.basis == manifest["parent"]["basis"] and facts.basis.startswith("balanced-")
+    assert facts.accuracy == manifest["accuracy"]["shipped"]
+    assert (facts.delta_t, facts.steps) == (manifest["accuracy"]["delta_t"], 2)
+    assert first.plan.macs_after == manifest["cost"]["macs"]
+    assert first.scores.keys() == {"room"} and first.weights
+    assert first.sketches.keys() == {"score_cosine", "mean_feature", "cka", "leep"}
+    again = build(capsys, project, ROOM, "first")
+    assert first.id in again["library"] and "warm_start" not in again["manifest"]["plan"]
+    assert [each.id for each in find_entries(open_library(project / "lib"))] == [first.id]
+
+
+def test_a_build_may_keep_its_cut_to_itself(capsys, project: Path, first: Entry) -> None:
+    private = ROOM.replace("{path: lib}", "{path: lib, add: false}")
+    assert build(capsys, project, private, "private")["library"] == ""
+    entries = find_entries(open_library(project / "lib"))
+    assert private not in [each.facts.recipe for each in entries]
+
+
+def test_a_library_that_cannot_be_written_does_not_undo_a_build(
+    capsys, project: Path, first: Entry
+) -> None:
+    (project / "file").write_text("no folder")
+    result = build(capsys, project, ROOM.replace("path: lib", "path: file"), "unwritten")
+    assert result["library"].startswith("not added: ")
+    assert (project / f"unwritten/{TARGET}/fp32/manifest.json").exists()
+
+
+def test_the_next_build_starts_from_the_library(capsys, project: Path, first: Entry) -> None:
+    recipe = asking()
+    result = build(capsys, project, recipe, "second")
+    warm = result["manifest"]["plan"]["warm_start"]
+    assert warm["cold"] == "" and [each["id"] for each in warm["voters"]] == [first.id]
+    weights = warm["weights"]
+    assert weights["donors"] == [first.id]
+    assert weights["losses"].keys() == {"parent", "inherited", "inherited and compensated"}
+    assert weights["chosen"] == min(weights["losses"], key=weights["losses"].get)
+    shown = plan(capsys, project, recipe)["warm_start"]
+    assert {**shown, "weights": weights} == warm
+    again = build(capsys, project, recipe, "second")["manifest"]
+    assert again["plan"] == result["manifest"]["plan"]  # its own entry is no neighbour of it
+    assert again["files"]["model.onnx"] == result["manifest"]["files"]["model.onnx"]
+    tasks = {each.facts.task_names for each in find_entries(open_library(project / "lib"))}
+    assert tasks == {("room",), ("depth", "room")}
+
+
+def test_plan_shows_who_voted_and_what_that_changed(capsys, project: Path, first: Entry) -> None:
+    cold = plan(capsys, project, BOTH)
+    other = contrary(first)
+    recipe = asking(library=copied(project, "contrary", other), vote_weight=1.0)
+    warm = plan(capsys, project, recipe)
+    vote = warm.pop("warm_start")
+    assert "warm_start" not in cold
+    (voter,) = vote["voters"]
+    assert (voter["id"], voter["tasks"], voter["weight"]) == (other.id, ["room"], 1)
+    assert 0 < voter["similarity"] <= 1 and "cosine" in voter["why"]
+    groups = {cut["name"]: cut for cut in warm["cuts"]}
+    assert vote["iou"].keys() == groups.keys()
+    assert vote["confidence"] and {*vote["confidence"].values()} == {0.0}  # of a single voter
+    # how many of each group stay is what own scores say; which ones, the vote decides
+    counts = [{c["name"]: len(c["kept"]) for c in each["cuts"]} for each in (cold, warm)]
+    assert counts[0] == counts[1]
+    own = {c["name"]: {*c["kept"]} for c in cold["cuts"]}
+    both = sum(len(own[name] & {*cut["kept"]}) for name, cut in groups.items())
+    union = sum(len(own[name] | {*cut["kept"]}) for name, cut in groups.items())
+    assert vote["iou_of_all"] == pytest.approx(both / union) and vote["iou_of_all"] < 1
+    assert {*groups["mix"]["kept"]} == own["mix"]  # of which the room's cut says nothing
+    for cut in other.plan.cuts:
+        mine, theirs = {*groups[cut.name]["kept"]}, {*cut.kept}
+        assert mine <= theirs or theirs <= mine
+    code, stdout, _ = run(capsys, "plan", project / "plan.yaml", "--cache", project / "cache")
+    assert code == 0 and other.id[:8] in stdout and "confidence" in stdout
+
+
+def test_several_voters_share_the_say(capsys, project: Path, first: Entry) -> None:
+    line = copied(project, "two", first, stranger(first))
+    for votes in ("keeps", "scores"):
+        vote = plan(capsys, project, asking(library=line, votes=votes))["warm_start"]
+        assert [each["weight"] for each in vote["voters"]] == pytest.approx([0.5, 0.5])
+        # they kept the same channels of the groups that they have
+        assert vote["confidence"] == {
+            name: float(name in {cut.name for cut in first.plan.cuts}) for name in vote["iou"]
+        }
+
+
+@pytest.mark.parametrize("measure", ["mean_feature", "cka", "leep"])
+def test_every_measure_finds_the_first_cut(capsys, project: Path, first: Entry, measure) -> None:
+    line = copied(project, "one", first)
+    vote = plan(capsys, project, asking(library=line, similarity=measure))["warm_start"]
+    assert vote["similarity"] == measure and [v["id"] for v in vote["voters"]] == [first.id]
+
+
+def test_sketches_of_dense_and_whole_image_labels(tmp_path: Path) -> None:
+    recipe = make_project(tmp_path, RECIPE.replace("[segmentation, depth]", "[segmentation, room]"))
+    loaded = parse_recipe(recipe.read_text().replace("images: 16}", "images: 16, similarity: "
+                          "task2vec}"), recipe)  # fmt: skip
+    found, again = (sketch_tasks(open_job(loaded, StageCache(tmp_path / name))) for name in "ab")
+    labels, sources = found["leep"].shape
+    assert 1 < labels <= 8 + 4 and sources == 8 + 4  # classes seen, and all the parent has
+    assert found["leep"].sum() == pytest.approx(1, abs=1e-4)
+    assert found["cka"].shape == (16 * 17 // 2,) and found["mean_feature"].shape == (32 + 16 + 32,)
+    assert found.keys() == {"score_cosine", "task2vec", "mean_feature", "cka", "leep"}
+    for name, sketch in found.items():
+        np.testing.assert_array_equal(sketch, again[name])  # else no two builds were one entry
+
+
+def test_task2vec_is_there_where_a_recipe_asks_for_it(capsys, project: Path, first) -> None:
+    line = copied(project, "one", first)
+    vote = plan(capsys, project, asking(library=line, similarity="task2vec"))["warm_start"]
+    assert "no useful cut" in vote["cold"]
+    assert vote["refused"] == {"it holds no 'task2vec' sketch": 1}
+
+
+@pytest.mark.parametrize("inherit", ["nearest", "average"])
+def test_a_cut_of_the_same_channels_inherits_the_whole_network(
+    project: Path, first: Entry, inherit: str
+) -> None:
+    """The room's own recipe, told apart by a comment, finds the very cut that it would make."""
+    line = copied(project, "one", first)
+    recipe = ROOM.replace("grid: 2}", f"grid: 2, warm_start: library, inherit: {inherit}}}")
+    job, made = planned(project, recipe.replace("{path: lib}", line))
+    assert made.plan.cuts == first.plan.cuts and made.vote and made.vote.iou_of_all == 1
+    begun = begin_cut(job, made.scored.groups, made.plan)
+    started, origin, key = best_start(job, made, begun)
+    assert origin and origin.share == 1.0 and origin.donors == (first.id,)
+    assert (key == "") == (origin.chosen == "parent")
+    assert key in ("", model_fingerprint(started))
+
+
+def test_weights_come_from_the_parent_where_the_recipe_says_so(project: Path, first) -> None:
+    line = copied(project, "one", first)
+    job, made = planned(project, asking(library=line, inherit="none"))
+    begun = begin_cut(job, made.scored.groups, made.plan)
+    started, origin, key = best_start(job, made, begun)
+    assert started is begun and key == "" and origin and origin.reason
+
+
+@pytest.mark.parametrize(
+    ("facts", "why"),
+    [({"parent": "p" * 20}, "another parent"), ({"basis": "original"}, "other axes")],
+)
+def test_a_stranger_is_refused_and_the_start_is_cold(
+    capsys, project: Path, first: Entry, facts, why: str
+) -> None:
+    line = copied(project, why.split()[-1], stranger(first, **facts))
+    cold, shown = (plan(capsys, project, recipe) for recipe in (BOTH, asking(library=line)))
+    vote = shown.pop("warm_start")
+    assert shown == cold and "no useful cut" in vote["cold"] and vote["voters"] == []
+    (reason,) = vote["refused"]
+    assert why in reason
+    code, stdout, _ = run(capsys, "plan", project / "plan.yaml", "--cache", project / "cache")
+    assert code == 0 and "cold start: the library has no useful cut" in " ".join(stdout.split())
+    job, made = planned(project, asking(library=line))
+    begun = begin_cut(job, made.scored.groups, made.plan)
+    assert best_start(job, made, begun)[0] is begun
+
+
+def test_cuts_far_from_the_budget_do_not_vote(capsys, project: Path, first: Entry) -> None:
+    line = copied(project, "far", stranger(first, budget=0.2))
+    assert plan(capsys, project, asking(library=line))["warm_start"]["cold"]
+
+
+def test_what_cannot_be_matched_is_refused(capsys, project: Path, first: Entry) -> None:
+    facts = stranger(first).facts
+    renamed = replace(facts, tasks=(replace(facts.tasks[0], name="pose"),))
+    shorter = replace(first.plan, cuts=first.plan.cuts[1:])
+    fewer = {"room": {cut.name: first.scores["room"][cut.name] for cut in shorter.cuts}}
+    unlike = {"score_cosine": np.zeros_like(first.sketches["score_cosine"])}
+    damaged = replace(first, facts=facts, weights={"a": np.ones(3, np.float32)})
+    line = copied(
+        project, "odd", damaged, replace(first, facts=renamed),
+        replace(first, facts=facts, plan=shorter, scores=fewer),
+        replace(first, facts=facts, sketches=unlike),
+    )  # fmt: skip
+    for path in (project / "odd/blobs").iterdir():
+        if path.stat().st_size < 200:
+            path.unlink()
+    vote = plan(capsys, project, asking(library=line))["warm_start"]
+    told = " | ".join(vote["refused"])
+    assert vote["cold"] and sum(vote["refused"].values()) == 4
+    for reason in ("a task 'pose'", "not those that its tasks have", "not similar at all",
+                   f"entry {damaged.id} lacks its array file"):  # fmt: skip
+        assert reason in told
+
+
+def test_an_unknown_measure_is_told(capsys, project: Path) -> None:
+    path = project / "magic.yaml"
+    path.write_text(asking(similarity="magic"))
+    code, _, stderr = run(capsys, "plan", path, "--cache", project / "cache")
+    assert code == 2 and "'magic' is not a measure" in stderr
+
+
+def test_a_bundle_added_by_hand_states_its_axes(capsys, project: Path, first: Entry) -> None:
+    code, stdout, _ = run(capsys, "library", "add", project / f"first/{TARGET}/fp32",
+                          "--library", project / "by_hand", "--json")  # fmt: skip
+    library = open_library(project / "by_hand")
+    assert code == 0
+    assert load_entry(library, json.loads(stdout)["id"]).facts.basis == first.facts.basis
