@@ -12,9 +12,9 @@ from typing import Any
 
 
 class Error(IntEnum):
-    cudaSuccess = 0  # noqa: N815
-    cudaErrorMemoryAllocation = 2  # noqa: N815
-    cudaErrorStreamCaptureUnsupported = 900  # noqa: N815
+    cudaSuccess = 0
+    cudaErrorMemoryAllocation = 2
+    cudaErrorStreamCaptureUnsupported = 900
 
 
 class HostCuda:
@@ -55,19 +55,19 @@ class HostCuda:
         self.alive[ctypes.addressof(memory)] = memory
         return Error.cudaSuccess, ctypes.addressof(memory)
 
-    cudaMalloc = cudaMallocHost = _allocate  # noqa: N815
+    cudaMalloc = cudaMallocHost = _allocate
 
     def _forget(self, handle: int) -> tuple[Error]:
         del self.alive[handle]
         return (Error.cudaSuccess,)
 
-    cudaFree = cudaFreeHost = cudaStreamDestroy = _forget  # noqa: N815
-    cudaGraphDestroy = cudaGraphExecDestroy = _forget  # noqa: N815
+    cudaFree = cudaFreeHost = cudaStreamDestroy = _forget
+    cudaGraphDestroy = cudaGraphExecDestroy = _forget
 
-    def cudaStreamCreateWithFlags(self, flags: int) -> tuple[Error, int]:  # noqa: N802
+    def cudaStreamCreateWithFlags(self, flags: int) -> tuple[Error, int]:
         return self._make("stream")
 
-    def cudaMemcpyAsync(  # noqa: N802
+    def cudaMemcpyAsync(
         self, to: int, source: int, count: int, kind: Any, stream: int
     ) -> tuple[Error]:
         assert kind in self.cudaMemcpyKind and self.alive[stream] == "stream"
@@ -75,27 +75,27 @@ class HostCuda:
         self.enqueue(lambda: ctypes.memmove(to, source, count))
         return (Error.cudaSuccess,)
 
-    def cudaStreamSynchronize(self, stream: int) -> tuple[Error]:  # noqa: N802
+    def cudaStreamSynchronize(self, stream: int) -> tuple[Error]:
         return (Error.cudaSuccess,)
 
-    def cudaStreamBeginCapture(self, stream: int, mode: Any) -> tuple[Error]:  # noqa: N802
+    def cudaStreamBeginCapture(self, stream: int, mode: Any) -> tuple[Error]:
         assert isinstance(mode, self.cudaStreamCaptureMode)
         self._captured = []
         return (Error.cudaSuccess,)
 
-    def cudaStreamEndCapture(self, stream: int) -> tuple[Error, int]:  # noqa: N802
+    def cudaStreamEndCapture(self, stream: int) -> tuple[Error, int]:
         captured, self._captured = self._captured, None
         if not self.captures:
             return Error.cudaErrorStreamCaptureUnsupported, 0
         return self._make(captured)
 
-    def cudaGraphInstantiateWithFlags(self, graph: int, flags: int) -> tuple[Error, int]:  # noqa: N802
+    def cudaGraphInstantiateWithFlags(self, graph: int, flags: int) -> tuple[Error, int]:
         return self._make(list(self.alive[graph]))
 
-    def cudaGraphLaunch(self, graph: int, stream: int) -> tuple[Error]:  # noqa: N802
+    def cudaGraphLaunch(self, graph: int, stream: int) -> tuple[Error]:
         for work in self.alive[graph]:
             work()
         return (Error.cudaSuccess,)
 
-    def cudaGetLastError(self) -> tuple[Error]:  # noqa: N802
+    def cudaGetLastError(self) -> tuple[Error]:
         return (Error.cudaErrorStreamCaptureUnsupported,)

@@ -370,5 +370,5 @@ def test_a_real_runtime_survives_a_damaged_engine_with_the_right_digest(
     session = EngineSession.__new__(EngineSession)
     session.trt = tensorrt_rtx
     session.logger = engine_run.process_logger(tensorrt_rtx)
-    with pytest.raises(EngineProblem, match="cannot open model.engine: .+"):
+    with pytest.raises(EngineProblem, match=r"cannot open model\.engine: .+"):
         session._open(plan, None)

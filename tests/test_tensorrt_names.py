@@ -26,9 +26,10 @@ CUDA = {
 # In the travelling files a variable of one of these names holds that TensorRT object, no other:
 CLASS_OF = {
     "builder": "Builder", "cache": "ITimingCache", "config": "IBuilderConfig",
-    "context": "IExecutionContext", "fault": "ParserError", "inspector": "EngineInspector", "layer": "ILayer",
-    "network": "INetworkDefinition", "opened": "ICudaEngine", "parser": "OnnxParser",
-    "profile": "IOptimizationProfile", "runtime": "Runtime", "tensor": "ITensor",
+    "context": "IExecutionContext", "fault": "ParserError", "inspector": "EngineInspector",
+    "layer": "ILayer", "network": "INetworkDefinition", "opened": "ICudaEngine",
+    "parser": "OnnxParser", "profile": "IOptimizationProfile", "runtime": "Runtime",
+    "tensor": "ITensor",
 }  # fmt: skip
 # Of paths, hashes, arrays …
 PYTHONS_OWN = {"__name__", "__members__", "name", "type", "logger", "update", "dtype", "nbytes"}
