@@ -44,8 +44,8 @@ LIBRARIES = ("libcudart.so.13", "libcudart.so.12", "libcudart.so", "cudart64_13.
              "cudart64_12.dll")  # fmt: skip
 NO_DRIVER = (3, 35, 46, 100, 101, 999)  # initialisation, driver, devices: nothing runs here
 NO_CUDA = (
-    "there is no CUDA runtime here: `pip install cuda-python`, or the CUDA toolkit's libcudart (on a "
-    "Jetson: `sudo apt install cuda-cudart-12-6`)"
+    "there is no CUDA runtime here: `pip install cuda-python`, or the CUDA toolkit's libcudart (on "
+    "a Jetson: `sudo apt install cuda-cudart-12-6`)"
 )
 
 
