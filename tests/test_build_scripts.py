@@ -87,10 +87,22 @@ def test_a_failed_build_keeps_its_exit_status_and_its_sentence(tmp_path: Path) -
     assert "Traceback" not in result.stderr
 
 
+SHORTER = {  # than examples/scenes.yaml: the script is on trial, not the recovery
+    "benchmarks/parents": str(REPOSITORY / "benchmarks" / "parents"), "count: 800": "count: 32",
+    "split: test}": "split: test, options: {count: 8}}", "epochs: 8": "epochs: 1",
+    "images: 256": "images: 16", "budget: {macs: 0.5}": "budget: {macs: 0.9}, images: 16",
+    "max_drop: 6}": "max_drop: 90}", "max_drop: 10}": "max_drop: 90}",
+}  # fmt: skip
+
+
 @pytest.mark.slow
 def test_the_whole_job_on_this_machine(tmp_path: Path) -> None:
-    recipe = REPOSITORY / "examples" / "scenes.yaml"
-    result = run(SCRIPTS["x86-64-cpu"], recipe, venv=Path(sys.prefix), folder=tmp_path)
+    text = (REPOSITORY / "examples" / "scenes.yaml").read_text()
+    for long, short in SHORTER.items():
+        assert long in text
+        text = text.replace(long, short)
+    (tmp_path / "scenes.yaml").write_text(text)
+    result = run(SCRIPTS["x86-64-cpu"], "scenes.yaml", venv=Path(sys.prefix), folder=tmp_path)
     assert result.returncode == 0, result.stderr
     bundle = tmp_path / "out" / "x86-64-cpu" / "fp32"
     manifest = json.loads((bundle / "manifest.json").read_text())

@@ -84,7 +84,7 @@ class EngineSession:
     than it could be. The memory is given back with the object. Raises EngineProblem.
     """
 
-    def __init__(self, folder, cuda=None):
+    def __init__(self, folder):
         table, plan = read_engine(folder)
         device = table.get("device") if isinstance(table, dict) else None
         wanted = device.get("runtime") if isinstance(device, dict) else None
@@ -94,7 +94,7 @@ class EngineSession:
         self.notes = compare(table, device_facts(self.trt), files)
         self.logger = process_logger(self.trt)
         del self.logger.lines[:]
-        self.cuda = cuda or load_cuda()
+        self.cuda = load_cuda()
         self.stream = self.cuda("cudaStreamCreateWithFlags", NON_BLOCKING)
         self.owned = [("cudaStreamDestroy", self.stream)]  # calls that give back, last one first
         weakref.finalize(self, give_back, self.cuda, self.owned)
