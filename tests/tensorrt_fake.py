@@ -61,6 +61,9 @@ class FakeTensorRT:
         fault: tuple[str, str, str, str] | None = None,
         no_gpu: bool = False,
         cache_fits: bool = True,
+        tensors: dict[str, tuple[str, str, tuple[int, ...]]] | None = None,
+        execute: Callable[[dict[str, int], int], bool] | None = None,
+        opens: bool = True,
     ) -> None:
         self._inventory = inventory
         self.__name__, self.__version__ = "tensorrt", inventory["version"]
@@ -85,6 +88,7 @@ class FakeTensorRT:
             self, "EngineInspector", get_engine_information=lambda form: json.dumps(inspected)
         )
         self._fault, self._logs, self._no_gpu = fault, logs, no_gpu
+        self._tensors, self._execute, self._opens = tensors or {}, execute, opens
         self._builder_answers = {
             "num_DLA_cores": dla_cores,
             "create_network": lambda flags: self._network,
@@ -126,5 +130,40 @@ class FakeTensorRT:
         )  # fmt: skip
 
     def Runtime(self, logger: Any) -> FakeObject:  # noqa: N802
-        engine = FakeObject(self, "ICudaEngine", create_engine_inspector=lambda: self._inspector)
-        return FakeObject(self, "Runtime", deserialize_cuda_engine=lambda plan: engine)
+        tensors, addresses = self._tensors, dict[str, int]()
+        shapes = {name: shape for name, (_, _, shape) in tensors.items()}
+
+        def set_shape(name: str, shape: tuple[int, ...]) -> bool:
+            if any(old not in (-1, new) for old, new in zip(shapes[name], shape, strict=True)):
+                return False
+            shapes.update({name: (shape[0], *old[1:]) if old[0] == -1 else old
+                           for name, old in shapes.items()})  # fmt: skip
+            return True
+
+        def bind(name: str, memory: int) -> bool:
+            addresses[name] = memory
+            return True
+
+        context = FakeObject(
+            self, "IExecutionContext", set_input_shape=set_shape, set_tensor_address=bind,
+            get_tensor_shape=lambda name: shapes[name],
+            execute_async_v3=lambda stream: self._execute(addresses, stream),
+        )  # fmt: skip
+        engine = FakeObject(
+            self, "ICudaEngine", create_engine_inspector=lambda: self._inspector,
+            num_io_tensors=len(tensors), get_tensor_name=lambda index: list(tensors)[index],
+            get_tensor_mode=lambda name: self.TensorIOMode[tensors[name][0]],
+            get_tensor_dtype=lambda name: self.DataType[tensors[name][1]],
+            get_tensor_shape=lambda name: tensors[name][2],
+            create_execution_context=lambda: context,
+        )  # fmt: skip
+
+        def deserialize(plan: bytes) -> FakeObject | None:
+            for severity, text in self._logs or []:
+                logger.log(SimpleNamespace(name=severity), text)
+            return engine if self._opens else None
+
+        return FakeObject(self, "Runtime", deserialize_cuda_engine=deserialize)
+
+    def init_libnvinfer_plugins(self, logger: Any, namespace: str) -> bool:
+        return True

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 from secateur.bundle import build_engine, engine_device
 from secateur.bundle.build_engine import batch_sizes, build
 from secateur.bundle.engine_device import check_engine, device_facts
-from secateur.bundle.engine_errors import BuildProblem, explain, explain_parsing
+from secateur.bundle.engine_errors import BuildProblem, EngineProblem, explain, explain_parsing
 from secateur.bundle.engine_layers import engine_rows, join_rows, onnx_nodes
 from secateur.bundle.write import file_records, node_tasks, stand_alone, write_builder
 from secateur.lower.export import export_onnx
@@ -351,7 +351,7 @@ def test_a_timing_cache_of_another_device_is_replaced(tmp_path: Path) -> None:
 def test_an_old_tensorrt_is_refused_by_version(monkeypatch) -> None:
     old = FakeTensorRT({**INVENTORIES["tensorrt_10.3"], "version": "8.5.2.2"})
     monkeypatch.setitem(sys.modules, "tensorrt", old)
-    with pytest.raises(BuildProblem, match=r"8\.5\.2\.2 is too old"):
+    with pytest.raises(EngineProblem, match=r"8\.5\.2\.2 is too old"):
         build_engine.load_tensorrt()
 
 

@@ -1,28 +1,39 @@
 """Every TensorRT name, argument and enum member that travels is in the wheels it must run with.
 
-The inventories under ``tensorrt_names/`` are made by ``inventory.py`` there.
+The inventories under ``tensorrt_names/`` and ``cuda_names/`` are made by ``inventory.py`` there.
 """
 
 from __future__ import annotations
 
 import ast
+import ctypes
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from secateur.bundle import build_engine
+from secateur.bundle import build_engine, engine_cuda, runner
 from secateur.bundle.write import stand_alone
 from tensorrt_fake import INVENTORIES, fits
 
-SOURCE = stand_alone(build_engine)
+SOURCES = {"build_engine": stand_alone(build_engine), "run": stand_alone(runner)}
+BOTH = "\n".join(SOURCES.values())
+CUDA = {
+    path.stem: json.loads(path.read_text())
+    for path in sorted((Path(__file__).parent / "cuda_names").glob("*.json"))
+}
 # In the travelling files a variable of one of these names holds that TensorRT object, no other:
 CLASS_OF = {
     "builder": "Builder", "cache": "ITimingCache", "config": "IBuilderConfig",
-    "fault": "ParserError", "inspector": "EngineInspector", "layer": "ILayer",
-    "network": "INetworkDefinition", "opened": "ICudaEngine", "parser": "OnnxParser",
-    "profile": "IOptimizationProfile", "runtime": "Runtime", "tensor": "ITensor",
+    "context": "IExecutionContext", "fault": "ParserError", "inspector": "EngineInspector",
+    "layer": "ILayer", "network": "INetworkDefinition", "opened": "ICudaEngine",
+    "parser": "OnnxParser", "profile": "IOptimizationProfile", "runtime": "Runtime",
+    "tensor": "ITensor",
 }  # fmt: skip
-PYTHONS_OWN = {"__name__", "__members__", "name", "type", "logger", "update"}  # of paths, hashes …
+# Of paths, hashes, arrays …
+PYTHONS_OWN = {"__name__", "__members__", "name", "type", "logger", "update", "dtype", "nbytes"}
+ARRAYS_OWN = {"shape"}  # only the runner has arrays
 VERSIONED = "Differences"  # the one class where names may be missing in some versions
 
 
@@ -104,20 +115,33 @@ def in_module(names: list[str], inventory: dict[str, Any]) -> bool:
     return not names[1:] or names[1] in inside or names[1] in PYTHONS_OWN
 
 
+@pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("name", sorted(INVENTORIES))
-def test_every_name_and_argument_exists(name: str) -> None:
-    assert list(problems(SOURCE, INVENTORIES[name])) == []
+def test_every_name_and_argument_exists(name: str, source: str) -> None:
+    assert list(problems(SOURCES[source], INVENTORIES[name])) == []
 
 
 def test_the_check_sees_enough_to_mean_something() -> None:
-    visitor = uses(SOURCE)
-    assert visitor.strays == []
-    assert {variable for variable, *_ in visitor.found} == {"trt", *CLASS_OF}
-    assert len(visitor.found) > 50
+    assert uses(SOURCES["build_engine"]).strays == []
+    strays = uses(SOURCES["run"]).strays
+    assert {text.rsplit(".")[-1] for text in strays} == ARRAYS_OWN
+    found = uses(BOTH).found
+    assert {variable for variable, *_ in found} == {"trt", *CLASS_OF}
+    assert len(found) > 80
+
+
+@pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
+def test_names_of_inlined_files_do_not_hide_each_other(source: str) -> None:
+    names = [node.name for node in ast.parse(source).body
+             if isinstance(node, ast.FunctionDef | ast.ClassDef)]  # fmt: skip
+    names += [target.id for node in ast.parse(source).body if isinstance(node, ast.Assign)
+              for target in ast.walk(node.targets[0]) if isinstance(target, ast.Name)]  # fmt: skip
+    assert sorted(names) == sorted(set(names))
+    assert "from secateur" not in source
 
 
 def test_names_that_differ_by_version_are_each_in_one_version_at_least() -> None:
-    for variable, names, _, place in uses(SOURCE).found:
+    for variable, names, _, place in uses(BOTH).found:
         if place == VERSIONED:
             kind = CLASS_OF.get(variable)
             assert any(
@@ -167,3 +191,50 @@ def test_the_strongly_typed_flag_is_not_the_same_number_everywhere() -> None:
         "tensorrt_10.3": 1, "tensorrt_10.13": 1, "tensorrt_10.16": 1,
         "tensorrt_11.4": 0, "tensorrt_rtx_1.7": 0,
     }  # fmt: skip
+
+
+# -- CUDA
+
+C_TYPES = {  # a handle is a pointer to something nobody looks into
+    "void *": engine_cuda.HANDLE, "const void *": engine_cuda.HANDLE, "size_t": engine_cuda.SIZE,
+    "cudaStream_t": engine_cuda.HANDLE, "cudaGraph_t": engine_cuda.HANDLE,
+    "cudaGraphExec_t": engine_cuda.HANDLE, "enum cudaMemcpyKind": engine_cuda.NUMBER,
+    "enum cudaStreamCaptureMode": engine_cuda.NUMBER, "unsigned int": ctypes.c_uint,
+    "unsigned long long": ctypes.c_ulonglong, "void **": engine_cuda.OUT,
+    "cudaStream_t *": engine_cuda.OUT, "cudaGraph_t *": engine_cuda.OUT,
+    "cudaGraphExec_t *": engine_cuda.OUT,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(CUDA))
+def test_every_cuda_function_has_the_types_of_the_header_and_of_cuda_python(name: str) -> None:
+    for function, types in engine_cuda.FUNCTIONS.items():
+        assert [C_TYPES[text] for text in CUDA[name]["c"][function]] == list(types), function
+        inputs = [kind for kind in types if kind is not engine_cuda.OUT]
+        assert len(CUDA[name]["python"][function]) == len(inputs), function
+    for function, (place, kind) in engine_cuda.ENUMS.items():
+        assert f"enum {kind}" == CUDA[name]["c"][function][place]
+    members = {name: number for kind in CUDA[name]["enums"].values()
+               for name, number in kind.items()}  # fmt: skip
+    assert members["cudaMemcpyHostToDevice"] == engine_cuda.HOST_TO_DEVICE
+    assert members["cudaMemcpyDeviceToHost"] == engine_cuda.DEVICE_TO_HOST
+    assert members["cudaStreamCaptureModeThreadLocal"] == engine_cuda.THREAD_LOCAL
+    assert members["cudaErrorMemoryAllocation"] == engine_cuda.OUT_OF_MEMORY
+    no_driver = ("InitializationError", "InsufficientDriver", "DevicesUnavailable", "NoDevice",
+                 "InvalidDevice", "Unknown")  # fmt: skip
+    assert {members[f"cudaError{word}"] for word in no_driver} == set(engine_cuda.NO_DRIVER)
+
+
+def test_every_cuda_call_names_a_known_function_with_all_of_its_inputs() -> None:
+    calls = [node for node in ast.walk(ast.parse(SOURCES["run"])) if isinstance(node, ast.Call)
+             and ast.unparse(node.func) in ("cuda", "self.cuda")
+             and isinstance(node.args[0], ast.Constant)]  # fmt: skip
+    calls += [node for node in ast.walk(ast.parse(SOURCES["run"])) if isinstance(node, ast.Tuple)
+              and str(getattr(node.elts[0] if node.elts else None, "value", "")).startswith("cuda")
+              and isinstance(node.ctx, ast.Load) and len(node.elts) == 2
+              and not isinstance(node.elts[1], ast.Constant)]  # fmt: skip
+    words = [node.args if isinstance(node, ast.Call) else node.elts for node in calls]
+    for name, *inputs in words:
+        types = engine_cuda.FUNCTIONS[name.value]
+        assert len(inputs) == len([kind for kind in types if kind is not engine_cuda.OUT])
+    assert {name.value for name, *_ in words} == set(engine_cuda.FUNCTIONS)

@@ -11,10 +11,8 @@ is opened: ``check_engine(engine, device_facts(trt), {name: sha256(path)})``.
 """
 
 import argparse
-import importlib
 import json
 import os
-import re
 import sys
 import tempfile
 import time
@@ -28,41 +26,20 @@ from secateur.bundle.engine_device import (
     file_digest,
 )
 from secateur.bundle.engine_errors import (
-    NO_TENSORRT,
     NOT_READABLE,
     BuildProblem,
+    EngineProblem,
     explain,
     explain_parsing,
     in_mib,
 )
 from secateur.bundle.engine_layers import engine_rows, join_rows, network_rows
+from secateur.bundle.engine_tensorrt import load_tensorrt, process_logger
 
-MODULES = ("tensorrt", "tensorrt_rtx")
 WORKSPACE_SHARE = 0.5  # of the free memory: the builder itself and the weights need the rest
 MIB = 1 << 20
 DEFAULTS = {"batch": [1, 1, 1], "workspace_mib": None, "dla": None, "dla_only": False,
             "sparse": False, "tf32": True, "level": None, "compute_capabilities": []}  # fmt: skip
-
-
-def load_tensorrt():
-    """Return the tensorrt module, or tensorrt_rtx."""
-    reasons = []
-    for name in MODULES:
-        try:
-            trt = importlib.import_module(name)
-        except (ImportError, OSError) as error:
-            reasons.append(str(error))
-            continue
-        numbers = tuple(int(part) for part in re.findall(r"\d+", trt.__version__)[:2])
-        if name == "tensorrt" and numbers < (10, 3):
-            raise BuildProblem(
-                "TensorRT {} is too old, 10.3 is the first that builds this: install JetPack 6.1 "
-                "or later".format(trt.__version__)
-            )
-        return trt
-    raise BuildProblem(
-        NO_TENSORRT.format(python=sys.version.split()[0], reasons="; ".join(reasons))
-    )
 
 
 class Differences:
@@ -90,26 +67,6 @@ class Differences:
             config.num_compute_capabilities = len(names)
             for index, name in enumerate(names):
                 config.set_compute_capability(self._capabilities[name], index)
-
-
-_LOGS = {}  # module name -> logger: TensorRT keeps the first of a process and ignores later ones
-
-
-def process_logger(trt):
-    """Return the logger of this process; ``lines`` are its warnings and errors, newest last."""
-    if trt.__name__ in _LOGS:
-        return _LOGS[trt.__name__]
-
-    class Log(trt.ILogger):
-        def __init__(self):
-            trt.ILogger.__init__(self)
-            self.lines = []
-
-        def log(self, severity, msg):
-            if severity.name in ("WARNING", "ERROR", "INTERNAL_ERROR"):
-                self.lines.append((severity.name, msg))
-
-    return _LOGS.setdefault(trt.__name__, Log())
 
 
 class Job:
@@ -380,7 +337,7 @@ def main(argv=None):
             return 0
         given = {name: value for name, value in options.items() if value is not None}
         engine = build(folder, given)
-    except BuildProblem as problem:
+    except EngineProblem as problem:
         print("error: {}".format(problem), file=sys.stderr)
         return 2
     except KeyboardInterrupt:

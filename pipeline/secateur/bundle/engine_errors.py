@@ -35,8 +35,12 @@ ADVICE = (  # TensorRT's own words, and what to change; the first that matches i
 )  # fmt: skip
 
 
-class BuildProblem(Exception):
+class EngineProblem(Exception):
     """One sentence: what went wrong and what to change."""
+
+
+class BuildProblem(EngineProblem):
+    """The engine cannot be built."""
 
 
 def in_mib(size):

@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
 """Run this bundle: images in, one array per task out.
 
-    python3 run.py IMAGE [IMAGE ...] [--out DIR] [--full-size] [--json]
+    python3 run.py IMAGE [IMAGE ...] [--out DIR] [--full-size] [--json] [--runtime NAME]
 
-Needs numpy, onnxruntime and opencv-python-headless; nothing of Secateur. Writes one .npz per image
+Needs numpy, opencv-python-headless and onnxruntime; nothing of Secateur. Writes one .npz per image
 with the network's own outputs; --full-size also decodes them (class maps, metres, unit normals,
 probabilities) at the image's size. As a module: ``Runner(folder).predict(image_rgb)``.
+
+Where build_engine.py has built an engine, that runs instead: it needs TensorRT and the CUDA runtime
+(cuda-python, or libcudart), not onnxruntime, and is refused if it does not fit the device.
 """
 
 import argparse
@@ -18,7 +21,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-SCHEMA_VERSION = 1
+from secateur.bundle.engine_errors import EngineProblem
+from secateur.bundle.engine_run import EngineSession, has_engine
+
+MANIFEST_SCHEMA = 1
 DENSE_KINDS = ("segmentation", "depth", "normals", "edges")
 
 
@@ -58,41 +64,59 @@ def decode(output, task, size):
     return 1 / (1 + np.exp(-output[0])) if kind == "multilabel" else output[0]
 
 
-class Runner:
-    """Loads the bundle in ``folder`` after checking the model against the manifest."""
+class OnnxSession:
+    """The bundle's ONNX file on the CPU."""
 
-    def __init__(self, folder, threads=None):
+    def __init__(self, data, input_name, threads):
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        self.session = onnxruntime.InferenceSession(
+            data, options, providers=["CPUExecutionProvider"]
+        )
+        self.input_name, self.notes = input_name, []
+        self.outputs = [output.name for output in self.session.get_outputs()]
+
+    def run(self, inputs):
+        return dict(zip(self.outputs, self.session.run(self.outputs, {self.input_name: inputs})))
+
+
+class Runner:
+    """Loads the bundle in ``folder`` after checking the model against the manifest.
+
+    ``how`` is "onnxruntime" or "tensorrt"; by default an engine that was built here is used.
+    """
+
+    def __init__(self, folder, threads=None, how=None):
         folder = Path(folder)
         self.manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        if self.manifest.get("schema_version") != SCHEMA_VERSION:
+        if self.manifest.get("schema_version") != MANIFEST_SCHEMA:
             raise BundleMismatch(
                 f"manifest schema {self.manifest.get('schema_version')}, this runner reads "
-                f"{SCHEMA_VERSION}; use the run.py of the same bundle"
+                f"{MANIFEST_SCHEMA}; use the run.py of the same bundle"
             )
         model = folder / "model.onnx"
         data = model.read_bytes()
         wanted = self.manifest["files"]["model.onnx"]["sha256"]
         if hashlib.sha256(data).hexdigest() != wanted:
             raise BundleMismatch("model.onnx is not the file of this manifest; copy it again")
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or self.manifest["threads"]
-        options.inter_op_num_threads = 1
-        self.session = onnxruntime.InferenceSession(
-            data, options, providers=["CPUExecutionProvider"]
-        )
         self.tasks = self.manifest["tasks"]
         self.names = [task["name"] for task in self.tasks]
-        got = [output.name for output in self.session.get_outputs()]
+        if how == "tensorrt" or (how is None and has_engine(folder)):
+            self.session = EngineSession(folder)
+        else:
+            threads = threads or self.manifest["threads"]
+            self.session = OnnxSession(data, self.manifest["input"]["name"], threads)
+        got = self.session.outputs
         if sorted(got) != sorted(self.names):
-            raise BundleMismatch(f"model.onnx gives {got}, the manifest says {self.names}")
+            raise BundleMismatch(f"the model gives {got}, the manifest says {self.names}")
 
     def predict(self, image):
         """(h, w, 3) uint8 RGB -> {task: network output of shape (1, ...)}."""
-        inputs = preprocess(image, self.manifest["input"])
-        arrays = self.session.run(self.names, {self.manifest["input"]["name"]: inputs})
-        return dict(zip(self.names, arrays))
+        outputs = self.session.run(preprocess(image, self.manifest["input"]))
+        return {name: outputs[name] for name in self.names}
 
     def decode(self, outputs, size):
         """Decode ``predict``'s outputs for an image of ``size`` = (height, width)."""
@@ -108,15 +132,19 @@ def read_rgb(path):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description="Run this bundle on images.")
-    parser.add_argument("images", nargs="+", type=Path)
-    parser.add_argument("--out", type=Path, default=Path(), help="where the .npz files go")
-    parser.add_argument("--threads", type=int, help="intra-op threads (default: the manifest's)")
-    parser.add_argument("--full-size", action="store_true", help="also decode at the image's size")
-    parser.add_argument("--json", action="store_true", help="print one JSON line per image")
-    options = parser.parse_args(arguments)
+    line = argparse.ArgumentParser(description="Run this bundle on images.")
+    line.add_argument("images", nargs="+", type=Path)
+    line.add_argument("--out", type=Path, default=Path(), help="where the .npz files go")
+    line.add_argument("--threads", type=int, help="intra-op threads (default: the manifest's)")
+    line.add_argument("--runtime", choices=("onnxruntime", "tensorrt"),
+                        help="default: tensorrt where an engine was built")  # fmt: skip
+    line.add_argument("--full-size", action="store_true", help="also decode at the image's size")
+    line.add_argument("--json", action="store_true", help="print one JSON line per image")
+    options = line.parse_args(arguments)
     try:
-        runner = Runner(Path(__file__).resolve().parent, options.threads)
+        runner = Runner(Path(__file__).resolve().parent, options.threads, options.runtime)
+        for note in runner.session.notes:
+            print(f"note: {note}", file=sys.stderr)
         options.out.mkdir(parents=True, exist_ok=True)
         for path in options.images:
             start = time.perf_counter()
@@ -132,7 +160,7 @@ def main(arguments=None):
             row = {"image": str(path), "out": str(target), "outputs": shapes,
                    "ms": round(1000 * (time.perf_counter() - start), 2)}  # fmt: skip
             print(json.dumps(row) if options.json else f"{path} -> {target}  {shapes}")
-    except (BundleMismatch, OSError, ValueError, ImportError, KeyError) as error:
+    except (BundleMismatch, EngineProblem, OSError, ValueError, ImportError, KeyError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

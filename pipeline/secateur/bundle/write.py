@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -33,9 +32,8 @@ def write_check(
 
 
 def write_runner(folder: Path) -> None:
-    """Copy the stand-alone runner into the bundle as ``run.py``."""
-    with atomic_path(folder / "run.py") as temporary:
-        shutil.copyfile(runner.__file__, temporary)
+    """Write the stand-alone runner into the bundle as ``run.py``."""
+    write_text(folder / "run.py", stand_alone(runner))
 
 
 def file_records(folder: Path) -> dict[str, FileRecord]:
@@ -91,15 +89,20 @@ def node_tasks(onnx_file: Path) -> dict[str, list[str]]:
 
 
 def stand_alone(module: ModuleType) -> str:
-    """Return a module's source with the modules of this room that it imports put in their place."""
-    source = Path(str(module.__file__)).read_text(encoding="utf-8")
-    pattern = r"^from secateur\.bundle\.(\w+) import (?:\([^)]*\)|[^\n]*)\n"
-    here = Path(__file__).parent
+    """Return a module's source with those of this room that it imports put in their place, once."""
+    here, placed = Path(__file__).parent, set[str]()
+    pattern = re.compile(
+        r"^from secateur\.bundle\.(\w+) import (?:\([^)]*\)|[^\n]*)\n", re.MULTILINE
+    )
 
     def text_of(match: re.Match[str]) -> str:
-        return (here / f"{match[1]}.py").read_text(encoding="utf-8") + "\n\n"
+        if match[1] in placed:
+            return ""
+        placed.add(match[1])
+        source = (here / f"{match[1]}.py").read_text(encoding="utf-8")
+        return pattern.sub(text_of, source) + "\n\n"
 
-    return re.sub(pattern, text_of, source, flags=re.MULTILINE)
+    return pattern.sub(text_of, Path(str(module.__file__)).read_text(encoding="utf-8"))
 
 
 def write_builder(folder: Path) -> None:

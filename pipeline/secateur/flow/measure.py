@@ -45,7 +45,7 @@ def bench(
     check_files(folder, manifest)
     used = threads or manifest.threads
     session = runtime_of(manifest.runtime).open_session(folder / "model.onnx", used)
-    runner = Runner(folder, used)
+    runner = Runner(folder, used, manifest.runtime)
     with np.load(folder / CHECK_FILE, allow_pickle=False) as stored:
         image = stored["image"]
     inputs = preprocess(image, manifest.input.model_dump())
