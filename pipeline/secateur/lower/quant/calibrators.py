@@ -3,13 +3,13 @@
 ONNX Runtime's calibrators were the first choice. They keep every activation of a call, take bin
 edges from the first batch (so the split into batches changes the result), skip NaN in silence and
 know no squared error. These work on ``TensorStatistics``, so that one pass over the images serves
-all of them; tests hold min-max, percentile and entropy against ONNX Runtime's.
+all of them; tests hold min-max and percentile against ONNX Runtime's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,11 +19,12 @@ from secateur.lower.quant.statistics import HALF, TensorStatistics
 Calibrator = Literal["minmax", "moving_average", "percentile", "entropy", "mse"]
 CALIBRATORS: tuple[Calibrator, ...] = get_args(Calibrator)
 Range = tuple[float, float]
+Values = NDArray[np.floating[Any]]
 
 PERCENTILE = 99.99  # of a tensor's values lie inside; half of the rest is cut on each side
 LEVELS = 128  # of |x| in signed int8
-ENTROPY_STRIDE = 8  # bins between two thresholds that are tried
-MSE_SHARES = np.linspace(0.02, 1.0, 99)  # of the largest |x|
+ENTROPY_THRESHOLDS = 256  # tried at most
+MSE_SHARES = np.linspace(1.0, 0.02, 99)  # of the largest |x|; of equals the widest wins
 MSE_LEVELS = 255
 
 
@@ -58,12 +59,14 @@ def _entropy(statistics: TensorStatistics) -> Range:
     """
     counts = _magnitudes(statistics)
     counts[0] = counts[1]
-    used = int(np.flatnonzero(counts).max(initial=0)) + 1
-    stops = [*range(LEVELS, used, ENTROPY_STRIDE), max(used, LEVELS)]
-    divergences = [_divergence(counts, stop) for stop in stops]
-    # Of equals the widest: nothing is won by clipping more.
-    best = len(stops) - 1 - int(np.argmin(divergences[::-1]))
-    return _symmetric_clip(statistics, stops[best] * statistics.bin_width)
+    # Only where values end: a threshold in a gap would clip nothing more than the bin before it.
+    ends = np.flatnonzero(counts) + 1
+    stops = ends[ends >= LEVELS][::-1]  # the widest first: of equals nothing is won by clipping
+    if len(stops) == 0:
+        return _minmax(statistics)
+    stops = stops[:: -(-len(stops) // ENTROPY_THRESHOLDS)]
+    best = int(np.argmin([_divergence(counts, int(stop)) for stop in stops]))
+    return _symmetric_clip(statistics, int(stops[best]) * statistics.bin_width)
 
 
 def _divergence(counts: NDArray[np.float64], stop: int) -> float:
@@ -73,16 +76,10 @@ def _divergence(counts: NDArray[np.float64], stop: int) -> float:
     level = np.arange(stop) * LEVELS // stop
     total = np.bincount(level, weights=inside, minlength=LEVELS)
     share = total / np.maximum(np.bincount(level, weights=filled, minlength=LEVELS), 1)
-    coarse = np.where(filled, share[level], 0.0)
-    reference = inside.copy()
-    reference[-1] += counts[stop:].sum()
-    if reference.sum() == 0:
-        return 0.0
-    if np.any((reference > 0) & (coarse == 0)):
-        return float(np.inf)
-    p, q = reference / reference.sum(), coarse / coarse.sum()
-    seen = p > 0
-    return float(np.sum(p[seen] * np.log(p[seen] / q[seen])))
+    clipped = inside.copy()
+    clipped[-1] += counts[stop:].sum()
+    p, q = clipped[filled] / clipped.sum(), share[level][filled] / inside.sum()
+    return float(np.sum(p * np.log(p / q)))
 
 
 def _mse(statistics: TensorStatistics) -> Range:
@@ -95,19 +92,19 @@ def _mse(statistics: TensorStatistics) -> Range:
     # A bin at zero holds mostly exact zeros (ReLU), which every grid keeps.
     centres[HALF] = 0.0
     seen = statistics.counts > 0
-    values, weights = centres[seen], statistics.counts[seen].astype(np.float64)
+    values, weights = np.asarray(centres[seen]), statistics.counts[seen]
     peak = max(-statistics.lowest, statistics.highest)
     tried = [_symmetric_clip(statistics, float(share * peak)) for share in MSE_SHARES]
-    errors = [float(weights @ _rounding(values, *limits) ** 2) for limits in tried]
-    return tried[len(tried) - 1 - int(np.argmin(errors[::-1]))]
+    errors = [float(np.sum(weights * _rounding(values, *limits) ** 2)) for limits in tried]
+    return tried[int(np.argmin(errors))]
 
 
-def _rounding(values: NDArray[np.float64], lowest: float, highest: float) -> NDArray[np.float64]:
+def _rounding(values: Values, lowest: float, highest: float) -> Values:
     lowest, highest = min(lowest, 0.0), max(highest, 0.0)
     step = (highest - lowest) / MSE_LEVELS or 1.0
     zero = round(-lowest / step)
     grid = np.clip(np.rint(values / step), -zero, MSE_LEVELS - zero)
-    return values - grid * step
+    return np.asarray(values - grid * step)
 
 
 def _magnitudes(statistics: TensorStatistics) -> NDArray[np.float64]:

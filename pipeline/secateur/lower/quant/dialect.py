@@ -37,7 +37,7 @@ class Dialect:
     int32_bias: bool = False
     fuses_residual: bool = False
 
-    def grid(self, limits: Range, *, fp16: bool = False) -> tuple[np.float32, Integers]:
+    def grid(self, limits: Range, *, fp16: bool = False) -> tuple[float, Integers]:
         """Return the scale and the zero point that reach ``limits`` and keep 0 exact.
 
         The scale is a value that fp16 has when ``fp16`` is set.
@@ -48,7 +48,7 @@ class Dialect:
             return scale, np.zeros((), dtype=self.activations)
         first, last = (0, 255) if self.activations == "uint8" else (-128, 127)
         scale = _positive((high - low) / 255, fp16)
-        zero = np.clip(np.rint(first - low / float(scale)), first, last)
+        zero = np.clip(np.rint(first - low / scale), first, last)
         return scale, np.asarray(zero, dtype=self.activations)
 
     def weight_scales(
@@ -70,10 +70,10 @@ class Dialect:
         return np.array([_positive(float(scale), fp16) for scale in scales], dtype=np.float32)
 
 
-def _positive(scale: float, fp16: bool) -> np.float32:
+def _positive(scale: float, fp16: bool) -> float:
     if fp16:
-        return np.float32(np.float16(max(scale, SMALLEST_FP16_SCALE)))
-    return np.float32(scale if scale > SMALLEST_SCALE else 1.0)
+        return float(np.float16(max(scale, SMALLEST_FP16_SCALE)))
+    return float(np.float32(scale)) if scale > SMALLEST_SCALE else 1.0
 
 
 # QLinear kernels of ONNX Runtime 1.31's CPU provider. A convolution runs in integers only when its

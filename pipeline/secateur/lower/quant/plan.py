@@ -13,9 +13,9 @@ from onnx import NodeProto, helper
 
 from secateur.core.errors import BuildError, CalibrationError
 from secateur.core.files import file_sha256
-from secateur.lower.quant.calibrate import CalibrationTable
 from secateur.lower.quant.calibrators import Range
 from secateur.lower.quant.graph import FUSED_ACTIVATIONS, SAME_GRID, WEIGHTED, Graph
+from secateur.lower.quant.table import CalibrationTable
 
 Precision = Literal["int8", "fp16", "fp32"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -103,7 +103,7 @@ def plan_quant(
     precisions: dict[str, Precision] = {}
     for name, node in graph.nodes.items():
         before = _fused_into(graph, node)
-        followed = precisions[before.name] if before is not None else None
+        followed = precisions.get(before.name) if before is not None else None
         wanted = precision_of_nodes.get(name) or followed or default
         if node.op_type in FUSED_ACTIVATIONS and wanted == "int8" and followed != "int8":
             wanted = "fp32"  # alone it would have nothing to do in integers
@@ -125,7 +125,7 @@ def _check_table(model: Path, table: CalibrationTable | None, asked: set[Precisi
 
 def _fused_into(graph: Graph, node: NodeProto) -> NodeProto | None:
     """Return the node that an activation is fused into, if it is one and can be."""
-    if node.op_type in FUSED_ACTIVATIONS and graph.only_reader(node.input[0]) is node:
+    if node.op_type in FUSED_ACTIVATIONS and graph.only_reader(node.input[0]) is not None:
         return graph.producer.get(node.input[0])
     return None
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -38,7 +39,7 @@ class ActivationStatistics:
 
     def save(self, path: Path) -> None:
         """Write everything to ``path`` (.npz), whole or not at all."""
-        arrays = {
+        arrays: dict[str, Any] = {
             f"{kind}/{name}": array
             for name, statistics in self.tensors.items()
             for kind, array in statistics.state().items()

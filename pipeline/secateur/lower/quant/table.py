@@ -12,8 +12,8 @@ import numpy as np
 
 from secateur.core.errors import CalibrationError
 from secateur.core.files import file_sha256, write_json
+from secateur.lower.quant.activations import ActivationStatistics, ReadImages, observe
 from secateur.lower.quant.calibrators import CALIBRATORS, Calibrator, Range, calibrated_range
-from secateur.lower.quant.observe import ActivationStatistics, ReadImages, observe
 
 TABLE_SCHEMA = 1
 

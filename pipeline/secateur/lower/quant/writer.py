@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -151,8 +152,8 @@ class _Writer:
     def _pair(self, source: str, target: str, tensor: str) -> None:
         """Append Q and DQ from ``source`` to ``target`` on the grid of ``tensor``."""
         scale, zero = self.dialect.grid(self.plan.ranges[tensor], fp16=self.fp16)
-        grid = [self._constant(f"{tensor}_scale", np.asarray(scale)),
-                self._constant(f"{tensor}_zero_point", np.asarray(zero))]  # fmt: skip
+        grid = [self._constant(f"{tensor}_scale", np.float32(scale)),
+                self._constant(f"{tensor}_zero_point", zero)]  # fmt: skip
         stored = f"{tensor}_quantized"
         self.nodes += [
             helper.make_node("QuantizeLinear", [source, *grid], [stored], f"{tensor}_quantize"),
@@ -184,7 +185,7 @@ class _Writer:
 
     def _input_scale(self, node: NodeProto) -> float:
         tensor = self.before.get(node.input[0], node.input[0])
-        return float(self.dialect.grid(self.plan.ranges[tensor], fp16=self.fp16)[0])
+        return self.dialect.grid(self.plan.ranges[tensor], fp16=self.fp16)[0]
 
     def _dequantised(
         self,
@@ -194,9 +195,9 @@ class _Writer:
         axis: int,
     ) -> str:
         """Append a DequantizeLinear of constants and return the name of its result."""
-        inputs = [self._constant(f"{name}_quantized", stored),
-                  self._constant(f"{name}_scale", scales),
-                  self._constant(f"{name}_zero_point", np.zeros(len(scales), stored.dtype))]  # fmt: skip
+        zeros = np.zeros(len(scales), stored.dtype)
+        inputs = [self._constant(f"{name}_{part}", values) for part, values in
+                  (("quantized", stored), ("scale", scales), ("zero_point", zeros))]  # fmt: skip
         self.nodes.append(
             helper.make_node(
                 "DequantizeLinear", inputs, [f"{name}_dequantized"], f"{name}_dequantize", axis=axis
@@ -204,6 +205,8 @@ class _Writer:
         )
         return f"{name}_dequantized"
 
-    def _constant(self, name: str, values: NDArray[np.generic]) -> str:
+    def _constant(self, name: str, values: Any) -> str:
+        """Add a constant of an array or a numpy number."""
+        values = np.asarray(values)
         self.proto.graph.initializer.append(numpy_helper.from_array(values, name))
         return name
