@@ -17,6 +17,7 @@ from onnx import TensorProto, numpy_helper
 from onnxruntime.quantization import calibrate as library
 from secateur.bundle.build_engine import build
 from secateur.core.errors import BuildError, CalibrationError
+from secateur.core.files import file_sha256
 from secateur.lower.export import export_onnx
 from secateur.lower.quant import (
     TENSORRT,
@@ -412,6 +413,49 @@ def test_a_node_kept_in_fp32_has_no_qdq_around_it(
     # The others still get their int8 input: a pair of their own from the raw tensor.
     assert neighbours(after, "node_conv2d_5") & QDQ
     run(path)
+
+
+@pytest.mark.parametrize("dialect", [X86, ARM, TENSORRT], ids=lambda d: d.name)
+def test_pools_and_products_in_int8(tmp_path: Path, dialect: Dialect) -> None:
+    random = np.random.default_rng(5)
+    model = save(
+        """g (float[N,3,32,48] image)
+           => (float[N,3,16,24] pooled, float[N,4] room, float[N,4] view, float[N,3,24,24] gram)
+           { pooled = MaxPool <kernel_shape=[2,2], strides=[2,2]> (image)
+             mean = GlobalAveragePool (pooled)   flat = Flatten (mean)
+             room = Gemm (flat, w, b)            view = MatMul (flat, w)
+             turned = Transpose <perm=[0,1,3,2]> (pooled)   gram = MatMul (turned, pooled) }""",
+        tmp_path / "model.onnx",
+        w=random.normal(0, 1, (3, 4)).astype(np.float32),
+        b=random.normal(0, 1, 4).astype(np.float32),
+    )
+    plan = plan_quant(model, calibrate(model, lambda: [IMAGES], "minmax"), {})
+    assert set(plan.precisions) - {n for n, p in plan.precisions.items() if p == "int8"} == {
+        "flat",
+        "turned",
+    }
+    assert plan.ranges["pooled"] == plan.ranges["image"]
+    path, _ = written(model, plan, dialect)
+    reference = run(model)
+    for name, output in run(path).items():
+        assert noise_db(reference[name], output) > 25, name
+
+
+@pytest.mark.parametrize(
+    "node", ['y = Resize <mode="cubic"> (image, , scales)', "y = Add (image, k)", "y = Exp (image)",
+             "y = Gemm <transA=1> (flat, w)", "y = Relu (image)", "y = Conv (image, image)"],
+)  # fmt: skip
+def test_what_has_no_integer_form_stays_in_fp32(tmp_path: Path, node: str) -> None:
+    model = save(
+        f"g (float[N,3,32,48] image) => (float y) {{ flat = Flatten (image) {node} }}",
+        tmp_path / "model.onnx",
+        scales=np.array([1, 1, 2, 2], dtype=np.float32),
+        k=np.float32(1),
+        w=np.ones((8, 2), dtype=np.float32),
+    )
+    ranges = dict.fromkeys(["image", "flat", "y"], (-1.0, 1.0))
+    found = CalibrationTable(file_sha256(model), "minmax", 8, "", ranges)
+    assert plan_quant(model, found, {}).precisions["y"] == "fp32"
 
 
 def test_everything_in_fp32_is_the_model_itself(tiny: Path, table: CalibrationTable) -> None:

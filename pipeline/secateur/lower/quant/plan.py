@@ -107,7 +107,14 @@ def plan_quant(
         wanted = precision_of_nodes.get(name) or followed or default
         if node.op_type in FUSED_ACTIVATIONS and wanted == "int8" and followed != "int8":
             wanted = "fp32"  # alone it would have nothing to do in integers
-        precisions[name] = _possible(graph, node, wanted, seen)
+        possible = (
+            _can_be_int8(graph, node, seen)
+            if wanted == "int8"
+            else (wanted == "fp32" or node.op_type not in FP32_OPERATORS)
+        )
+        halved = wanted == "fp16" or (wanted == "int8" and carrier == "fp16")
+        fits = not halved or _fits_fp16(graph, node, seen)
+        precisions[name] = wanted if possible and fits else "fp32"
     ranges = _ranges(graph, precisions, seen)
     calibrator = table.calibrator if table is not None else "none"
     return QuantPlan(file_sha256(model), calibrator, carrier, precisions, ranges)
@@ -130,17 +137,6 @@ def _fused_into(graph: Graph, node: NodeProto) -> NodeProto | None:
     return None
 
 
-def _possible(
-    graph: Graph, node: NodeProto, wanted: Precision, seen: Mapping[str, Range]
-) -> Precision:
-    """Return ``wanted``, or fp32 where the node cannot have it."""
-    if wanted == "int8" and not _can_be_int8(graph, node, seen):
-        return "fp32"
-    if wanted == "fp16" and not _can_be_fp16(graph, node, seen):
-        return "fp32"
-    return wanted
-
-
 def _can_be_int8(graph: Graph, node: NodeProto, seen: Mapping[str, Range]) -> bool:
     activations = graph.activations(node)
     if node.op_type not in INT8_OPERATORS or not activations:
@@ -149,7 +145,8 @@ def _can_be_int8(graph: Graph, node: NodeProto, seen: Mapping[str, Range]) -> bo
         return False
     constants = [name in graph.constants for name in node.input if name]
     if node.op_type in {"Conv", "Gemm"}:
-        return constants[0] is False and all(constants[1:]) and _is_plain(node)
+        stored = not constants[0] and all(constants[1:])
+        return stored and _is_plain(node) and all(graph.array(b).ndim == 1 for b in node.input[2:])
     if node.op_type == "MatMul":
         return not constants[0] and (not constants[1] or graph.array(node.input[1]).ndim == 2)
     # Adding a constant is a bias, multiplying by one a scale: neither is worth a grid of its own.
@@ -169,9 +166,8 @@ def _is_plain(node: NodeProto) -> bool:
     )
 
 
-def _can_be_fp16(graph: Graph, node: NodeProto, seen: Mapping[str, Range]) -> bool:
-    if node.op_type in FP32_OPERATORS:
-        return False
+def _fits_fp16(graph: Graph, node: NodeProto, seen: Mapping[str, Range]) -> bool:
+    """Say whether no value that is known, constant or calibrated, is beyond fp16."""
     if any(attribute.HasField("g") for attribute in node.attribute):  # If, Loop, Scan
         return False
     constants = [graph.constants[name] for name in node.input if name in graph.constants]
