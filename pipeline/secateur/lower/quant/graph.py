@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,10 +66,19 @@ class Graph:
 
 def replace_nodes(model: ModelProto, nodes: Sequence[NodeProto]) -> None:
     """Give ``model`` other nodes, without the constants and types that no longer belong to any."""
-    read = {name for node in nodes for name in node.input}
-    read |= {value.name for value in model.graph.output}
+    read = _read_by(nodes) | {value.name for value in model.graph.output}
     kept = [tensor for tensor in model.graph.initializer if tensor.name in read]
     for field, values in ((model.graph.node, nodes), (model.graph.initializer, kept)):
         del field[:]
         field.extend(values)
     del model.graph.value_info[:]
+
+
+def _read_by(nodes: Iterable[NodeProto]) -> set[str]:
+    """Return the tensors that nodes read, and the bodies of an If or a Loop among them."""
+    read = set()
+    for node in nodes:
+        read |= set(node.input)
+        for attribute in node.attribute:
+            read |= _read_by(attribute.g.node)
+    return read

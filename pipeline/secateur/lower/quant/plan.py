@@ -37,9 +37,9 @@ FP16_LARGEST = 65504.0
 class QuantPlan:
     """``precisions`` are per node, ``ranges`` (lowest, highest) per tensor next to an int8 node.
 
-    An int8 node reads 8-bit values; what it gives is in ``carrier``, fp32 or fp16, unless its
-    reader's or its own dialect quantises that too. ``model`` is the SHA-256 of the fp32 ONNX file
-    that the plan is for, ``calibrator`` the rule its ranges come from.
+    An int8 node reads 8-bit values; its results, where a dialect does not quantise them too, are in
+    the float type ``carrier``. ``model`` is the SHA-256 of the fp32 ONNX file that the plan is for,
+    ``calibrator`` the rule its ranges come from.
     """
 
     model: str
@@ -107,14 +107,7 @@ def plan_quant(
         wanted = precision_of_nodes.get(name) or followed or default
         if node.op_type in FUSED_ACTIVATIONS and wanted == "int8" and followed != "int8":
             wanted = "fp32"  # alone it would have nothing to do in integers
-        possible = (
-            _can_be_int8(graph, node, seen)
-            if wanted == "int8"
-            else (wanted == "fp32" or node.op_type not in FP32_OPERATORS)
-        )
-        halved = wanted == "fp16" or (wanted == "int8" and carrier == "fp16")
-        fits = not halved or _fits_fp16(graph, node, seen)
-        precisions[name] = wanted if possible and fits else "fp32"
+        precisions[name] = wanted if _possible(graph, node, wanted, carrier, seen) else "fp32"
     ranges = _ranges(graph, precisions, seen)
     calibrator = table.calibrator if table is not None else "none"
     return QuantPlan(file_sha256(model), calibrator, carrier, precisions, ranges)
@@ -137,9 +130,20 @@ def _fused_into(graph: Graph, node: NodeProto) -> NodeProto | None:
     return None
 
 
+def _possible(
+    graph: Graph, node: NodeProto, wanted: Precision, carrier: str, seen: Mapping[str, Range]
+) -> bool:
+    if wanted == "int8":
+        fits = carrier == "fp32" or _fits_fp16(graph, node, seen)
+        return fits and _can_be_int8(graph, node, seen)
+    if wanted == "fp16":
+        return node.op_type not in FP32_OPERATORS and _fits_fp16(graph, node, seen)
+    return True
+
+
 def _can_be_int8(graph: Graph, node: NodeProto, seen: Mapping[str, Range]) -> bool:
     activations = graph.activations(node)
-    if node.op_type not in INT8_OPERATORS or not activations:
+    if node.op_type not in INT8_OPERATORS or not activations or len(node.output) > 1:
         return False
     if not all(name in seen for name in [*activations, node.output[0]]):
         return False
