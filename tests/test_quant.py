@@ -229,8 +229,9 @@ def test_a_killed_calibration_goes_on_and_gives_the_same_table(
     assert len(ran) == 9  # another calibrator costs no run
     others = calibrate(tiny, lambda: [IMAGES[1:]], "minmax", state=state)
     assert others.images == 7 and ran[9:] == [*range(7)]
-    state.write_bytes(b"half a file")
-    assert calibrate(tiny, lambda: [IMAGES], "minmax", state=state) == table
+    for damaged in (state.read_bytes()[:-100], b"", b"no archive"):
+        state.write_bytes(damaged)
+        assert calibrate(tiny, lambda: [IMAGES], "minmax", state=state) == table
 
 
 def test_memory_does_not_grow_with_the_images(tiny: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import onnx
@@ -60,7 +61,7 @@ class ActivationStatistics:
                 for name in names:
                     parts = {kind: stored[f"{kind}/{name}"] for kind in ("numbers", "counts")}
                     found.tensors[name] = TensorStatistics.from_state(parts)
-        except (OSError, ValueError, KeyError):
+        except (OSError, EOFError, ValueError, KeyError, BadZipFile):
             return None
         return found
 
