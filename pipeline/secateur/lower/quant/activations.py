@@ -53,7 +53,7 @@ class ActivationStatistics:
     def load(path: Path) -> ActivationStatistics | None:
         """Read what ``save`` wrote; None when there is nothing that can be read."""
         try:
-            with np.load(path, allow_pickle=False) as stored:
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
                 facts = json.loads(str(stored["facts"]))
                 found = ActivationStatistics(facts["model"])
                 found.images, found.images_digest = facts["images"], facts["digest"]
