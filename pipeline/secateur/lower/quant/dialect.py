@@ -108,8 +108,8 @@ def onnxruntime_arm(*, signed: bool = True) -> Dialect:
 
 # TensorRT takes zero points of 0 alone, refuses a DequantizeLinear of int32, and wants the inputs
 # of its integer layers quantised, not the results, and the shortcut of a residual sum. To judge
-# such a file with a carrier of fp16 on ONNX Runtime, switch its optimiser off: 1.31's quantises the
-# biases by fp16 scales, which underflow.
+# such a file with a carrier of fp16 on ONNX Runtime 1.31, open it with
+# disabled_optimizers=["WeightBiasQuantization"]: its bias scales underflow in fp16.
 TENSORRT = Dialect(
     "tensorrt",
     "int8",
