@@ -1,0 +1,207 @@
+"""Run a model image by image and keep statistics of every activation, nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+
+from secateur.core.errors import CalibrationError, first_line
+from secateur.core.files import atomic_path, file_sha256
+from secateur.lower.quant.statistics import TensorStatistics
+
+SAVE_EVERY = 64  # images between two saved states
+
+Images = NDArray[np.float32]
+ReadImages = Callable[[], Iterable[Images]]
+
+
+class ActivationStatistics:
+    """Statistics of all activations of one model over the images seen so far.
+
+    ``model`` is the SHA-256 of the ONNX file, ``images_digest`` a chained SHA-256 over the images
+    in order: it does not depend on how they came in batches.
+    """
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+        self.images = 0
+        self.images_digest = ""
+        self.tensors: dict[str, TensorStatistics] = {}
+
+    def save(self, path: Path) -> None:
+        """Write everything to ``path`` (.npz), whole or not at all."""
+        arrays: dict[str, Any] = {
+            f"{kind}/{name}": array
+            for name, statistics in self.tensors.items()
+            for kind, array in statistics.state().items()
+        }
+        facts = {"model": self.model, "images": self.images, "digest": self.images_digest}
+        with atomic_path(path) as temporary, temporary.open("wb") as stream:
+            np.savez_compressed(stream, facts=np.array(json.dumps(facts)), **arrays)
+
+    @staticmethod
+    def load(path: Path) -> ActivationStatistics | None:
+        """Read what ``save`` wrote; None when there is nothing that can be read."""
+        try:
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
+                facts = json.loads(str(stored["facts"]))
+                found = ActivationStatistics(facts["model"])
+                found.images, found.images_digest = facts["images"], facts["digest"]
+                names = [key.partition("/")[2] for key in stored if key.startswith("counts/")]
+                for name in names:
+                    parts = {kind: stored[f"{kind}/{name}"] for kind in ("numbers", "counts")}
+                    found.tensors[name] = TensorStatistics.from_state(parts)
+        except (OSError, EOFError, ValueError, KeyError, BadZipFile):
+            return None
+        return found
+
+
+def observe(model: Path, read: ReadImages, *, state: Path | None = None) -> ActivationStatistics:
+    """Return the statistics of every float activation of ``model``.
+
+    ``read`` starts to read the images: batches of any size, (N, C, H, W), as the network takes
+    them. One image runs at a time: memory is that of one image's activations. With ``state``
+    statistics are saved every SAVE_EVERY images and at the end; a later call with the same model
+    and images goes on from there (it reads what was counted, to know that it is the same, but does
+    not run it).
+
+    Raises:
+        CalibrationError: there are fewer than two different images, an image is constant or not
+            finite, the model cannot run them, or an activation is not finite.
+    """
+    statistics = _continued(ActivationStatistics(file_sha256(model)), read, state)
+    done = statistics.images
+    probe = _Probe(model)
+    digest, different = "", set()
+    for position, image in enumerate(_single_images(read())):
+        own = _image_digest(image, position)
+        different.add(own)
+        digest = _chained(digest, own)
+        if position < done:
+            continue
+        probe.count(image, position, statistics.tensors)
+        statistics.images, statistics.images_digest = position + 1, digest
+        if state is not None and (position + 1) % SAVE_EVERY == 0:
+            statistics.save(state)
+    if len(different) < 2:
+        raise CalibrationError(
+            f"calibration read {statistics.images} images, {len(different)} of them different; "
+            "one image says nothing about the range of others",
+            hint="give at least 32 different images of what the model will see",
+        )
+    if state is not None and statistics.images > done:
+        statistics.save(state)
+    return statistics
+
+
+def _continued(
+    fresh: ActivationStatistics, read: ReadImages, state: Path | None
+) -> ActivationStatistics:
+    """Return what an earlier run counted of the same model and images, else ``fresh``."""
+    earlier = ActivationStatistics.load(state) if state is not None else None
+    if earlier is None or earlier.model != fresh.model:
+        return fresh
+    digest = ""
+    for position, image in enumerate(islice(_single_images(read()), earlier.images)):
+        digest = _chained(digest, _image_digest(image, position))
+    return earlier if digest == earlier.images_digest else fresh
+
+
+def _single_images(batches: Iterable[Images]) -> Iterator[Images]:
+    """Yield (1, C, H, W) float32 images."""
+    for batch in batches:
+        for position in range(len(batch)):
+            yield np.ascontiguousarray(batch[position : position + 1], dtype=np.float32)
+
+
+def _image_digest(image: Images, position: int) -> str:
+    """Return the digest of one image, which must be fit to calibrate on.
+
+    Raises:
+        CalibrationError: it is not.
+    """
+    if image.ndim != 4:
+        raise CalibrationError(
+            f"calibration image {position} has shape {image.shape[1:]}, expected (C, H, W)",
+            hint="give batches of shape (N, C, H, W)",
+        )
+    if not np.isfinite(image).all():
+        raise CalibrationError(
+            f"calibration image {position} has {int((~np.isfinite(image)).sum())} NaN or infinite "
+            f"values of {image.size}",
+            hint="check its file and the preprocessing (mean, std, division by zero)",
+        )
+    flat = image.reshape(image.shape[1], -1)
+    if (flat.min(axis=1) == flat.max(axis=1)).all():
+        raise CalibrationError(
+            f"calibration image {position} is constant: every pixel is "
+            f"{np.array2string(flat[:, 0], precision=3)}",
+            hint="leave it out: a black frame or a reader that failed says nothing about ranges",
+        )
+    return hashlib.sha256(f"{image.shape}".encode() + image.tobytes()).hexdigest()
+
+
+def _chained(digest: str, own: str) -> str:
+    return hashlib.sha256(f"{digest}{own}".encode()).hexdigest()
+
+
+class _Probe:
+    """A session that gives every float activation of one image.
+
+    Marking them as outputs keeps ONNX Runtime from fusing across them; one thread makes sums come
+    in one order.
+    """
+
+    def __init__(self, model: Path) -> None:
+        graph_model = onnx.load(model)
+        outputs = {value.name for value in graph_model.graph.output}
+        for node in graph_model.graph.node:
+            names = [name for name in node.output if name and name not in outputs]
+            # Without a type: ONNX Runtime infers it, and says it below.
+            graph_model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.log_severity_level = 3
+        try:
+            self._session = onnxruntime.InferenceSession(
+                graph_model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # onnxruntime's own exception types share no base
+            raise CalibrationError(
+                f"ONNX Runtime cannot load {model}: {first_line(error)}",
+                hint="calibrate on the fp32 ONNX that secateur exported",
+            ) from error
+        self._input = self._session.get_inputs()[0].name
+        self._names = [
+            output.name for output in self._session.get_outputs() if output.type == "tensor(float)"
+        ]
+
+    def count(
+        self, image: Images, position: int, tensors: MutableMapping[str, TensorStatistics]
+    ) -> None:
+        """Add one image's activations to ``tensors``."""
+        try:
+            arrays = self._session.run(self._names, {self._input: image})
+        except Exception as error:  # as above
+            raise CalibrationError(
+                f"the model cannot run calibration image {position} of shape {image.shape}: "
+                f"{first_line(error)}",
+                hint="give images of the size that the model was exported for",
+            ) from error
+        activations = {self._input: image, **dict(zip(self._names, arrays, strict=True))}
+        for name, values in activations.items():
+            if values.size and not tensors.setdefault(name, TensorStatistics()).add(values):
+                raise CalibrationError(
+                    f"activation '{name}' is NaN or infinite on calibration image {position}",
+                    hint="the fp32 model itself fails there: check its weights and the input",
+                )
