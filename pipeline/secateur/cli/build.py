@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +13,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from secateur.cli.options import DEFAULT_TARGET, CacheOption, JsonOption, RecipeArgument
+from secateur.cli.options import (
+    DEFAULT_TARGET,
+    CacheOption,
+    DeviceOption,
+    JsonOption,
+    RecipeArgument,
+)
 from secateur.core.progress import shown
 
 if TYPE_CHECKING:
@@ -26,10 +33,13 @@ def build(
         list[str] | None, typer.Option("--target", "-t", help="A target; may be repeated.")
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the bundles go.")] = Path("out"),
+    device: DeviceOption = None,
     cache: CacheOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Cut, compensate, recover, lower, measure and bundle; run again to resume.
+
+    With --device, the target's engine is then built on that device and brought into the bundle.
 
     Exits 1 when a task lost more than its max_drop (the bundle is written and says so).
 
@@ -37,14 +47,21 @@ def build(
     """
     from secateur.flow.build import build as run_build
     from secateur.flow.cache import StageCache
+    from secateur.flow.engine import check_device, engine_on_device
     from secateur.flow.recipe import load_recipe
 
     loaded = load_recipe(recipe)
     command = "secateur " + shlex.join(sys.argv[1:])
     results = []
-    for name in target or [DEFAULT_TARGET]:
+    names = target or [DEFAULT_TARGET]
+    if device:
+        for name in names:
+            check_device(name, device)  # before the long work
+    for name in names:
         with shown(quiet=as_json):
             results.append(run_build(loaded, name, out, cache=StageCache(cache), command=command))
+        if device:
+            engine_on_device(results[-1].folder, device, _teller(quiet=as_json))
     if as_json:
         typer.echo(json.dumps([_json(result) for result in results], indent=2))
     else:
@@ -52,6 +69,12 @@ def build(
             print_result(result, Console())
     if any(result.manifest.accuracy.too_low for result in results):
         raise typer.Exit(1)
+
+
+def _teller(*, quiet: bool) -> Callable[[str], None]:
+    """Return what prints lines of a device on stderr, as they are."""
+    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    return (lambda _: None) if quiet else console.print
 
 
 def _json(result: BuildResult) -> dict[str, object]:
@@ -78,6 +101,8 @@ def print_result(result: BuildResult, console: Console) -> None:
     console.print(f"table     {folder / 'manifest.json'}", soft_wrap=True, highlight=False)
     for picture in ("contact_sheet.png", "savings.png"):
         console.print(f"pictures  {folder / 'pictures' / picture}", soft_wrap=True, highlight=False)
+    if (folder / "engine.json").is_file():
+        console.print(f"engine    {folder / 'model.engine'}", soft_wrap=True, highlight=False)
     console.print(f"run it    python3 {folder / 'run.py'} IMAGE", soft_wrap=True, highlight=False)
 
 
