@@ -326,7 +326,7 @@ def follow(folder: str) -> None:
             if time.monotonic() - beat > BEAT:
                 beat = time.monotonic()
                 answer(seconds=round(time.time() - began))
-            if select.select([0], [], [], 0.3)[0] and not os.read(0, BLOCK):
+            if select.select([0], [], [], 0.1)[0] and not os.read(0, BLOCK):
                 return  # the caller is gone
     ended = place / "job.json"
     answer(
