@@ -47,26 +47,34 @@ def build(
     """
     from secateur.flow.build import build as run_build
     from secateur.flow.cache import StageCache
-    from secateur.flow.engine import check_device, engine_on_device
     from secateur.flow.recipe import load_recipe
 
     loaded = load_recipe(recipe)
     command = "secateur " + shlex.join(sys.argv[1:])
-    results = []
+    results, engines = [], []
     names = target or [DEFAULT_TARGET]
     if device:
+        from secateur.flow.engine import check_device, engine_on_device
+
         for name in names:
             check_device(name, device)  # before the long work
     for name in names:
         with shown(quiet=as_json):
             results.append(run_build(loaded, name, out, cache=StageCache(cache), command=command))
         if device:
-            engine_on_device(results[-1].folder, device, _teller(quiet=as_json))
+            tell = _teller(quiet=as_json)
+            engines.append(engine_on_device(results[-1].folder, device, tell))
     if as_json:
-        typer.echo(json.dumps([_json(result) for result in results], indent=2))
+        reports = [_json(result) for result in results]
+        for report, engine in zip(reports, engines, strict=False):
+            report["engine"] = engine.model_dump(mode="json")
+        typer.echo(json.dumps(reports, indent=2))
     else:
         for result in results:
             print_result(result, Console())
+            if device:
+                file = result.folder / "model.engine"
+                Console().print(f"engine    {file}", soft_wrap=True, highlight=False)
     if any(result.manifest.accuracy.too_low for result in results):
         raise typer.Exit(1)
 
@@ -101,8 +109,6 @@ def print_result(result: BuildResult, console: Console) -> None:
     console.print(f"table     {folder / 'manifest.json'}", soft_wrap=True, highlight=False)
     for picture in ("contact_sheet.png", "savings.png"):
         console.print(f"pictures  {folder / 'pictures' / picture}", soft_wrap=True, highlight=False)
-    if (folder / "engine.json").is_file():
-        console.print(f"engine    {folder / 'model.engine'}", soft_wrap=True, highlight=False)
     console.print(f"run it    python3 {folder / 'run.py'} IMAGE", soft_wrap=True, highlight=False)
 
 

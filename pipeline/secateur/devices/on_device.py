@@ -349,7 +349,7 @@ def removed(place: Path) -> bool:
     """Remove a folder that no copy and no job works in."""
     if not place.exists():
         return True
-    copying, job = take(place / "copy.lock"), take(place / "job.lock")
+    copying, job = take(place / "copy.lock", 5), take(place / "job.lock")  # a cut copy soon ends
     if copying >= 0 and job >= 0:
         shutil.rmtree(str(place))
     for handle in (copying, job):

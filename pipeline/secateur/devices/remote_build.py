@@ -7,6 +7,7 @@ stay, a build that was begun runs on there without us and is followed from its f
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -155,7 +156,9 @@ def _failed(
         return disk_full(connection.name, f"{free:,} bytes were left when the build failed")
     if last.startswith("error: "):  # the builder's own sentence
         what = last.removeprefix("error: ")
-    elif isinstance(code, int) and code < 0:
+    elif not isinstance(code, int):
+        what = "the build was stopped there before it ended"
+    elif code < 0:
         what = f"the builder was killed by signal {-code}"
         what += ", as happens when memory runs out" * (code == -9)
     else:
@@ -172,21 +175,24 @@ def _bring(
 ) -> EngineRecord:
     """Bring the results into a folder beside the bundle's files, then rename them all."""
     waiting = into / ".from-device"
+    names = [name for name in LIMITS if name in announced]
     try:
         waiting.mkdir(exist_ok=True)
+        for name in names:
+            connection.get(key, name, waiting / name, announced[name][1], LIMITS[name])
+        record = _checked(connection.name, order, waiting, announced)
+        for name in LIMITS:  # engine.json first: it must not vouch for another engine
+            (into / name).unlink(missing_ok=True)
+        for name in reversed(names):  # engine.json last
+            (waiting / name).replace(into / name)
+        shutil.rmtree(waiting)
+    except ConnectionLost:  # what came is kept
+        raise
+    except DeviceError:
+        shutil.rmtree(waiting)
+        raise
     except OSError as error:
-        raise not_writable(waiting, error) from error
-    names = [name for name in LIMITS if name in announced]
-    for name in names:
-        connection.get(key, name, waiting / name, announced[name][1], LIMITS[name])
-    record = _checked(connection.name, order, waiting, announced)
-    for name in (RECORD, *LIMITS):  # no engine.json may vouch for another engine
-        (into / name).unlink(missing_ok=True)
-    for name in reversed(names):  # engine.json last
-        (waiting / name).replace(into / name)
-    for stray in waiting.iterdir():
-        stray.unlink()
-    waiting.rmdir()
+        raise not_writable(into, error) from error
     return record
 
 

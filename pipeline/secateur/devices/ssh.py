@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
@@ -111,10 +112,11 @@ class SshConnection(PipedConnection):
     def close(self) -> None:
         """End the shared connection."""
         if self._socket.exists():
-            subprocess.run(
-                [*self._client(), "-O", "exit", "--", self._address.host],
-                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False, timeout=10,
-            )  # fmt: skip
+            with suppress(subprocess.TimeoutExpired):
+                subprocess.run(
+                    [*self._client(), "-O", "exit", "--", self._address.host],
+                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False, timeout=10,
+                )  # fmt: skip
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _argv(self, command: str) -> list[str]:
