@@ -537,13 +537,30 @@ def test_the_whole_way_with_the_real_builder(
     recipe = make_project(tmp_path, RECIPE.replace("{epochs: 1}", "none"))
     address = f"ssh://device?python={python}"
     words = ("build", recipe, "--target", "rtx-pc", "--device", address, "--out", tmp_path / "out")
+    over = threading.Event()
+    breaker = threading.Thread(target=drop_connections, args=(device, over))
+    breaker.start()
+    code, _, err = run(capsys, *words)
+    over.set()
+    breaker.join()
+    assert code == 2 and "the connection to ssh://device was lost" in err
     code, out, err = run(capsys, *words)
     assert code in (0, 1), err  # 1: this toy may lose more than it may
+    assert "an earlier call began this build" in err and "building, process" in err
     folder = tmp_path / "out" / "rtx-pc" / "fp32"
     record = json.loads((folder / "engine.json").read_text())
-    assert str(folder / "model.engine").replace("\n", "") in out.replace("\n", "")
-    assert "building, process" in err
+    assert str(folder / "model.engine") in out.replace("\n", "")
     for name in ("model.onnx", "model.engine"):
         assert record["files"][name] == file_digest(folder / name)
     assert record["device"]["runtime"] == "tensorrt_rtx" and record["layers"] > 5
     assert device.builds() == []
+
+
+def drop_connections(device: Device, over: threading.Event) -> None:
+    """Kill sshd's side of every connection from when a build runs there."""
+    while not over.wait(0.02):
+        began = list(device.cache.glob("**/job.log"))
+        for session in psutil.Process(device.process.pid).children(recursive=True) if began else ():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if session.name().startswith("sshd"):  # not what it runs
+                    session.kill()

@@ -90,8 +90,7 @@ def build_engine(connection: Connection, order: Order, into: Path, tell: Tell) -
     except ConnectionLost:
         raise
     except (DeviceError, BuildError):
-        with suppress(DeviceError):
-            _remove(connection, key)
+        _remove(connection, key)
         raise
     _remove(connection, key)
     tell(f"model.engine: {record.bytes:,} bytes, {record.layers} layers, from {connection.name}")
@@ -229,5 +228,6 @@ def _checked(
 
 
 def _remove(connection: Connection, key: str) -> None:
-    for _ in connection.ask("remove", folder=key):
-        pass
+    """Clean up; where that fails, what is left goes with a later call (``on_device.forget``)."""
+    with suppress(DeviceError):
+        list(connection.ask("remove", folder=key))
