@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +13,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from secateur.cli.options import DEFAULT_TARGET, CacheOption, JsonOption, RecipeArgument
+from secateur.cli.options import (
+    DEFAULT_TARGET,
+    CacheOption,
+    DeviceOption,
+    JsonOption,
+    RecipeArgument,
+)
 from secateur.core.progress import shown
 
 if TYPE_CHECKING:
@@ -27,10 +33,13 @@ def build(
         list[str] | None, typer.Option("--target", "-t", help="A target; may be repeated.")
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the bundles go.")] = Path("out"),
+    device: DeviceOption = None,
     cache: CacheOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Cut, compensate, recover, lower, measure and bundle; run again to resume.
+
+    With --device, the target's engine is then built on that device and brought into the bundle.
 
     Exits 1 when a task lost more than its max_drop (the bundle is written and says so).
 
@@ -42,17 +51,38 @@ def build(
 
     loaded = load_recipe(recipe)
     command = "secateur " + shlex.join(sys.argv[1:])
-    results = []
-    for name in target or [DEFAULT_TARGET]:
+    results, engines = [], []
+    names = target or [DEFAULT_TARGET]
+    if device:
+        from secateur.flow.engine import check_device, engine_on_device
+
+        for name in names:
+            check_device(name, device)  # before the long work
+    for name in names:
         with shown(quiet=as_json):
             results.append(run_build(loaded, name, out, cache=StageCache(cache), command=command))
+        if device:
+            tell = _teller(quiet=as_json)
+            engines.append(engine_on_device(results[-1].folder, device, tell))
     if as_json:
-        typer.echo(json.dumps([_json(result) for result in results], indent=2))
+        reports = [_json(result) for result in results]
+        for report, engine in zip(reports, engines, strict=False):
+            report["engine"] = engine.model_dump(mode="json")
+        typer.echo(json.dumps(reports, indent=2))
     else:
         for result in results:
             print_result(result, Console())
+            if device:
+                file = result.folder / "model.engine"
+                Console().print(f"engine    {file}", soft_wrap=True, highlight=False)
     if any(result.manifest.accuracy.too_low for result in results):
         raise typer.Exit(1)
+
+
+def _teller(*, quiet: bool) -> Callable[[str], None]:
+    """Return what prints lines of a device on stderr, as they are."""
+    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    return (lambda _: None) if quiet else console.print
 
 
 def _json(result: BuildResult) -> dict[str, object]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+from dataclasses import asdict
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from secateur.cli.options import JsonOption
+from secateur.cli.options import DeviceOption, JsonOption
+from secateur.core.errors import ConnectionLost, DeviceError
 from secateur.devices.host import host_facts, library_versions
 from secateur.devices.target import load_target, target_names
 
@@ -19,11 +22,16 @@ OPTIONAL = {
 }
 
 
-def doctor(as_json: JsonOption = False) -> None:
+def doctor(device: DeviceOption = None, as_json: JsonOption = False) -> None:
     """What this machine can build and run, and what is missing, with the command that fixes it.
+
+    With --device: what that device is, and whether engines can be built there.
 
     Example: secateur doctor
     """
+    if device:
+        _examine(device, as_json)
+        return
     missing = {
         name: {"for": purpose, "fix": fix}
         for name, (purpose, fix) in OPTIONAL.items()
@@ -49,3 +57,34 @@ def doctor(as_json: JsonOption = False) -> None:
     if not data:
         console.print("SECATEUR_DATA is not set; recipes on real data need it: "
                       "export SECATEUR_DATA=/path/to/data")  # fmt: skip
+
+
+def _examine(device: str, as_json: bool) -> None:
+    """Print what a device is; unknown facts are named as such."""
+    from secateur.devices.connect import connect
+    from secateur.devices.probe import target_of
+    from secateur.devices.remote_probe import probe, probe_python
+
+    with connect(device) as connection:
+        facts, python, problem = probe(connection), None, None
+        try:
+            python = probe_python(connection)
+        except ConnectionLost:
+            raise
+        except DeviceError as error:  # a device without Python is still a device
+            problem = error
+        name = connection.name
+    target = target_of(facts, map(load_target, target_names()))
+    report = {"device": name, "target": target.name if target else None, **asdict(facts),
+              "python": asdict(python) if python else None,
+              "python_problem": str(problem) if problem else None}  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps(report, indent=2, default=sorted))  # a set of CPU features
+        return
+    table = Table("fact", "value")
+    for key, value in report.items():
+        shown = ("none" if key == "python_problem" else "unknown") if value in (None, ()) else value
+        table.add_row(
+            key, escape(shown if isinstance(shown, str) else json.dumps(shown, default=sorted))
+        )
+    Console().print(table)

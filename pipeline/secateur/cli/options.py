@@ -16,4 +16,8 @@ CacheOption = Annotated[
     Path | None,
     typer.Option("--cache", help="Folder of finished stages (default: $SECATEUR_CACHE)."),
 ]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(help="A device: local, or ssh://[user@]host[:port][?python=/path/to/python3]."),
+]
 DEFAULT_TARGET = "x86-64-cpu"

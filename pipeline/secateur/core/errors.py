@@ -11,7 +11,8 @@
     ├── RuntimeMissing      an optional library is not installed
     ├── BuildError          lowering or export failed
     ├── VerifyError         a finished bundle is worse than it may be   (exit 1)
-    ├── DeviceError         a target or a device is unknown or unreachable
+    ├── DeviceError         a target or a device is unknown or unfit
+    │   └── ConnectionLost  a device cannot be reached, or not any more
     ├── LibraryError        the library of earlier cuts, an entry or an archive cannot be used
     └── BundleError         a bundle is incomplete, altered or unwritable
 
@@ -76,7 +77,11 @@ class VerifyError(SecateurError):
 
 
 class DeviceError(SecateurError):
-    """A target profile or a device is unknown or cannot be reached."""
+    """A target profile or a device is unknown or unfit for what is asked of it."""
+
+
+class ConnectionLost(DeviceError):
+    """A device cannot be reached, or not any more; what was begun there can be resumed."""
 
 
 class LibraryError(SecateurError):

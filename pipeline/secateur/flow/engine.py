@@ -1,0 +1,80 @@
+"""From a bundle to its engine: whether a device fits the target, then the build there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from secateur.bundle.read import check_files, read_bundle
+from secateur.core.errors import DeviceError
+from secateur.devices.connect import connect
+from secateur.devices.connection import Connection
+from secateur.devices.remote_build import BUILDER, EngineRecord, Order, Tell, build_engine
+from secateur.devices.remote_probe import check_python, probe, probe_python
+from secateur.devices.target import Target, load_target, target_names
+
+_NEEDED = (BUILDER, "model.onnx", "nodes.json")
+_EARLIER = "timing.cache"  # of an earlier build: makes the next one faster
+
+
+def check_device(target_name: str, device: str) -> None:
+    """Check that an engine of that target can be built on the device, before any long work.
+
+    Raises:
+        DeviceError: the target has no engine, or the device is another one, cannot be reached, or
+            lacks the target's TensorRT.
+    """
+    target = load_target(target_name)
+    runtime = _engine_runtime(target)
+    with connect(device) as connection:
+        _check_fits(target, connection)
+        check_python(probe_python(connection), connection.name, runtime)
+
+
+def engine_on_device(folder: Path, device: str, tell: Tell) -> EngineRecord:
+    """Build a bundle's engine on the device it is for, and bring it into the bundle's folder.
+
+    Raises:
+        BundleError, VerifyError: the bundle is not whole.
+        DeviceError, BuildError: see ``remote_build.build_engine``.
+    """
+    manifest = read_bundle(folder)
+    check_files(folder, manifest)
+    target = load_target(manifest.device)
+    runtime = _engine_runtime(target)
+    # not manifest.json: its times change with every call, and equal orders must stay equal
+    names = [*_NEEDED, *([_EARLIER] if (folder / _EARLIER).is_file() else [])]
+    missing = [name for name in _NEEDED if name not in manifest.files]
+    if missing:
+        raise DeviceError(
+            f"{folder} has no {missing[0]}, which builds its engine",
+            hint="build the bundle again with this version",
+        )
+    with connect(device) as connection:
+        _check_fits(target, connection)
+        order = Order({name: folder / name for name in names}, runtime)
+        return build_engine(connection, order, folder, tell)
+
+
+def _engine_runtime(target: Target) -> str:
+    if target.engine_runtime is None:
+        able = [name for name in target_names() if load_target(name).engine_runtime]
+        raise DeviceError(
+            f"{target.name} has no engine that is built on a device",
+            hint=f"leave out --device, or choose a target with one: {', '.join(able)}",
+        )
+    return target.engine_runtime
+
+
+def _check_fits(target: Target, connection: Connection) -> None:
+    facts = probe(connection)
+    pairs = (
+        ("processor", facts.arch, (target.arch,)),
+        ("module", facts.module, target.modules),
+    )
+    for what, found, wanted in pairs:
+        if wanted and found is not None and found not in wanted:
+            raise DeviceError(
+                f"{connection.name} is not a {target.name}: its {what} is {found}, expected "
+                f"{' or '.join(wanted)}",
+                hint="choose the target it is (`secateur doctor --device …` says what is known)",
+            )
