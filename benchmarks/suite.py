@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from secateur.devices.host import host_facts, library_versions
 RESULTS = Path(__file__).resolve().parent / "results"
 # Of a manifest: what repeats files of the repository, and paths of the machine.
 LEFT_OUT: Any = {"recipe": True, "files": True, "data": {"eval_root"}}
+# Builds of a suite add to a library of their own, not to the user's.
+os.environ.setdefault("SECATEUR_LIBRARY", str(RESULTS.parents[1] / "out" / "library"))
 
 
 @dataclass(frozen=True)

@@ -22,15 +22,21 @@ def demo(
 ) -> None:
     """The whole job on the embedded model and rendered rooms; names the bundle and its pictures.
 
+    The cut is added to a library of its own in that folder, not to yours. Exits 1 when a task lost
+    more than its max_drop.
+
     Example: secateur demo --out out/demo
     """
     from secateur.flow.build import build as run_build
     from secateur.flow.cache import StageCache
-    from secateur.flow.recipe import load_recipe
+    from secateur.flow.recipe import LibrarySpec, load_recipe
 
     recipe = load_recipe(shipped("examples") / "scenes.yaml")
+    recipe = recipe.model_copy(update={"library": LibrarySpec(path=out / "library")})
     with shown():
         result = run_build(
             recipe, DEFAULT_TARGET, out, cache=StageCache(cache), command="secateur demo"
         )
     print_result(result, Console())
+    if result.manifest.accuracy.too_low:
+        raise typer.Exit(1)
