@@ -120,6 +120,26 @@ def test_a_task_below_its_max_drop_fails_verification(capsys, bundle: Path) -> N
     assert code == 1 and "task 'depth' lost" in stderr
 
 
+def test_run_py_without_its_libraries_says_what_to_install(bundle: Path) -> None:
+    bare = [sys.executable, "-I", "-S", bundle / "run.py", "image.png"]  # -S: no site-packages
+    done = subprocess.run(bare, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert "pip install numpy opencv-python-headless" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_images_of_one_name_get_results_of_their_own(bundle: Path, tmp_path: Path) -> None:
+    images = []
+    for folder, level in (("left", 0), ("right", 255)):
+        (tmp_path / folder).mkdir()
+        images.append(tmp_path / folder / "0001.png")
+        cv2.imwrite(str(images[-1]), np.full((32, 48, 3), level, np.uint8))
+    command = [sys.executable, bundle / "run.py", *images, "--out", tmp_path / "out"]
+    subprocess.run(command, check=True, capture_output=True)
+    left, right = (np.load(tmp_path / "out" / name) for name in ("0001.npz", "0001-2.npz"))
+    assert all(not np.array_equal(left[name], right[name]) for name in left.files)
+
+
 def test_the_runner_refuses_another_model(bundle: Path) -> None:
     (bundle / "model.onnx").write_bytes(b"another")
     command = [sys.executable, bundle / "run.py", "image.png"]

@@ -18,8 +18,14 @@ import sys
 import time
 from pathlib import Path
 
-import cv2
-import numpy as np
+try:
+    import cv2
+    import numpy as np
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    print(f"error: {error}: pip install numpy opencv-python-headless", file=sys.stderr)
+    sys.exit(2)
 
 from secateur.bundle.engine_errors import EngineProblem
 from secateur.bundle.engine_run import EngineSession, has_engine
@@ -131,6 +137,18 @@ def read_rgb(path):
     return np.ascontiguousarray(image[:, :, ::-1])
 
 
+def result_files(images, out):
+    """One file in ``out`` per image, by its name; further images of a name are numbered."""
+    found = []
+    for path in images:
+        target, number = out / f"{path.stem}.npz", 1
+        while target in found:
+            number += 1
+            target = out / f"{path.stem}-{number}.npz"
+        found.append(target)
+    return found
+
+
 def main(arguments=None):
     line = argparse.ArgumentParser(description="Run this bundle on images.")
     line.add_argument("images", nargs="+", type=Path)
@@ -146,7 +164,7 @@ def main(arguments=None):
         for note in runner.session.notes:
             print(f"note: {note}", file=sys.stderr)
         options.out.mkdir(parents=True, exist_ok=True)
-        for path in options.images:
+        for path, target in zip(options.images, result_files(options.images, options.out)):
             start = time.perf_counter()
             image = read_rgb(path)
             outputs = runner.predict(image)
@@ -154,7 +172,6 @@ def main(arguments=None):
             if options.full_size:
                 decoded = runner.decode(outputs, image.shape[:2])
                 arrays.update({f"{name}_decoded": array for name, array in decoded.items()})
-            target = options.out / f"{path.stem}.npz"
             np.savez_compressed(target, **arrays)
             shapes = {name: list(array.shape) for name, array in arrays.items()}
             row = {"image": str(path), "out": str(target), "outputs": shapes,
