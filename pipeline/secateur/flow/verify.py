@@ -24,6 +24,7 @@ from secateur.metrics.kind import kind_of
 from secateur.runtimes.base import Session, runtime_of
 
 PARITY_TOLERANCE = 1e-3  # of each output's range; other CPUs add in another order
+ROUNDING = 2  # times what a lower precision was off when it was built: other CPUs round otherwise
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,23 @@ def _parity(folder: Path, manifest: Manifest, session: Session) -> dict[str, Par
         wanted = {task.name: stored[f"output/{task.name}"] for task in manifest.tasks}
     outputs = session.run(preprocess(image, manifest.input.model_dump()))
     try:
-        return compare_outputs(wanted, outputs, tolerance=PARITY_TOLERANCE)
+        if manifest.precision == "fp32":
+            return compare_outputs(wanted, outputs, tolerance=PARITY_TOLERANCE)
+        parity = compare_outputs(wanted, outputs)
     except BuildError as error:
         raise VerifyError(
             error.message, hint="this runtime does not reproduce the model"
         ) from error
+    for task, found in parity.items():
+        allowed = ROUNDING * manifest.parity[task]["max_abs_difference"]
+        if not found.max_abs_difference <= allowed + PARITY_TOLERANCE * found.output_range:
+            raise VerifyError(
+                f"task '{task}' is off by {found.max_abs_difference:.3g} from fp32, "
+                f"{allowed / ROUNDING:.3g} when it was built",
+                hint="this runtime rounds otherwise than the one it was built with; try "
+                "`secateur diagnose`",
+            )
+    return parity
 
 
 def _accuracy(

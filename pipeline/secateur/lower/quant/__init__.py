@@ -16,7 +16,14 @@ from secateur.lower.quant.table import (
     calibrate,
     table_of,
 )
-from secateur.lower.quant.units import Unit, find_units, node_macs, plan_assigned, resolve_pins
+from secateur.lower.quant.units import (
+    Unit,
+    find_units,
+    macs_share,
+    node_modules,
+    plan_assigned,
+    resolve_pins,
+)
 from secateur.lower.quant.writer import emit
 
 __all__ = [
@@ -34,7 +41,8 @@ __all__ = [
     "emit",
     "find_units",
     "guard",
-    "node_macs",
+    "macs_share",
+    "node_modules",
     "observe",
     "onnxruntime_arm",
     "onnxruntime_x86",

@@ -15,7 +15,7 @@ from onnx import NodeProto
 from secateur.core.errors import RecipeError
 from secateur.lower.export import MODULE_KEY
 from secateur.lower.quant.graph import FUSED_ACTIVATIONS, WEIGHTED, Graph
-from secateur.lower.quant.plan import Precision, QuantPlan, plan_quant
+from secateur.lower.quant.plan import PRECISIONS, Precision, QuantPlan, plan_quant
 from secateur.lower.quant.table import CalibrationTable
 
 
@@ -46,7 +46,7 @@ def find_units(model: Path, plan: QuantPlan) -> tuple[Unit, ...]:
     ends = _ends_of_heads(graph)
     return tuple(
         Unit(
-            name, module_of(node), node.op_type, macs := _macs(graph, node, shapes),
+            name, _module_of(node), node.op_type, macs := _macs(graph, node, shapes),
             macs + math.prod(shapes.get(node.output[0], ())), name in ends,
         )
         for name, node in graph.nodes.items()
@@ -71,16 +71,23 @@ def plan_assigned(
     return plan_quant(model, table, {**named, **pins}, default=carrier, carrier=carrier)
 
 
-def node_macs(model: Path) -> dict[str, int]:
-    """Return the multiply-accumulates of one image per node that has any."""
+def macs_share(model: Path, plan: QuantPlan) -> dict[Precision, float]:
+    """Return the share of the model's MACs that is computed in each precision."""
     proto = onnx.load(model)
     graph, shapes = Graph(proto), _shapes(proto)
-    counted = {name: _macs(graph, node, shapes) for name, node in graph.nodes.items()}
-    return {name: macs for name, macs in counted.items() if macs}
+    sums: dict[Precision, int] = dict.fromkeys(PRECISIONS, 0)
+    for name, node in graph.nodes.items():
+        sums[plan.precisions[name]] += _macs(graph, node, shapes)
+    total = sum(sums.values()) or 1
+    return {precision: macs / total for precision, macs in sums.items()}
 
 
-def module_of(node: NodeProto) -> str:
-    """Return the torch module that a node of an exported model comes from, "" where unknown."""
+def node_modules(model: Path) -> dict[str, str]:
+    """Return, in the order of the graph, each node's torch module, "" where unknown."""
+    return {node.name: _module_of(node) for node in onnx.load(model).graph.node}
+
+
+def _module_of(node: NodeProto) -> str:
     return next((str(m.value) for m in node.metadata_props if m.key == MODULE_KEY), "")
 
 
@@ -93,7 +100,7 @@ def resolve_pins(model: Path, pins: Mapping[str, Precision]) -> dict[str, Precis
     Raises:
         RecipeError: no node and no module has a name of ``pins``.
     """
-    nodes = {node.name: module_of(node) for node in onnx.load(model).graph.node}
+    nodes = node_modules(model)
     found: dict[str, Precision] = {}
     for pin in sorted(pins, key=lambda name: (name in nodes, len(name))):
         inside = [pin] if pin in nodes else [
