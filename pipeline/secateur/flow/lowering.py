@@ -26,6 +26,7 @@ from secateur.flow.job import Job
 from secateur.flow.stages import Cut, change, exported, session_accuracy, too_low, torch_accuracy
 from secateur.flow.trials import Trials, dialect_of
 from secateur.lower.quant import (
+    ActivationStatistics,
     CalibrationSettings,
     CalibrationTable,
     Dialect,
@@ -33,14 +34,15 @@ from secateur.lower.quant import (
     Precision,
     QuantPlan,
     Unit,
-    calibrate,
     emit,
     find_units,
     guard,
     macs_share,
     node_modules,
+    observe,
     plan_assigned,
     resolve_pins,
+    table_of,
 )
 from secateur.metrics.delta import Delta
 from secateur.runtimes.base import runtime_of
@@ -80,10 +82,11 @@ class Lowered:
 
 @dataclass(frozen=True)
 class _Base:
-    """What ``units`` may be lowered from: the precision of every node, and of their neighbours."""
+    """What is lowered: every node's precision, the float type between, the ranges to go by."""
 
     precisions: Mapping[str, Precision]
     carrier: Literal["fp32", "fp16"]
+    table: CalibrationTable
 
 
 @dataclass(frozen=True)
@@ -141,15 +144,18 @@ class Lowering:
     def _to_fp16(self) -> _Found:
         # CPUs run int8 among fp32 alone, and a pin may ask for int8 here, too.
         mixed = "int8" in self.pins.values() and not self.on_gpu
-        return self._lower("fp16", _Base(self._all_fp32, "fp32" if mixed else "fp16"))
+        # Not the calibrator's ranges: a peak that int8 may clip overflows in fp16.
+        table = table_of(self._statistics, "minmax")
+        return self._lower("fp16", _Base(self._all_fp32, "fp32" if mixed else "fp16", table))
 
     def _to_int8(self) -> _Found:
+        table = table_of(self._statistics, self.wanted.calibrator)
         if self.on_gpu:
             half = self._to_fp16()
             if all(search.passed for search in half.searches):
-                found = self._lower("int8", _Base(half.plan.precisions, "fp16"))
+                found = self._lower("int8", _Base(half.plan.precisions, "fp16", table))
                 return _Found(found.plan, (*half.searches, *found.searches))
-        return self._lower("int8", _Base(self._all_fp32, "fp32"))
+        return self._lower("int8", _Base(self._all_fp32, "fp32", table))
 
     def _lower(self, low: Precision, base: _Base) -> _Found:
         """Take to ``low`` what can be taken there and need not stay as it is in ``base``."""
@@ -178,7 +184,7 @@ class Lowering:
 
     def _plan(self, precisions: Mapping[str, Precision], base: _Base) -> QuantPlan:
         named = {**base.precisions, **precisions}
-        return plan_assigned(self.model, self._table, named, self.pins, base.carrier)
+        return plan_assigned(self.model, base.table, named, self.pins, base.carrier)
 
     def _sensitivity(
         self, low: Precision, base: _Base, units: tuple[Unit, ...]
@@ -195,7 +201,7 @@ class Lowering:
                     found[task][unit.name] = noise
             return found
 
-        key = (asdict(self._table), repr(self.trials.dialect), low, asdict(base), self.pins,
+        key = (repr(self.trials.dialect), low, asdict(base), self.pins,
                [unit.name for unit in units])  # fmt: skip
         sensitivity: dict[str, dict[str, float]] = self.job.cache.json("sensitivity", key, measured)
         return sensitivity
@@ -211,8 +217,8 @@ class Lowering:
         return CalibrationSettings(images).choose(len(self.job.train))
 
     @cached_property
-    def _table(self) -> CalibrationTable:
-        """The ranges of activations; a calibration that was stopped goes on."""
+    def _statistics(self) -> ActivationStatistics:
+        """What activations were seen; a calibration that was stopped goes on."""
         job, chosen = self.job, self._chosen
 
         def read() -> Iterator[NDArray[np.float32]]:
@@ -223,7 +229,7 @@ class Lowering:
 
         key = (file_sha256(self.model), job.train.fingerprint, asdict(job.spec), chosen)
         state = job.cache.folder("calibration", *key) / "statistics.npz"
-        return calibrate(self.model, read, self.wanted.calibrator, state=state)
+        return observe(self.model, read, state=state)
 
     def _report(self, found: _Found) -> dict[str, Any]:
         """Say what became of every node, and what to pin to get the same again."""
@@ -233,8 +239,8 @@ class Lowering:
         return {
             "dialect": self.trials.dialect.name,
             "calibrator": plan.calibrator,
-            "images": self._table.images,
-            "images_digest": self._table.images_digest,
+            "images": self._statistics.images,
+            "images_digest": self._statistics.images_digest,
             "carrier": plan.carrier,
             "nodes": dict(Counter(plan.precisions.values())),
             "macs_share": macs_share(self.model, plan),

@@ -1,6 +1,6 @@
 """Lower precisions: calibrate, plan the precision of every node, write it for one runtime."""
 
-from secateur.lower.quant.activations import observe
+from secateur.lower.quant.activations import ActivationStatistics, observe
 from secateur.lower.quant.dialect import (
     TENSORRT,
     Dialect,
@@ -9,7 +9,7 @@ from secateur.lower.quant.dialect import (
     onnxruntime_x86,
 )
 from secateur.lower.quant.guard import Guarded, guard
-from secateur.lower.quant.plan import PRECISIONS, Precision, QuantPlan, plan_quant
+from secateur.lower.quant.plan import PRECISIONS, Precision, QuantPlan, overflowing, plan_quant
 from secateur.lower.quant.table import (
     CalibrationSettings,
     CalibrationTable,
@@ -29,6 +29,7 @@ from secateur.lower.quant.writer import emit
 __all__ = [
     "PRECISIONS",
     "TENSORRT",
+    "ActivationStatistics",
     "CalibrationSettings",
     "CalibrationTable",
     "Dialect",
@@ -46,6 +47,7 @@ __all__ = [
     "observe",
     "onnxruntime_arm",
     "onnxruntime_x86",
+    "overflowing",
     "plan_assigned",
     "plan_quant",
     "resolve_pins",
