@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from secateur.lower.quant.bisect import bisect_noise
 from secateur.lower.quant.guard import Assignment, Guarded, guard
 from secateur.lower.quant.units import Unit
 
@@ -138,3 +139,36 @@ def test_whatever_the_judge_the_result_passes_within_the_evaluations(data: st.Da
             if unit.name in high and not unit.ends_head and unit.cost >= sum(costs) / 1000 > 0:
                 change = additive(damage)({**result.assignment, unit.name: "int8"})
                 assert any(-change[task] > limits[task] for task in tasks)
+
+
+# -- bisection
+
+
+@given(st.data())
+def test_bisection_finds_every_loud_node_and_no_quiet_one(data: st.DataObject) -> None:
+    names = [f"n{i}" for i in range(data.draw(st.integers(1, 80)))]
+    loud = data.draw(st.lists(st.sampled_from(names), min_size=1, max_size=3, unique=True))
+    task_of = {name: data.draw(st.sampled_from(["seg", "depth"])) for name in loud}
+    asked = []
+
+    def noise(part: Sequence[str]) -> dict[str, float]:
+        asked.append(tuple(part))
+        return {task: 1e-6 * len(part) + sum(task_of.get(name) == task for name in part)
+                for task in ("seg", "depth")}  # fmt: skip
+
+    found = bisect_noise(names, noise)
+    named = {culprit.nodes[0]: culprit.task for culprit in found.culprits}
+    assert named == task_of and len(asked) == found.evaluations <= 64
+    assert {culprit.nodes for culprit in found.culprits} == {(name,) for name in loud}
+
+
+def test_bisection_stops_when_it_has_asked_enough() -> None:
+    names = [f"n{i}" for i in range(64)]
+    found = bisect_noise(names, lambda part: {"seg": float(len(part))}, least=0.0, evaluations=9)
+    assert found.evaluations == 9
+    assert sorted(name for c in found.culprits for name in c.nodes) == sorted(names)
+
+
+def test_without_an_error_nothing_is_blamed() -> None:
+    assert bisect_noise(["a", "b"], lambda part: {"seg": 0.0}).culprits == ()
+    assert bisect_noise([], lambda part: {"seg": 0.0}).culprits == ()

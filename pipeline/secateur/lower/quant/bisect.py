@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 Noise = Mapping[str, float]
 
+QUIET = 1e-4  # error power (40 dB below the output) that no task minds
 LEAST_SHARE = 0.05  # of the whole error of some task: less is not followed
 EVALUATIONS = 64
 
@@ -42,7 +43,7 @@ def bisect_noise(
     least: float = LEAST_SHARE,
     evaluations: int = EVALUATIONS,
 ) -> Bisection:
-    """Find the nodes with a share of at least ``least`` in some task's error.
+    """Find the nodes with a share of at least ``least`` in some task's error, unless it is QUIET.
 
     ``noise(part)`` gives per task the error power when only ``part`` is lowered. Errors of
     different nodes are nearly independent, so their powers add up and a half that is quiet holds
@@ -51,7 +52,7 @@ def bisect_noise(
     """
     whole = noise(nodes)
     asked, found = 1, []
-    waiting = [(-1.0, 0, len(nodes), whole)] if any(whole.values()) and nodes else []
+    waiting = [(-1.0, 0, len(nodes), whole)] if max(whole.values(), default=0) > QUIET else []
     while waiting:
         _, first, last, own = heapq.heappop(waiting)
         if last - first == 1 or asked + 2 > evaluations:
@@ -68,6 +69,6 @@ def bisect_noise(
 
 
 def _culprit(nodes: Sequence[str], own: Noise, whole: Noise) -> Culprit:
-    shares = {task: own[task] / power if power else 0.0 for task, power in whole.items()}
+    shares = {task: own[task] / power for task, power in whole.items() if power > QUIET}
     task = max(shares, key=lambda name: shares[name])
     return Culprit(tuple(nodes), own, task, shares[task])
