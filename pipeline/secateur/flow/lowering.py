@@ -61,8 +61,7 @@ class Quantised:
 
     def to_json(self) -> dict[str, Any]:
         """Return what `diagnose` needs to write the file again."""
-        dialect = {"name": self.dialect.name, "weight_limit": self.dialect.weight_limit}
-        return {"dialect": dialect, "plan": self.plan.to_json()}
+        return {"dialect": self.dialect.mark(), "plan": self.plan.to_json()}
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,7 @@ class Lowering:
         found = self._to_fp16() if precision == "fp16" else self._to_int8()
         seconds = round(time.monotonic() - start, 1)
         plan, dialect = found.plan, self.trials.dialect
-        path = self.job.cache.folder("lowered", plan.to_json(), repr(dialect)) / "model.onnx"
+        path = self.job.cache.folder("lowered", plan.to_json(), dialect.mark()) / "model.onnx"
         if not path.exists():
             emit(self.model, plan, dialect, path)
         report = {**self._report(found), "seconds": seconds}
@@ -201,7 +200,7 @@ class Lowering:
                     found[task][unit.name] = noise
             return found
 
-        key = (repr(self.trials.dialect), low, asdict(base), self.pins,
+        key = (self.trials.dialect.mark(), low, asdict(base), self.pins,
                [unit.name for unit in units])  # fmt: skip
         sensitivity: dict[str, dict[str, float]] = self.job.cache.json("sensitivity", key, measured)
         return sensitivity

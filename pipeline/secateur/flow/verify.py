@@ -126,7 +126,7 @@ def higher_is_better(manifest: Manifest) -> dict[str, Mapping[str, bool]]:
 def _guard(manifest: Manifest, change: Delta) -> None:
     for task in manifest.tasks:
         drop = -change.per_task[task.name]
-        if task.max_drop is not None and drop > task.max_drop:
+        if task.max_drop is not None and not drop <= task.max_drop:
             raise VerifyError(
                 f"task '{task.name}' lost {drop:.2f} % against the parent, allowed "
                 f"{task.max_drop:g} %",

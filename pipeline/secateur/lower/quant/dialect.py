@@ -38,6 +38,10 @@ class Dialect:
     int32_bias: bool = False
     fuses_residual: bool = False
 
+    def mark(self) -> dict[str, str | int]:
+        """Return what ``dialect_named`` makes it again from."""
+        return {"name": self.name, "weight_limit": self.weight_limit}
+
     def grid(self, limits: Range, *, fp16: bool = False) -> tuple[float, Integers]:
         """Return the scale and the zero point that reach ``limits`` and keep 0 exact.
 
