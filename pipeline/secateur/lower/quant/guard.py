@@ -2,9 +2,9 @@
 
 A search over which units stay in high precision. Sensitivities, measured one unit at a time, give
 an order; the tasks' own metrics judge. Along an order the shortest prefix that passes is found by
-doubling and bisection; then units are released one by one, the most expensive first. Sorting by
-sensitivity and bisecting is the search of HAWQ's and AIMET's mixed precision, here with one limit
-per task instead of one figure for the network.
+doubling and bisection; then units are released one by one, the most expensive first, and the cheap
+ones together. Ranking layers by sensitivity is what HAWQ's and AIMET's mixed precision do; here
+there is a limit per task instead of one figure for the network.
 """
 
 from __future__ import annotations
@@ -131,14 +131,16 @@ class _Search:
         return start | set(order[:length])
 
     def released(self, kept: frozenset[str], protected: frozenset[str]) -> frozenset[str]:
-        """Return what passes, too, with the most expensive units given up one after another."""
+        """Return what passes, too, with the most expensive units given up one after another.
+
+        The cheap ones are then given up together, or not at all.
+        """
         least = WORTH_RELEASING * sum(self._costs.values())
-        for name in sorted(kept - protected, key=lambda name: -self._costs[name]):
-            if self._costs[name] < least:
-                break
+        cheap = {name for name in kept - protected if self._costs[name] < least}
+        for name in sorted(kept - protected - cheap, key=lambda name: -self._costs[name]):
             if self.passes(kept - {name}):
                 kept = kept - {name}
-        return kept
+        return kept - cheap if self.passes(kept - cheap) else kept
 
     def result(self, kept: frozenset[str], why: Mapping[str, str]) -> Guarded:
         return Guarded(
