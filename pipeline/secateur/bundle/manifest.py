@@ -47,12 +47,14 @@ class FileRecord(_Strict):
 class Accuracy(_Strict):
     """Per task and metric: the parent, the cut before recovery, and the model as shipped.
 
+    ``pruned`` is the cut in fp32 where it ships in a lower precision, else None.
     ``change_percent`` is the shipped model against the parent, per task; its mean is ΔT.
     """
 
     images: int
     parent: Metrics
     before_recovery: Metrics
+    pruned: Metrics | None = None
     shipped: Metrics
     change_percent: dict[str, float]
     delta_t: float
@@ -88,6 +90,8 @@ class Manifest(_Strict):
     cost: Cost
     accuracy: Accuracy
     parity: dict[str, dict[str, float]]
+    quantisation: dict[str, Any] | None = None  # what stayed in high precision, and why
+    precision_choice: dict[str, Any] | None = None  # of mode auto
     latency_ms: dict[str, Any]
     seconds: dict[str, float]
     versions: dict[str, str]

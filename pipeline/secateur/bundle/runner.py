@@ -79,9 +79,11 @@ class OnnxSession:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
+        # The pass named here breaks int8 between fp16 nodes (ONNX Runtime 1.31).
         self.session = onnxruntime.InferenceSession(
-            data, options, providers=["CPUExecutionProvider"]
-        )
+            data, options, providers=["CPUExecutionProvider"],
+            disabled_optimizers=["WeightBiasQuantization"],
+        )  # fmt: skip
         self.input_name, self.notes = input_name, []
         self.outputs = [output.name for output in self.session.get_outputs()]
 

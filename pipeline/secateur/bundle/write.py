@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,6 +19,7 @@ from secateur.core.files import atomic_path, file_sha256, not_writable, write_js
 
 CHECK_FILE = "check.npz"
 PICTURES = "pictures/*.png"
+FP32_FILE, QUANT_FILE = ORIGIN_FILES = ("fp32.onnx", "quant.json")  # of lower precisions
 BUILDER_FILES = ("build_engine.py", "nodes.json")  # of targets with a GPU
 
 
@@ -36,10 +38,26 @@ def write_runner(folder: Path) -> None:
     write_text(folder / "run.py", stand_alone(runner))
 
 
+def write_origin(folder: Path, fp32: Path, plan: Mapping[str, Any] | None) -> None:
+    """Write what a lower precision was made from, for `diagnose`; the runner reads none of it.
+
+    Without a ``plan`` the model is in fp32, and files of an earlier build are taken away.
+    """
+    if plan is None:
+        for name in ORIGIN_FILES:
+            (folder / name).unlink(missing_ok=True)
+        return
+    with atomic_path(folder / FP32_FILE) as temporary:
+        temporary.write_bytes(fp32.read_bytes())
+    write_json(folder / QUANT_FILE, plan)
+
+
 def file_records(folder: Path) -> dict[str, FileRecord]:
     """Return the digest and size of every file of the bundle, whatever else lies beside them."""
     wanted = [folder / name for name in REQUIRED_FILES]
-    wanted += [folder / name for name in BUILDER_FILES if (folder / name).exists()]
+    wanted += [
+        folder / name for name in (*BUILDER_FILES, *ORIGIN_FILES) if (folder / name).exists()
+    ]
     return {
         path.relative_to(folder).as_posix(): FileRecord(
             sha256=file_sha256(path), bytes=path.stat().st_size

@@ -102,6 +102,8 @@ def print_result(result: BuildResult, console: Console) -> None:
         f"{accuracy.delta_t_before_recovery:+.2f} %; on {accuracy.images} images",
         highlight=False,
     )
+    for line in _precision_lines(manifest):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
     for task in accuracy.too_low:
         console.print(f"[bold red]task '{task}' lost more than its max_drop allows[/]")
     folder = result.folder
@@ -115,6 +117,32 @@ def print_result(result: BuildResult, console: Console) -> None:
     for picture in ("contact_sheet.png", "savings.png"):
         console.print(f"pictures  {folder / 'pictures' / picture}", soft_wrap=True, highlight=False)
     console.print(f"run it    python3 {folder / 'run.py'} IMAGE", soft_wrap=True, highlight=False)
+
+
+def _precision_lines(manifest: Manifest) -> list[str]:
+    """Say what stayed in high precision and why, as a block to pin, and why this precision."""
+    lines = []
+    if manifest.precision_choice:
+        lines.append(f"precision {manifest.precision}: {manifest.precision_choice['why']}")
+    found = manifest.quantisation
+    if found is None:
+        return lines
+    shares = ", ".join(
+        f"{share:.1%} {name}" for name, share in found["macs_share"].items() if share
+    )
+    lines.append(f"MACs      {shares}; {found['calibrator']} of {found['images']} images")
+    if found["guard"]:
+        outcome = "passed" if found["guard"]["passed"] else "found nothing that passes"
+        lines.append(f"guard     {outcome}, {found['guard']['evaluations']} evaluations")
+    why = {row["node"]: f"{row['module'] or 'no module'}: {row['why']}" for row in found["kept"]}
+    if found["pin"]:
+        lines.append("to keep this, write into the recipe:\nprecision:\n  pin:")
+        lines += [f"    {node}: {precision}" + (f"  # {why[node]}" if node in why else "")
+                  for node, precision in found["pin"].items()]  # fmt: skip
+    latency = manifest.latency_ms
+    if latency and latency["cut"]["median_ms"] > latency["cut_fp32"]["median_ms"]:
+        lines.append(f"{manifest.precision} is slower than fp32 here: mode auto would not take it")
+    return lines
 
 
 def _start(warm: Mapping[str, Any]) -> str:

@@ -49,6 +49,15 @@ def temperature_c() -> float | None:
     return max(readings, default=None)
 
 
+def cpu_flags() -> frozenset[str]:
+    """Return the instruction sets that Linux says this CPU has; none where it does not say."""
+    for line in (_read(Path("/proc/cpuinfo")) or "").splitlines():
+        name, _, value = line.partition(":")
+        if name.strip().lower() in {"flags", "features"}:
+            return frozenset(value.split())
+    return frozenset()
+
+
 def _clock_mhz() -> float | None:
     clock = psutil.cpu_freq()
     return round(clock.current, 1) if clock else None

@@ -17,6 +17,7 @@ from secateur.flow.evidence import gather_evidence
 from secateur.flow.inherited import best_start
 from secateur.flow.job import open_job
 from secateur.flow.pack import Made, pack
+from secateur.flow.precision import check_precision, lower_cut
 from secateur.flow.recipe import Recipe
 from secateur.flow.recovery import check_recovery
 from secateur.flow.stages import begin_cut, check_evaluable, finish_cut
@@ -51,8 +52,9 @@ def build(
     job = open_job(recipe, cache or StageCache())
     check_evaluable(job)
     check_recovery(job)
-    folder = out / target.name / recipe.precision.mode
-    prepare_folder(folder)
+    check_precision(job, target)
+    mode = recipe.precision.mode
+    prepare_folder(out / target.name / ("" if mode == "auto" else mode))
     clock.lap("load")
     job = turn_axes(job)
     clock.lap("turn_axes")
@@ -62,9 +64,12 @@ def build(
     begun, origin, key = best_start(job, planned, begun)
     cut = finish_cut(job, planned.plan, begun, key)
     clock.lap("cut_compensate_recover")
-    evidence = gather_evidence(job, cut, target, protocol)
-    clock.lap("export_and_measure")
-    made = Made(target, planned, origin, cut, evidence, clock.seconds, command)
+    lowered = lower_cut(job, cut, target, protocol)
+    clock.lap("lower")
+    evidence = gather_evidence(job, cut, lowered, target, protocol)
+    clock.lap("measure")
+    made = Made(target, planned, origin, cut, lowered, evidence, clock.seconds, command)
+    folder = out / target.name / lowered.precision
     manifest = pack(job, made, folder)
     return BuildResult(folder, manifest, add_build(job, planned, cut, evidence))
 

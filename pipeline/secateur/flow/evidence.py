@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from secateur.core.model import MultiTaskModel, evaluating, parameter_count
 from secateur.data.loading import image_batch, spread
 from secateur.devices.target import Target
 from secateur.flow.job import Job
+from secateur.flow.lowering import Lowered
 from secateur.flow.stages import (
     Cut,
     change,
@@ -31,13 +31,13 @@ PARITY_IMAGES = 8
 
 @dataclass(frozen=True)
 class Evidence:
-    """``onnx`` is the cut's file.
+    """What was measured of the cut as it ships.
 
-    ``latency`` has "parent" (kept tasks only) and "cut", or is empty where this machine is not of
-    the target's kind: a latency is measured there or not at all.
+    ``latency`` has "parent" (kept tasks only), "cut" and, where that is in a lower precision,
+    "cut_fp32". It is empty where this machine is not of the target's kind: a latency is measured
+    there or not at all.
     """
 
-    onnx: Path
     parity: Mapping[str, Parity]
     accuracy: Accuracy
     latency: Mapping[str, Latency]
@@ -46,45 +46,56 @@ class Evidence:
 
 
 def gather_evidence(
-    job: Job, cut: Cut, target: Target, protocol: Protocol | None = None
+    job: Job, cut: Cut, lowered: Lowered, target: Target, protocol: Protocol | None = None
 ) -> Evidence:
-    """Export the cut and its parent, compare, evaluate and time them on the target's runtime.
+    """Compare, evaluate and time the lowered cut and its parent on the target's runtime.
 
     Raises:
-        BuildError: the model cannot be exported, or ONNX and torch differ.
+        BuildError: the parent cannot be exported, or the cut's fp32 ONNX and torch differ.
     """
-    files = {
-        "parent": exported(job, job.selected, job.parent_key),
-        "cut": exported(job, cut.recovered, cut.key),
-    }
+    files = {"parent": exported(job, job.selected, job.parent_key), "cut": lowered.onnx}
+    if lowered.onnx != lowered.fp32:
+        files["cut_fp32"] = lowered.fp32
     runtime = runtime_of(target.runtime)
     sessions = {name: runtime.open_session(path, target.threads) for name, path in files.items()}
     return Evidence(
-        onnx=files["cut"],
-        parity=_parity(job, cut.recovered, sessions["cut"]),
-        accuracy=_accuracy(job, cut, sessions["cut"], files["cut"]),
-        latency=_latency(job, sessions, protocol) if _is_here(target) else {},
+        parity=_parity(job, cut.recovered, sessions),
+        accuracy=_accuracy(job, cut, sessions, files),
+        latency=_latency(job, sessions, protocol) if target.is_this_machine() else {},
         cost_parent=_cost(job, job.selected, files["parent"]),
-        cost=_cost(job, cut.recovered, files["cut"]),
+        cost=_cost(job, cut.recovered, lowered.onnx),
     )
 
 
-def _parity(job: Job, model: MultiTaskModel, session: Session) -> dict[str, Parity]:
+def _parity(job: Job, model: MultiTaskModel, sessions: Mapping[str, Session]) -> dict[str, Parity]:
+    """Compare with torch: fp32 must agree, of a lower precision it is said how far it is off."""
     images = image_batch(job.eval, spread(job.eval, PARITY_IMAGES), job.spec)
     with evaluating(model):
         wanted = {name: tensor.numpy() for name, tensor in model(images).items()}
-    return compare_outputs(wanted, session.run(images.numpy()), tolerance=PARITY_TOLERANCE)
+    exact = sessions.get("cut_fp32", sessions["cut"]).run(images.numpy())
+    parity = compare_outputs(wanted, exact, tolerance=PARITY_TOLERANCE)
+    if "cut_fp32" not in sessions:
+        return parity
+    return compare_outputs(wanted, sessions["cut"].run(images.numpy()))
 
 
-def _accuracy(job: Job, cut: Cut, session: Session, onnx: Path) -> Accuracy:
+def _accuracy(
+    job: Job, cut: Cut, sessions: Mapping[str, Session], files: Mapping[str, Path]
+) -> Accuracy:
     parent = torch_accuracy(job, job.selected, "accuracy of the parent")
     before = torch_accuracy(job, cut.compensated, "accuracy before recovery")
-    shipped = session_accuracy(job, session, onnx, "accuracy of the bundle")
+    found = {
+        name: session_accuracy(job, sessions[name], files[name], "accuracy of the bundle")
+        for name in files
+        if name != "parent"
+    }
+    shipped = found["cut"]
     result = change(job, parent, shipped)
     return Accuracy(
         images=len(job.eval),
         parent=parent,
         before_recovery=before,
+        pruned=found.get("cut_fp32"),
         shipped=shipped,
         change_percent=dict(result.per_task),
         delta_t=result.mean,
@@ -100,10 +111,6 @@ def _latency(
     image = image_batch(job.eval, [0], job.spec).numpy()
     calls = {name: lambda s=session: s.run(image) for name, session in sessions.items()}
     return measure(calls, protocol)
-
-
-def _is_here(target: Target) -> bool:
-    return target.arch == platform.machine() and target.accelerator == "cpu"
 
 
 def _cost(job: Job, model: MultiTaskModel, onnx: Path) -> Cost:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -47,8 +48,14 @@ class Job:
         return self.selected.tasks
 
     def grid(self, target: Target) -> int:
-        """Return the channel grid: the recipe's, or else the target's."""
-        return self.recipe.prune.grid or target.channel_grid[self.recipe.precision.mode]
+        """Return the channel grid: the recipe's, or else the target's.
+
+        Which precision ``auto`` takes is known after the cut, so its grid suits all of them.
+        """
+        mode, grids = self.recipe.precision.mode, target.channel_grid
+        return self.recipe.prune.grid or (
+            math.lcm(*grids.values()) if mode == "auto" else grids[mode]
+        )
 
 
 def open_job(recipe: Recipe, cache: StageCache) -> Job:

@@ -16,6 +16,7 @@ from secateur.bundle.write import (
     write_builder,
     write_bundle,
     write_check,
+    write_origin,
     write_runner,
 )
 from secateur.core.files import atomic_path, write_json, write_text
@@ -27,6 +28,7 @@ from secateur.devices.target import Target
 from secateur.flow.evidence import Evidence
 from secateur.flow.inherited import Origin
 from secateur.flow.job import Job
+from secateur.flow.lowering import Lowered
 from secateur.flow.stages import Cut, plain_image
 from secateur.flow.warm_start import Planned
 from secateur.lower.export import INPUT_NAME
@@ -42,6 +44,7 @@ class Made:
     planned: Planned
     origin: Origin | None
     cut: Cut
+    lowered: Lowered
     evidence: Evidence
     seconds: Mapping[str, float]
     command: str
@@ -51,7 +54,9 @@ def pack(job: Job, made: Made, folder: Path) -> Manifest:
     """Write the bundle into ``folder`` and return its manifest."""
     (folder / "manifest.json").unlink(missing_ok=True)  # an older one must not vouch for new files
     with atomic_path(folder / "model.onnx") as temporary:
-        temporary.write_bytes(made.evidence.onnx.read_bytes())
+        temporary.write_bytes(made.lowered.onnx.read_bytes())
+    quantised = made.lowered.quantised
+    write_origin(folder, made.lowered.fp32, quantised.to_json() if quantised else None)
     write_json(folder / "plan.json", made.planned.plan.to_json())
     write_text(folder / "recipe.yaml", job.recipe.source)
     write_runner(folder)
@@ -65,7 +70,7 @@ def pack(job: Job, made: Made, folder: Path) -> Manifest:
 
 
 def _manifest(job: Job, made: Made) -> Manifest:
-    evidence, spec = made.evidence, job.spec
+    evidence, spec, quantised = made.evidence, job.spec, made.lowered.quantised
     plan, vote = made.planned.plan.to_json(), made.planned.vote
     summary = {key: value for key, value in plan.items() if key != "cuts"}
     if vote is not None:
@@ -75,7 +80,7 @@ def _manifest(job: Job, made: Made) -> Manifest:
         schema_version=SCHEMA_VERSION,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         device=made.target.name,
-        precision=job.recipe.precision.mode,
+        precision=made.lowered.precision,
         runtime=made.target.runtime,
         threads=made.target.threads,
         input=InputContract(name=INPUT_NAME, **asdict(spec)),
@@ -99,6 +104,8 @@ def _manifest(job: Job, made: Made) -> Manifest:
             name: {"max_abs_difference": p.max_abs_difference, "of_range": p.relative}
             for name, p in evidence.parity.items()
         },
+        quantisation=dict(quantised.report) if quantised else None,
+        precision_choice=dict(choice) if (choice := made.lowered.choice) else None,
         latency_ms={name: result.to_json() for name, result in evidence.latency.items()},
         seconds=dict(made.seconds),
         versions=library_versions(),

@@ -14,6 +14,8 @@ from secateur.core.errors import RecipeError
 from secateur.core.model import ModelInput
 from secateur.core.shipped import shipped_root
 from secateur.core.task import Task
+from secateur.lower.quant.calibrators import Calibrator
+from secateur.lower.quant.plan import Precision
 
 VARIABLE = re.compile(r"\$\{(\w+)\}")
 
@@ -133,7 +135,17 @@ class RecoverSpec(_Strict):
 
 
 class PrecisionSpec(_Strict):
-    mode: Literal["fp32"] = "fp32"
+    mode: Literal["fp32", "fp16", "int8", "auto"] = "fp32"
+    calibrator: Calibrator = "percentile"
+    images: int = Field(default=128, ge=2)
+    guard: bool = True
+    pin: dict[str, Precision] = {}
+
+    @model_validator(mode="after")
+    def _pins_something(self) -> PrecisionSpec:
+        if self.pin and self.mode == "fp32":
+            raise ValueError("pin: with mode fp32 every node is in fp32 already")
+        return self
 
 
 class Recipe(_Strict):

@@ -318,7 +318,8 @@ def too_low(job: Job, result: Delta) -> tuple[str, ...]:
     return tuple(
         task.name
         for task in job.tasks
-        if task.max_drop is not None and -result.per_task[task.name] > task.max_drop
+        if task.max_drop is not None
+        and not -result.per_task[task.name] <= task.max_drop  # NaN is too low
     )
 
 

@@ -16,6 +16,7 @@ from secateur.bundle.write import CHECK_FILE
 from secateur.core.errors import BuildError, DataError, RecipeError, VerifyError
 from secateur.core.task import Task
 from secateur.data.loading import open_reader
+from secateur.data.sample import Reader
 from secateur.flow.predict import predictor
 from secateur.flow.recipe import parse_recipe
 from secateur.lower import Parity, compare_outputs
@@ -24,6 +25,7 @@ from secateur.metrics.kind import kind_of
 from secateur.runtimes.base import Session, runtime_of
 
 PARITY_TOLERANCE = 1e-3  # of each output's range; other CPUs add in another order
+ROUNDING = 2  # times what a lower precision was off when it was built: other CPUs round otherwise
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,7 @@ def verify(folder: Path, *, limit: int | None = None) -> VerifyResult:
         accuracy = _accuracy(folder, manifest, session, limit)
     except (DataError, RecipeError) as error:
         return VerifyResult(parity, None, None, f"accuracy not checked: {error}")
-    higher = {task.name: kind_of(_task(manifest, task.name)).higher_is_better
-              for task in manifest.tasks}  # fmt: skip
-    change = delta(manifest.accuracy.parent, accuracy, higher)
+    change = delta(manifest.accuracy.parent, accuracy, higher_is_better(manifest))
     if limit is None:  # a part of the data says too little to fail a bundle
         _guard(manifest, change)
     return VerifyResult(parity, accuracy, change, "")
@@ -65,18 +65,43 @@ def _parity(folder: Path, manifest: Manifest, session: Session) -> dict[str, Par
         wanted = {task.name: stored[f"output/{task.name}"] for task in manifest.tasks}
     outputs = session.run(preprocess(image, manifest.input.model_dump()))
     try:
-        return compare_outputs(wanted, outputs, tolerance=PARITY_TOLERANCE)
+        if manifest.precision == "fp32":
+            return compare_outputs(wanted, outputs, tolerance=PARITY_TOLERANCE)
+        parity = compare_outputs(wanted, outputs)
     except BuildError as error:
         raise VerifyError(
             error.message, hint="this runtime does not reproduce the model"
         ) from error
+    for task, found in parity.items():
+        allowed = ROUNDING * manifest.parity[task]["max_abs_difference"]
+        if not found.max_abs_difference <= allowed + PARITY_TOLERANCE * found.output_range:
+            raise VerifyError(
+                f"task '{task}' is off by {found.max_abs_difference:.3g} from fp32, "
+                f"{allowed / ROUNDING:.3g} when it was built",
+                hint="this runtime rounds otherwise than the one it was built with; try "
+                "`secateur diagnose`",
+            )
+    return parity
 
 
 def _accuracy(
     folder: Path, manifest: Manifest, session: Session, limit: int | None
 ) -> dict[str, dict[str, float]]:
+    reader = evaluation_reader(folder, manifest)
     recipe = parse_recipe(manifest.recipe, folder / "recipe.yaml")
-    spec = recipe.data.eval
+    tasks = [task for task in recipe.all_tasks() if task.name in recipe.kept_names()]
+    return evaluate(
+        predictor(session), tasks, reader, recipe.model.input.model_input(), limit=limit
+    )
+
+
+def evaluation_reader(folder: Path, manifest: Manifest) -> Reader:
+    """Open the images that a bundle was evaluated on.
+
+    Raises:
+        DataError: they are not at hand, or not the same.
+    """
+    spec = parse_recipe(manifest.recipe, folder / "recipe.yaml").data.eval
     root = Path(manifest.data["eval_root"])
     if not root.exists():  # the bundle has moved to a machine with data of its own
         root = Path(spec.root or ".")
@@ -85,22 +110,23 @@ def _accuracy(
         raise DataError(
             "the evaluation data are not those of the build", hint="point the recipe at the same"
         )
-
-    tasks = [task for task in recipe.all_tasks() if task.name in recipe.kept_names()]
-    return evaluate(
-        predictor(session), tasks, reader, recipe.model.input.model_input(), limit=limit
-    )
+    return reader
 
 
-def _task(manifest: Manifest, name: str) -> Task:
-    contract = next(task for task in manifest.tasks if task.name == name)
-    return Task(name, name, contract.kind, name, contract.classes, contract.ignore_index)
+def higher_is_better(manifest: Manifest) -> dict[str, Mapping[str, bool]]:
+    """Return, per task and metric, whether higher is better."""
+    return {
+        t.name: kind_of(
+            Task(t.name, t.name, t.kind, t.name, t.classes, t.ignore_index)
+        ).higher_is_better
+        for t in manifest.tasks
+    }
 
 
 def _guard(manifest: Manifest, change: Delta) -> None:
     for task in manifest.tasks:
         drop = -change.per_task[task.name]
-        if task.max_drop is not None and drop > task.max_drop:
+        if task.max_drop is not None and not drop <= task.max_drop:
             raise VerifyError(
                 f"task '{task.name}' lost {drop:.2f} % against the parent, allowed "
                 f"{task.max_drop:g} %",

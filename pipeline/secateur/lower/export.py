@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import logging
@@ -21,6 +22,9 @@ from secateur.core.model import MultiTaskModel
 OPSET = 20
 INPUT_NAME = "image"
 MAX_BATCH = 64
+MODULE_KEY = "secateur.module"  # of a node's metadata: the torch module that it comes from
+SCOPES_KEY = "pkg.torch.onnx.name_scopes"  # where torch writes it
+WRAPPERS = "model.network."  # ours, around the user's module
 
 
 class _TupleOutputs(nn.Module):
@@ -58,7 +62,9 @@ def export_onnx(model: MultiTaskModel, example: Tensor, path: Path) -> None:
             )
         if program is None:
             raise RuntimeError("the exporter returned nothing")
-        exported = onnxslim.slim(program.model_proto)
+        scopes = _scopes(program.model_proto)
+        exported = onnxslim.slim(program.model_proto)  # which drops what torch says of a node
+        _name_modules(exported, scopes)
         onnx.checker.check_model(exported)
     except Exception as error:  # the exporter raises dozens of types of its own
         raise BuildError(
@@ -67,6 +73,30 @@ def export_onnx(model: MultiTaskModel, example: Tensor, path: Path) -> None:
         ) from error
     with atomic_path(path) as temporary:
         onnx.save(exported, temporary)
+
+
+def _scopes(model: onnx.ModelProto) -> dict[str, str]:
+    """Return the torch module of each node that torch says one of."""
+    found = {}
+    for node in model.graph.node:
+        scopes = next((m.value for m in node.metadata_props if m.key == SCOPES_KEY), "[]")
+        # From the outermost module to the operation itself.
+        found[node.name] = "".join(ast.literal_eval(scopes)[-2:-1])
+    return found
+
+
+def _name_modules(model: onnx.ModelProto, scopes: dict[str, str]) -> None:
+    """Write each node's torch module into its metadata; a layer's is the one that owns its weights.
+
+    A batch norm that was folded into a convolution would name the norm.
+    """
+    constants = {tensor.name for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        owners = [name.removesuffix(".weight") for name in node.input
+                  if name in constants and name.endswith(".weight")]  # fmt: skip
+        module = (*owners, scopes.get(node.name, ""))[0]
+        if f"{module}." != WRAPPERS:
+            node.metadata_props.add(key=MODULE_KEY, value=module.removeprefix(WRAPPERS))
 
 
 @contextlib.contextmanager

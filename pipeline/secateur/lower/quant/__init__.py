@@ -1,27 +1,55 @@
 """Lower precisions: calibrate, plan the precision of every node, write it for one runtime."""
 
-from secateur.lower.quant.activations import observe
-from secateur.lower.quant.dialect import TENSORRT, Dialect, onnxruntime_arm, onnxruntime_x86
-from secateur.lower.quant.plan import QuantPlan, plan_quant
+from secateur.lower.quant.activations import ActivationStatistics, observe
+from secateur.lower.quant.dialect import (
+    TENSORRT,
+    Dialect,
+    dialect_named,
+    onnxruntime_arm,
+    onnxruntime_x86,
+)
+from secateur.lower.quant.guard import Guarded, guard
+from secateur.lower.quant.plan import PRECISIONS, Precision, QuantPlan, overflowing, plan_quant
 from secateur.lower.quant.table import (
     CalibrationSettings,
     CalibrationTable,
     calibrate,
     table_of,
 )
+from secateur.lower.quant.units import (
+    Unit,
+    find_units,
+    macs_share,
+    node_modules,
+    plan_assigned,
+    resolve_pins,
+)
 from secateur.lower.quant.writer import emit
 
 __all__ = [
+    "PRECISIONS",
     "TENSORRT",
+    "ActivationStatistics",
     "CalibrationSettings",
     "CalibrationTable",
     "Dialect",
+    "Guarded",
+    "Precision",
     "QuantPlan",
+    "Unit",
     "calibrate",
+    "dialect_named",
     "emit",
+    "find_units",
+    "guard",
+    "macs_share",
+    "node_modules",
     "observe",
     "onnxruntime_arm",
     "onnxruntime_x86",
+    "overflowing",
+    "plan_assigned",
     "plan_quant",
+    "resolve_pins",
     "table_of",
 ]

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from secateur.core.errors import CalibrationError, first_line
 from secateur.core.files import atomic_path, file_sha256
+from secateur.lower.quant.graph import Graph
 from secateur.lower.quant.statistics import TensorStatistics
 
 SAVE_EVERY = 64  # images between two saved states
@@ -29,11 +30,13 @@ class ActivationStatistics:
     """Statistics of all activations of one model over the images seen so far.
 
     ``model`` is the SHA-256 of the ONNX file, ``images_digest`` a chained SHA-256 over the images
-    in order: it does not depend on how they came in batches.
+    in order: it does not depend on how they came in batches. ``results`` are the tensors that the
+    model gives, and those that an operator only moves into them.
     """
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, results: Iterable[str] = ()) -> None:
         self.model = model
+        self.results = frozenset(results)
         self.images = 0
         self.images_digest = ""
         self.tensors: dict[str, TensorStatistics] = {}
@@ -45,7 +48,8 @@ class ActivationStatistics:
             for name, statistics in self.tensors.items()
             for kind, array in statistics.state().items()
         }
-        facts = {"model": self.model, "images": self.images, "digest": self.images_digest}
+        facts = {"model": self.model, "results": sorted(self.results),
+                 "images": self.images, "digest": self.images_digest}  # fmt: skip
         with atomic_path(path) as temporary, temporary.open("wb") as stream:
             np.savez_compressed(stream, facts=np.array(json.dumps(facts)), **arrays)
 
@@ -55,7 +59,7 @@ class ActivationStatistics:
         try:
             with path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
                 facts = json.loads(str(stored["facts"]))
-                found = ActivationStatistics(facts["model"])
+                found = ActivationStatistics(facts["model"], facts["results"])
                 found.images, found.images_digest = facts["images"], facts["digest"]
                 names = [key.partition("/")[2] for key in stored if key.startswith("counts/")]
                 for name in names:
@@ -79,9 +83,10 @@ def observe(model: Path, read: ReadImages, *, state: Path | None = None) -> Acti
         CalibrationError: there are fewer than two different images, an image is constant or not
             finite, the model cannot run them, or an activation is not finite.
     """
-    statistics = _continued(ActivationStatistics(file_sha256(model)), read, state)
-    done = statistics.images
     probe = _Probe(model)
+    fresh = ActivationStatistics(file_sha256(model), probe.results)
+    statistics = _continued(fresh, read, state)
+    done = statistics.images
     digest, different = "", set()
     for position, image in enumerate(_single_images(read())):
         own = _image_digest(image, position)
@@ -164,6 +169,7 @@ class _Probe:
 
     def __init__(self, model: Path) -> None:
         graph_model = onnx.load(model)
+        self.results = Graph(graph_model).results()
         outputs = {value.name for value in graph_model.graph.output}
         for node in graph_model.graph.node:
             names = [name for name in node.output if name and name not in outputs]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from secateur.core.errors import BuildError
 from secateur.lower.quant.calibrators import Range
 from secateur.lower.quant.graph import SAME_GRID
 
@@ -36,6 +37,10 @@ class Dialect:
     weight_limit: int = 127
     int32_bias: bool = False
     fuses_residual: bool = False
+
+    def mark(self) -> dict[str, str | int]:
+        """Return what ``dialect_named`` makes it again from."""
+        return {"name": self.name, "weight_limit": self.weight_limit}
 
     def grid(self, limits: Range, *, fp16: bool = False) -> tuple[float, Integers]:
         """Return the scale and the zero point that reach ``limits`` and keep 0 exact.
@@ -118,3 +123,18 @@ TENSORRT = Dialect(
     frozenset(),
     fuses_residual=True,
 )
+
+
+def dialect_named(name: str, weight_limit: int) -> Dialect:
+    """Return the dialect that a bundle names.
+
+    Raises:
+        BuildError: there is none of that name.
+    """
+    known = {d.name: d for d in (onnxruntime_x86(), onnxruntime_arm(), TENSORRT)}
+    if name not in known:
+        raise BuildError(
+            f"there is no dialect of quantised ONNX called '{name}'",
+            hint=f"dialects: {', '.join(known)}; use the Secateur that built the bundle",
+        )
+    return replace(known[name], weight_limit=weight_limit)

@@ -58,6 +58,16 @@ class Graph:
         names = list(node.input)[: count.get(node.op_type, len(node.input))]
         return list(dict.fromkeys(name for name in names if name and name not in self.constants))
 
+    def results(self) -> set[str]:
+        """Return the outputs and the tensors that only move into one."""
+        found, waiting = set(self.outputs), list(self.outputs)
+        while waiting:
+            node = self.producer.get(waiting.pop())
+            if node is not None and node.op_type in SAME_GRID and node.input[0] not in found:
+                found.add(node.input[0])
+                waiting.append(node.input[0])
+        return found
+
     def only_reader(self, name: str) -> NodeProto | None:
         """Return the one node that reads a tensor, None when there are others or outputs."""
         readers = self.consumers[name]

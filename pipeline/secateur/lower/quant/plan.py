@@ -182,6 +182,20 @@ def _fits_fp16(graph: Graph, node: NodeProto, seen: Mapping[str, Range]) -> bool
     return max(largest, default=0.0) < FP16_LARGEST
 
 
+def overflowing(model: Path, plan: QuantPlan, peaks: Mapping[str, float]) -> dict[str, float]:
+    """Return the nodes that ``plan`` computes in fp16 and whose result is beyond it, and how far.
+
+    ``peaks``: the largest absolute value seen per tensor of the fp32 ``model``.
+    """
+    halves = {"fp16", "int8"} if plan.carrier == "fp16" else {"fp16"}
+    results = {node.name: node.output[0] for node in onnx.load(model).graph.node}
+    return {
+        name: peaks[results[name]]
+        for name, precision in plan.precisions.items()
+        if precision in halves and peaks.get(results[name], 0.0) >= FP16_LARGEST
+    }
+
+
 def _ranges(
     graph: Graph, precisions: Mapping[str, Precision], seen: Mapping[str, Range]
 ) -> dict[str, Range]:

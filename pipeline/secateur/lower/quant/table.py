@@ -110,9 +110,12 @@ class CalibrationTable:
 
 
 def table_of(statistics: ActivationStatistics, calibrator: Calibrator) -> CalibrationTable:
-    """Return the table that ``calibrator`` makes of finished statistics."""
+    """Return the table that ``calibrator`` makes of finished statistics.
+
+    What the model gives keeps its whole range: an answer that is clipped is a wrong one.
+    """
     ranges = {
-        name: calibrated_range(found, calibrator)
+        name: calibrated_range(found, "minmax" if name in statistics.results else calibrator)
         for name, found in sorted(statistics.tensors.items())
     }
     return CalibrationTable(

@@ -37,7 +37,7 @@ def emit(model: Path, plan: QuantPlan, dialect: Dialect, out: Path) -> None:
             f"the plan of precisions was made for another model than {model}",
             hint="plan again with this model's calibration table",
         )
-    if dialect.int32_bias and plan.carrier == "fp16":
+    if dialect.int32_bias and plan.carrier == "fp16" and "int8" in plan.precisions.values():
         raise BuildError(
             f"{dialect.name} keeps int8 nodes between fp32 ones, the plan's carrier is fp16",
             hint="plan with carrier fp32 for a CPU",

@@ -1,0 +1,259 @@
+"""Why a bundle is worse than its model: preprocessing, overflow, kernels, and which nodes.
+
+Nodes are judged by writing the ONNX again with other precisions, never by marking outputs, which
+would change what a runtime fuses.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from secateur.bench.accuracy import evaluate
+from secateur.bundle.manifest import Manifest, Metrics
+from secateur.bundle.read import check_files, read_bundle
+from secateur.bundle.runner import preprocess
+from secateur.bundle.write import CHECK_FILE, FP32_FILE, QUANT_FILE
+from secateur.core.errors import BundleError, DataError, RecipeError
+from secateur.core.progress import hidden, track
+from secateur.data.loading import image_batch, spread
+from secateur.data.sample import Reader
+from secateur.flow.predict import predictor
+from secateur.flow.recipe import Recipe, parse_recipe
+from secateur.flow.trials import Trials, noise_power
+from secateur.flow.verify import evaluation_reader, higher_is_better
+from secateur.lower.quant import (
+    CalibrationTable,
+    Dialect,
+    Precision,
+    QuantPlan,
+    dialect_named,
+    find_units,
+    node_modules,
+    observe,
+    overflowing,
+    plan_assigned,
+)
+from secateur.lower.quant.bisect import Culprit, bisect_noise
+from secateur.lower.reference import find_disagreements
+from secateur.metrics.delta import delta
+from secateur.runtimes.base import runtime_of
+
+Kind = Literal["preprocessing", "kernel", "overflow", "precision"]
+# Error power over variance up to which a runtime rounds as it may.
+MAY_DIFFER: Mapping[str, float] = {"fp32": 1e-6, "fp16": 1e-4, "int8": 1e-2}
+DISTANCE_IMAGES = 4
+JUDGED = 5  # culprits whose cost is measured in the task's own metrics
+
+
+@dataclass(frozen=True)
+class Finding:
+    """``cost_percent``: the change of ``task`` when the ``nodes`` alone are as they ship."""
+
+    kind: Kind
+    message: str
+    task: str = ""
+    nodes: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
+    cost_percent: float | None = None
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What was found, the worst first, and what could not be looked at.
+
+    ``change_percent`` is the shipped precision against fp32, per task, when it was built.
+    ``faulty``: something is wrong, beyond what a lower precision costs.
+    """
+
+    findings: tuple[Finding, ...]
+    skipped: tuple[str, ...]
+    change_percent: Mapping[str, float]
+    too_low: tuple[str, ...]
+    evaluations: int
+
+    @property
+    def faulty(self) -> bool:
+        """Say whether this bundle should not be used as it is."""
+        return bool(self.too_low) or any(f.kind != "precision" for f in self.findings)
+
+
+def diagnose(folder: Path, *, limit: int | None = 128) -> Diagnosis:
+    """Look for what makes a bundle worse than the model it was made from.
+
+    ``limit``: evaluation images that costs are measured on.
+
+    Raises:
+        BundleError: it cannot be read.
+        VerifyError: a file of it was altered.
+    """
+    manifest = read_bundle(folder)
+    check_files(folder, manifest)
+    recipe = parse_recipe(manifest.recipe, folder / "recipe.yaml")
+    findings = [*_preprocessing(manifest, recipe), *_kernels(folder, manifest)]
+    skipped, evaluations = [], 0
+    reader = None
+    try:
+        reader = evaluation_reader(folder, manifest)
+    except (DataError, RecipeError) as error:
+        skipped.append(f"costs in the tasks' own metrics: {error}")
+    if manifest.precision != "fp32":
+        suspect = _Suspect(folder, manifest, recipe, reader, limit)
+        findings += suspect.overflows()
+        costs, evaluations = suspect.culprits()
+        findings += costs
+    return Diagnosis(
+        tuple(findings), tuple(skipped), _change(manifest), manifest.accuracy.too_low, evaluations
+    )
+
+
+def _change(manifest: Manifest) -> dict[str, float]:
+    accuracy = manifest.accuracy
+    before = accuracy.pruned or accuracy.shipped
+    return dict(delta(before, accuracy.shipped, higher_is_better(manifest)).per_task)
+
+
+def _preprocessing(manifest: Manifest, recipe: Recipe) -> list[Finding]:
+    """Compare what the runner does to an image with what the model was trained on."""
+    trained, runs = recipe.model.input.model_input(), manifest.input
+    fields = ("channels", "height", "width", "mean", "std", "layout")
+    return [
+        Finding("preprocessing", f"the runner prepares images with {name} {getattr(runs, name)}, "
+                f"the model was trained with {getattr(trained, name)}")
+        for name in fields
+        if getattr(runs, name) != getattr(trained, name)
+    ]  # fmt: skip
+
+
+def _kernels(folder: Path, manifest: Manifest) -> list[Finding]:
+    """Compare the runtime with onnx's reference evaluator on the bundle's own image."""
+    image = _check_image(folder, manifest)
+    runtime = runtime_of(manifest.runtime)
+
+    def run(path: Path) -> Mapping[str, NDArray[np.float32]]:
+        return runtime.open_session(path, manifest.threads).run(image)
+
+    model = folder / "model.onnx"
+    off = find_disagreements(model, image, run, noise_power, MAY_DIFFER[manifest.precision])
+    return [
+        Finding("kernel", f"{runtime.version()} leaves the ONNX reference by "
+                f"{found.difference:.1e} of the output's variance", found.task,
+                (found.node,), (node_modules(model)[found.node],))
+        for found in off
+    ]  # fmt: skip
+
+
+def _check_image(folder: Path, manifest: Manifest) -> NDArray[np.float32]:
+    """Return the bundle's own image as (1, C, H, W)."""
+    with np.load(folder / CHECK_FILE, allow_pickle=False) as stored:
+        prepared: NDArray[np.float32] = preprocess(stored["image"], manifest.input.model_dump())
+    return prepared
+
+
+class _Suspect:
+    """A bundle in a lower precision, and the fp32 model it was made from."""
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, recipe: Recipe, reader: Reader | None,
+        limit: int | None,
+    ) -> None:  # fmt: skip
+        self.recipe, self.reader, self.limit = recipe, reader, limit
+        self.higher = higher_is_better(manifest)
+        self.plan, dialect = _read_plan(folder)
+        self.model = folder / FP32_FILE
+        runtime = runtime_of(manifest.runtime)
+        self.trials = Trials(self.model, dialect, runtime, manifest.threads)
+        self.modules = node_modules(self.model)
+        if reader is None:
+            self.images = _check_image(folder, manifest)
+        else:
+            spec = recipe.model.input.model_input()
+            self.images = image_batch(reader, spread(reader, DISTANCE_IMAGES), spec).numpy()
+
+    def overflows(self) -> list[Finding]:
+        """Return the nodes in fp16 whose results are beyond its largest number."""
+        half = "fp16" in {self.plan.carrier, *self.plan.precisions.values()}
+        if not half or len(self.images) < 2:
+            return []
+        seen = observe(self.model, lambda: [self.images]).tensors
+        peaks = {name: max(-found.lowest, found.highest) for name, found in seen.items()}
+        return [
+            Finding("overflow", f"reaches {peak:.3g}, fp16 ends at 65504", nodes=(node,),
+                    modules=(self.modules[node],))
+            for node, peak in overflowing(self.model, self.plan, peaks).items()
+        ]  # fmt: skip
+
+    def culprits(self) -> tuple[list[Finding], int]:
+        """Return what the loudest nodes cost, and how many forms of the model were run."""
+        units = [unit.name for unit in find_units(self.model, self.plan)]
+        reference = self.trials.reference(self.images)
+
+        def noise(nodes: Sequence[str]) -> Mapping[str, float]:
+            return self.trials.noise(self._only(nodes), reference)
+
+        found = bisect_noise(units, noise)
+        judged = found.culprits[:JUDGED]
+        exact = self._metrics(self.model) if self.reader is not None else None
+        titled = track(judged, "what each node costs", len(judged))
+        findings = [self._finding(culprit, exact) for culprit in titled]
+        return sorted(findings, key=_loss, reverse=True), found.evaluations + len(judged)
+
+    def _finding(self, culprit: Culprit, exact: Metrics | None) -> Finding:
+        task, cost = culprit.task, None
+        said = f"{culprit.share:.0%} of the whole error of '{task}'"
+        if exact is not None:
+            with self.trials.written(self._only(culprit.nodes)) as path:
+                lost = delta(exact, self._metrics(path), self.higher).per_task
+            # The task that loses most is what a user meets; the loudest may bear its noise.
+            task = min(lost, key=lambda name: lost[name])
+            cost = lost[task]
+        modules = tuple(dict.fromkeys(self.modules[node] for node in culprit.nodes))
+        return Finding("precision", said, task, culprit.nodes, modules, cost)
+
+    def _metrics(self, path: Path) -> Metrics:
+        if self.reader is None:
+            raise DataError("there are no evaluation data", hint="point the recipe at them")
+        session = self.trials.runtime.open_session(path, self.trials.threads)
+        tasks = [t for t in self.recipe.all_tasks() if t.name in self.recipe.kept_names()]
+        spec = self.recipe.model.input.model_input()
+        with hidden():
+            return evaluate(predictor(session), tasks, self.reader, spec, limit=self.limit)
+
+    def _only(self, nodes: Sequence[str]) -> QuantPlan:
+        """Return the bundle's plan with all other nodes in fp32."""
+        precisions: dict[str, Precision] = dict.fromkeys(self.modules, "fp32")
+        precisions.update({node: self.plan.precisions[node] for node in nodes})
+        return plan_assigned(self.model, _table_of(self.plan), precisions, {}, self.plan.carrier)
+
+
+def _loss(finding: Finding) -> float:
+    return -(finding.cost_percent or 0.0)
+
+
+def _read_plan(folder: Path) -> tuple[QuantPlan, Dialect]:
+    """Read what the bundle says of its own making.
+
+    Raises:
+        BundleError: the file has another form.
+    """
+    try:
+        stored = json.loads((folder / QUANT_FILE).read_text(encoding="utf-8"))
+        return QuantPlan.from_json(stored["plan"]), dialect_named(**stored["dialect"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BundleError(
+            f"{folder / QUANT_FILE} cannot be read: {error!r}", hint="build the bundle again"
+        ) from error
+
+
+def _table_of(plan: QuantPlan) -> CalibrationTable:
+    """Return a table of the ranges that a plan uses; parts of the plan need no others.
+
+    Its rule and its images are left open: ranges are all that is read.
+    """
+    return CalibrationTable(plan.model, "minmax", 0, "", plan.ranges)
