@@ -64,7 +64,9 @@ def roofline(
     precision: Precision = "fp32",
     mode: str | None = None,
 ) -> Estimate:
-    """Return a latency from the target's peak rate and bandwidth; ``mode`` is its power mode.
+    """Return a latency from the target's peak rate and bandwidth.
+
+    ``mode`` is its power mode; without one the fastest counts.
 
     Each operator takes as long as its arithmetic or its traffic, whichever is more (Williams et
     al., "Roofline", 2009), at the share of the peak that published latencies reach.
@@ -96,7 +98,8 @@ def _peak_macs(target: Target, precision: Precision, mode: str | None) -> float 
             return None
         rate = MACS_PER_CYCLE[precision] * target.cpu.max_ghz * 1e9
         return rate * min(target.threads, target.cpu.cores)
-    if precision == "fp32" or not (mode or target.power_modes):
+    if precision == "fp32":
         return None
-    rate_tops = target.dense_rate(precision, mode or target.power_modes[0].name)
-    return None if rate_tops is None else rate_tops * 1e12 / 2
+    modes = [mode] if mode else [each.name for each in target.power_modes]
+    rates = [target.dense_rate(precision, name) or 0.0 for name in modes]
+    return max(rates, default=0.0) * 1e12 / 2 or None

@@ -26,6 +26,7 @@ from secateur.prune.problem import Limit, PairCost, Term, product
 from secateur.runtimes import onnxruntime as measured_runtime
 
 LEAST_SHARE = 0.1  # of a group's channels: what the table reaches down to
+ROUNDS = 30  # of each point
 WHOLE = Protocol(seconds=1.5)
 KEY = "prune.budget.latency_ms"
 
@@ -36,9 +37,7 @@ def network_operators(job: Job, groups: Sequence[ChannelGroup]) -> Operators:
     return list_operators(onnx, layer_widths(job.selected, groups))
 
 
-def profile_job(
-    job: Job, target: Target, out: Path, sampling: Sampling | None = None
-) -> LatencyTable:
+def profile_job(job: Job, target: Target, out: Path) -> LatencyTable:
     """Measure the recipe's operators on this machine into ``out``; what it has is kept.
 
     Raises:
@@ -54,7 +53,7 @@ def profile_job(
     operators = network_operators(job, groups)
     start = _start(target, out)
     full = [group.width for group in groups]
-    sampling = sampling or Sampling(multiple=job.grid(target))
+    sampling = Sampling(rounds=ROUNDS, multiple=job.grid(target))
     least = [_least(width, sampling.multiple) for width in full]
     demands = demands_of(
         (p.kind, (p.read(least), p.read(full)), (p.made(least), p.made(full)))

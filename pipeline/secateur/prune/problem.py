@@ -93,7 +93,7 @@ class Allocation:
     """``counts`` kept per group, what they lose, and what no choice can get below.
 
     ``gap`` is (objective - bound) / objective: 0 where the choice is proven the best one.
-    ``spent`` is by the limit's name.
+    ``spent`` is by the limits' names, the most of those of one name.
     """
 
     counts: tuple[int, ...]
@@ -111,7 +111,9 @@ class Allocation:
 def allocation(problem: Problem, at: Sequence[int], bound: float, method: str) -> Allocation:
     """Return the choice of rungs ``at`` with what it spends."""
     counts, objective = problem.counts(at), problem.objective(at)
-    spent = {limit.name: limit.total(counts) for limit in problem.limits}
+    spent: dict[str, float] = {}
+    for limit in problem.limits:
+        spent[limit.name] = max(limit.total(counts), spent.get(limit.name, 0.0))
     return Allocation(counts, objective, min(bound, objective), spent, method)
 
 
