@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from secateur.bench.estimate import roofline, table_estimate
 from secateur.bench.one_operator import one_operator
 from secateur.bench.profile import Demand, Sampling, measure_table, middle
-from secateur.core.errors import DeviceError
+from secateur.core.errors import DeviceError, PlanError
 from secateur.core.widths import Width
 from secateur.devices.latency_table import (
     LatencyTable,
@@ -319,3 +319,43 @@ def replace_protocol():
     from secateur.bench.latency import Protocol
 
     return Protocol(warmup_ms=1, seconds=0.01, runs=3)
+
+
+def test_plans_keep_every_budget_of_the_recipe_and_correct_a_missed_latency(
+    tmp_path, monkeypatch
+) -> None:
+    from cli_run import RECIPE, make_project
+    from secateur.flow import budgets
+    from secateur.flow.cache import StageCache
+    from secateur.flow.job import open_job
+    from secateur.flow.recipe import load_recipe
+    from secateur.prune.costs import params_limit
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+    wanted = "{latency_ms: 0.1, params: 0.9, peak_memory_mb: 0.12}"
+    recipe = make_project(tmp_path, RECIPE.replace("{macs: 0.5}", wanted))
+    job = open_job(load_recipe(recipe), StageCache(tmp_path / "c"))
+    target = load_target("x86-64-cpu")
+    groups = find_groups(job.selected, job.example)
+    onnx = budgets.exported(job, job.selected, job.parent_key)
+    operators = list_operators(onnx, layer_widths(job.selected, groups))
+    full = [group.width for group in groups]
+    table = flat_table(operators)
+    table = table.scaled(0.12 / table_estimate(operators, table, full).ms)
+
+    def machine(job, target, planned, protocol) -> float:
+        """A machine that takes 1.3 times as long as the table says."""
+        counts = [len(cut.kept) for cut in planned.plan.cuts]
+        return 1.3 * table_estimate(operators, table, counts).ms
+
+    monkeypatch.setattr(budgets, "profile_job", lambda *_: table)
+    monkeypatch.setattr(budgets, "_measured_ms", machine)
+    planned = budgets.plan_within(job, target)
+    counts = [len(cut.kept) for cut in planned.plan.cuts]
+    assert 0.7 * 0.1 <= machine(job, target, planned, None) <= 0.1
+    params = params_limit(job.selected, groups, 0)
+    assert params.total(counts) <= 0.9 * params.total(full)
+    assert max(limit.total(counts) for limit in peak_limits(operators, 0)) <= 0.12e6
+    monkeypatch.setattr(budgets, "_measured_ms", lambda *_: 0.1001)
+    with pytest.raises(PlanError, match=r"no plan met the budget of 0\.1 ms in 4 tries"):
+        budgets.plan_within(job, target)

@@ -139,4 +139,4 @@ def peak_limits(operators: Operators, most_bytes: int) -> list[Limit]:
 
 def corrected(table: LatencyTable, predicted_ms: float, measured_ms: float) -> LatencyTable:
     """Return the table scaled so that it would have predicted what was measured."""
-    return replace(table, scale=table.scale * measured_ms / predicted_ms)
+    return table.scaled(measured_ms / predicted_ms)
