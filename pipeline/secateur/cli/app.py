@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 import secateur
-from secateur.cli import build, demo, diagnose, doctor, inspect, library, targets, verify
+from secateur.cli import build, demo, diagnose, doctor, inspect, library, profile, targets, verify
 from secateur.core.errors import SecateurError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.command("targets")(targets.targets)
 app.command("inspect")(inspect.inspect)
 app.command("score")(inspect.score)
 app.command("plan")(inspect.plan)
+app.command("profile")(profile.profile)
 app.command("build")(build.build)
 app.command("verify")(verify.verify)
 app.command("bench")(verify.bench)

@@ -172,15 +172,15 @@ def plan(
     """
     from secateur.devices.target import load_target
     from secateur.flow.axes import turn_axes
+    from secateur.flow.budgets import plan_within
     from secateur.flow.cache import StageCache
     from secateur.flow.job import open_job
     from secateur.flow.recipe import load_recipe
-    from secateur.flow.warm_start import plan_job
 
     profile = load_target(target)
     with shown(quiet=as_json):
         job = turn_axes(open_job(load_recipe(recipe), StageCache(cache)))
-        planned = plan_job(job, job.grid(profile))
+        planned = plan_within(job, profile)
     decided, vote = planned.plan, planned.vote
     if as_json:
         asked = {} if vote is None else {"warm_start": vote.to_json()}

@@ -11,6 +11,7 @@ from secateur.bundle.manifest import Manifest
 from secateur.bundle.write import prepare_folder
 from secateur.devices.target import load_target
 from secateur.flow.axes import turn_axes
+from secateur.flow.budgets import plan_within
 from secateur.flow.cache import StageCache
 from secateur.flow.entry import add_build
 from secateur.flow.evidence import gather_evidence
@@ -21,7 +22,6 @@ from secateur.flow.precision import check_precision, lower_cut
 from secateur.flow.recipe import Recipe
 from secateur.flow.recovery import check_recovery
 from secateur.flow.stages import begin_cut, check_evaluable, finish_cut
-from secateur.flow.warm_start import plan_job
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def build(
     clock.lap("load")
     job = turn_axes(job)
     clock.lap("turn_axes")
-    planned = plan_job(job, job.grid(target))
+    planned = plan_within(job, target, protocol)
     clock.lap("score_and_plan")
     begun = begin_cut(job, planned.scored.groups, planned.plan)
     begun, origin, key = best_start(job, planned, begun)

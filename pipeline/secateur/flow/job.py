@@ -17,6 +17,7 @@ from secateur.flow.cache import StageCache
 from secateur.flow.parent import load_parent
 from secateur.flow.recipe import DataSpec, Recipe
 from secateur.metrics.kind import kind_of
+from secateur.prune.problem import Limit
 from secateur.tasks import apply_folds, plan_folds, select_tasks
 
 
@@ -28,6 +29,8 @@ class Job:
     subset of tasks, or ``selected`` where folding made layers that the parent does not have.
     ``basis`` names what its channels are counted in: ``original`` as in the parent, else a digest
     of the folded layers or of the axes that it was turned to.
+    ``limits`` are the budgets where there are others than MACs (``flow.budgets``), and
+    ``kept_share`` about how much of the parent the budgets leave.
     """
 
     recipe: Recipe
@@ -41,6 +44,8 @@ class Job:
     cache: StageCache
     parent_key: str
     basis: str = "original"
+    limits: tuple[Limit, ...] = ()
+    kept_share: float = 1.0
 
     @property
     def tasks(self) -> tuple[Task, ...]:
@@ -88,6 +93,7 @@ def open_job(recipe: Recipe, cache: StageCache) -> Job:
         eval=evaluation,
         cache=cache,
         parent_key=model_fingerprint(parent),
+        kept_share=recipe.prune.budget.macs or 1.0,
         basis=f"folded-{model_fingerprint(selected)}" if folds.layers else "original",
     )
 

@@ -68,7 +68,17 @@ class DataSpecs(_Strict):
 
 
 class BudgetSpec(_Strict):
-    macs: float = Field(gt=0, le=1)
+    macs: float | None = Field(default=None, gt=0, le=1)
+    params: float | None = Field(default=None, gt=0, le=1)
+    size_mb: float | None = Field(default=None, gt=0)
+    latency_ms: float | None = Field(default=None, gt=0)
+    peak_memory_mb: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _has_one(self) -> BudgetSpec:
+        if not self.model_fields_set:
+            raise ValueError(f"give at least one of {', '.join(type(self).model_fields)}")
+        return self
 
 
 class SearchSpec(_Strict):

@@ -161,7 +161,7 @@ def score_channels(job: Job, grid: int) -> Scored:
     if wanted.fusion in NEEDS_AGREEMENT:
         agree = scores_for(groups, parent_groups, task_agreement(job, parent_groups))
     cost = macs_model(job.selected, groups, job.example)
-    budget = Budget(wanted.budget.macs, grid, wanted.floor, wanted.balance)
+    budget = Budget(wanted.budget.macs or 1.0, grid, wanted.floor, wanted.balance)
 
     empty = Scored(groups, cost, budget, per_task, {})
     fused = fuse(
@@ -170,7 +170,7 @@ def score_channels(job: Job, grid: int) -> Scored:
         wanted.fusion,
         agreement=agree,
         oracle=lambda trial: _removed(_ranked(job, replace(empty, fused=trial))),
-        keep_share=wanted.budget.macs**0.5,  # MACs go with the square of the widths
+        keep_share=job.kept_share**0.5,  # MACs go with the square of the widths
     )
     return replace(empty, fused=fused)
 
@@ -178,7 +178,7 @@ def score_channels(job: Job, grid: int) -> Scored:
 def plan_scored(job: Job, scored: Scored) -> PrunePlan:
     """Return the cut by the fused scores, its widths searched for if the recipe says so."""
     ranked, search = _ranked(job, scored), job.recipe.searched()
-    if search is False:
+    if search is False or job.limits:  # the search knows of MACs alone
         return ranked
     return searched_plan(
         job, search, scored.groups, scored.cost, scored.fused, ranked, scored.budget,
@@ -189,7 +189,7 @@ def plan_scored(job: Job, scored: Scored) -> PrunePlan:
 def _ranked(job: Job, scored: Scored) -> PrunePlan:
     return plan_prune(
         scored.groups, scored.cost, scored.fused, scored.per_task, scored.budget,
-        criterion=job.recipe.prune.criterion, fusion=job.recipe.prune.fusion,
+        criterion=job.recipe.prune.criterion, fusion=job.recipe.prune.fusion, limits=job.limits,
     )  # fmt: skip
 
 

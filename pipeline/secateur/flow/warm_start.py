@@ -155,7 +155,7 @@ def _nearest(job: Job, library: Library) -> Nearest:
 
     A recipe that is built again finds the library as it was, as far as it changed it itself.
     """
-    wanted, budget = job.recipe.prune, job.recipe.prune.budget.macs
+    wanted, budget = job.recipe.prune, job.kept_share
     window = budget / BUDGET_FACTOR, min(1.0, budget * BUDGET_FACTOR)
     of_parent = find_entries(library, parent=job.parent_key, budget=window)
     own = {each.id for each in of_parent if each.facts.recipe == job.recipe.source}
@@ -235,7 +235,7 @@ def _why_cold(job: Job, witnesses: Sequence[_Witness]) -> str:
     """Return why the library is of no use, or "" where it is."""
     if witnesses:
         return ""
-    budget = job.recipe.prune.budget.macs
+    budget = job.kept_share
     least, most = budget / BUDGET_FACTOR, min(1.0, budget * BUDGET_FACTOR)
     return (
         "the library has no useful cut of this parent, in these axes, to between "

@@ -7,7 +7,7 @@ swaps close the last gap. (torch-pruning's ``round_to`` rounds down after the fa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from secateur.core.errors import PlanError
 from secateur.prune.macs import MacsModel
 
 Scores = Sequence[NDArray[np.float64]]
+Load = Callable[[Sequence[int]], float]  # the share of the budget that rungs use; it holds to 1
 WIDE = 12  # grid steps from which on a group counts as wide
 GAP = 0.005  # how far below the budget a solution may stay before swaps are tried
 
@@ -64,14 +65,22 @@ def solve(scores: Scores, cost: MacsModel, budget: int, grid: int, floor: float)
             hint=f"set prune.budget.macs to at least {np.ceil(1000 * least / full) / 1000:.3f}, "
             "or lower prune.floor",
         )
-    at = _descend(rungs, cost, budget)
-    at = _fill(rungs, cost, budget, at)
-    at = _swap(rungs, cost, budget, at)
-    return [ladder.widths[rung] for ladder, rung in zip(rungs, at, strict=True)]
+
+    def load(at: Sequence[int]) -> float:
+        counts = [ladder.widths[rung] for ladder, rung in zip(rungs, at, strict=True)]
+        return cost.macs(counts) / budget
+
+    at = greedy(rungs, load)
+    return [ladder.widths[rung] for ladder, rung in zip(rungs, at or (), strict=True)]
 
 
-def _macs(rungs: Sequence[Ladder], cost: MacsModel, at: Sequence[int]) -> int:
-    return cost.macs([ladder.widths[rung] for ladder, rung in zip(rungs, at, strict=True)])
+def greedy(rungs: Sequence[Ladder], load: Load, *, swaps: bool = True) -> list[int] | None:
+    """Return a rung per group at which the load is at most 1, or None where the way down ends."""
+    at = _descend(rungs, load)
+    if at is None:
+        return None
+    at = _fill(rungs, load, at)
+    return _swap(rungs, load, at) if swaps else at
 
 
 def _step_loss(ladder: Ladder, rung: int) -> float:
@@ -80,15 +89,17 @@ def _step_loss(ladder: Ladder, rung: int) -> float:
     return (ladder.kept_score[rung] - ladder.kept_score[rung + 1]) / channels
 
 
-def _descend(rungs: Sequence[Ladder], cost: MacsModel, budget: int) -> list[int]:
+def _descend(rungs: Sequence[Ladder], load: Load) -> list[int] | None:
     at = [0] * len(rungs)
-    while _macs(rungs, cost, at) > budget:
+    while load(at) > 1:
         movable = [g for g, ladder in enumerate(rungs) if at[g] + 1 < len(ladder.widths)]
+        if not movable:
+            return None
         at[min(movable, key=lambda g: _step_loss(rungs[g], at[g]))] += 1
     return at
 
 
-def _fill(rungs: Sequence[Ladder], cost: MacsModel, budget: int, start: list[int]) -> list[int]:
+def _fill(rungs: Sequence[Ladder], load: Load, start: list[int]) -> list[int]:
     """Put back the most valuable chunk that still fits, until none does."""
     at = list(start)
     while True:
@@ -98,18 +109,18 @@ def _fill(rungs: Sequence[Ladder], cost: MacsModel, budget: int, start: list[int
                 continue
             trial = [*at[:g], rung - 1, *at[g + 1 :]]
             value = _step_loss(rungs[g], rung - 1)
-            if value >= gain and _macs(rungs, cost, trial) <= budget:
+            if value >= gain and load(trial) <= 1:
                 best, gain = trial, value
         if best is None:
             return at
         at = best
 
 
-def _swap(rungs: Sequence[Ladder], cost: MacsModel, budget: int, start: list[int]) -> list[int]:
+def _swap(rungs: Sequence[Ladder], load: Load, start: list[int]) -> list[int]:
     """While the gap is wide, trade one chunk out for one chunk in that ends nearer below."""
     at = list(start)
-    spent = _macs(rungs, cost, at)
-    while spent < (1 - GAP) * budget:
+    spent = load(at)
+    while spent < 1 - GAP:
         best, best_spent = None, spent
         for out, ladder in enumerate(rungs):
             if at[out] + 1 >= len(ladder.widths):
@@ -120,9 +131,9 @@ def _swap(rungs: Sequence[Ladder], cost: MacsModel, budget: int, start: list[int
                 trial = list(at)
                 trial[out] += 1
                 trial[back] -= 1
-                macs = _macs(rungs, cost, trial)
-                if best_spent < macs <= budget:
-                    best, best_spent = trial, macs
+                used = load(trial)
+                if best_spent < used <= 1:
+                    best, best_spent = trial, used
         if best is None:
             return at
         at, spent = best, best_spent

@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from secateur.core.channels import ChannelGroup
 from secateur.core.plan import GroupCut, PrunePlan
 from secateur.prune.budget import solve
+from secateur.prune.costs import width_problem
 from secateur.prune.macs import MacsModel
+from secateur.prune.problem import Limit
 
 GroupScores = Mapping[str, NDArray[np.float64]]
 
@@ -40,17 +42,25 @@ def plan_prune(
     *,
     criterion: str,
     fusion: str,
+    limits: Sequence[Limit] = (),
 ) -> PrunePlan:
-    """Return the cut that keeps the most fused score within the budget.
+    """Return the cut that keeps the most fused score within the budget, or within ``limits``.
 
-    ``fused`` and each of ``per_task`` give (width,) scores by group name.
+    ``fused`` and each of ``per_task`` give (width,) scores by group name. Without limits the
+    greedy planner fills the MACs of ``budget``; with them the exact one keeps all of them.
 
     Raises:
         PlanError: the budget is below what the grid and the floor allow.
     """
     full = cost.macs([group.width for group in groups])
     scores = [_balanced(fused[group.name], budget.balance) for group in groups]
-    counts = solve(scores, cost, int(budget.macs * full), budget.grid, budget.floor)
+    if limits:
+        from secateur.prune.exact import solve_exact  # OR-Tools takes a while to import
+
+        problem = width_problem(scores, budget.grid, budget.floor, limits)
+        counts: Sequence[int] = solve_exact(problem).counts
+    else:
+        counts = solve(scores, cost, int(budget.macs * full), budget.grid, budget.floor)
     return plan_widths(
         groups, cost, fused, counts, budget, per_task=per_task, criterion=criterion, fusion=fusion
     )

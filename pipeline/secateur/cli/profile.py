@@ -1,0 +1,68 @@
+"""``secateur profile``"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from secateur.cli.options import (
+    DEFAULT_TARGET,
+    CacheOption,
+    JsonOption,
+    RecipeArgument,
+    TargetOption,
+)
+from secateur.core.progress import shown
+
+
+def profile(
+    recipe: RecipeArgument,
+    target: TargetOption = DEFAULT_TARGET,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The table's file (default: latency.json).")
+    ] = None,
+    cache: CacheOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure the recipe's operators here, for budgets in milliseconds; run again to resume.
+
+    Example: secateur profile examples/scenes.yaml --target x86-64-cpu --out latency.json
+    """
+    from secateur.bench.profile import spread_of
+    from secateur.devices.latency_table import channel_grid
+    from secateur.devices.target import load_target
+    from secateur.flow.axes import turn_axes
+    from secateur.flow.cache import StageCache
+    from secateur.flow.job import open_job
+    from secateur.flow.latency import profile_job
+    from secateur.flow.recipe import load_recipe
+
+    device, path = load_target(target), out or Path("latency.json")
+    with shown(quiet=as_json):
+        job = turn_axes(open_job(load_recipe(recipe), StageCache(cache)))
+        table = profile_job(job, device, path)
+    spread = spread_of(table)
+    summary = {
+        "table": str(path),
+        "runtime": table.runtime,
+        "threads": table.threads,
+        "kinds": len(table.points),
+        "points": sum(len(points) for points in table.points.values()),
+        "held_out_error": table.error(),
+        "spread_median": spread["median"],
+        "spread_largest": spread["largest"],
+        "channel_grid": channel_grid(table),
+        "scale": table.scale,
+    }
+    if as_json:
+        typer.echo(json.dumps(summary, indent=2))
+        return
+    rows = Table("latency table", "")
+    for name, value in summary.items():
+        rows.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+    Console().print(rows)
