@@ -83,8 +83,9 @@ def fusion_table(suite: dict[str, Any]) -> str:
         "ΔT in % on the 654 test images, mean ± standard deviation over the seeds;",
         "EfficientNet-Lite0 with segmentation, depth and normals at 96x128; every method",
         "recovers for 15 % of the parent's steps, with the same loss and rate. A refit leaves",
-        "batch norms that fit the cut network; recovery freezes them half-way, `frozen norms` from",
-        "the first step (a rival's after re-estimating them), `trained norms` never.",
+        "batch norms that fit the cut network; recovery freezes them half-way (if short, after a",
+        "mild cut, at once), `frozen norms` from the first step (a rival's after re-estimating",
+        "them), `trained norms` never.",
     ]
     control = next((c for (_, keep), c in cells.items() if keep == 1.0), None)
     if control:

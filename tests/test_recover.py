@@ -22,7 +22,7 @@ from secateur.data.transforms import Augment
 from secateur.flow.cache import StageCache
 from secateur.flow.job import Job, open_job
 from secateur.flow.recipe import parse_recipe
-from secateur.flow.recovery import check_recovery
+from secateur.flow.recovery import check_recovery, freeze_norms
 from secateur.flow.stages import make_cut, make_plan
 from secateur.recover import TrainSettings, reinitialised, train
 from secateur.recover.balance import (
@@ -515,3 +515,30 @@ def test_recipes_that_contradict_themselves_are_refused(tmp_path: Path) -> None:
     unlabelled.label_names = frozenset({"depth"})
     with pytest.raises(RecipeError, match="no label 'segmentation'"):
         check_recovery(replace(work, train=unlabelled))
+
+
+@pytest.mark.parametrize(
+    ("recover", "compensate", "share"),
+    [
+        ("epochs: 4", "{images: 4}", 0.0),  # short, of a mild cut
+        ("epochs: 5", "{images: 4}", 0.5),
+        ("steps: 20", "{images: 4}", 0.5),  # four an epoch
+        ("steps: 19", "{images: 4}", 0.0),
+        ("epochs: 4, freeze_norms: 0.3", "{images: 4}", 0.3),
+        ("epochs: 4, reinit: true", "{images: 4}", 1.0),
+        ("epochs: 4", "false", 1.0),
+    ],
+)
+def test_norms_are_frozen_early_only_where_they_were_compensated(
+    recover: str, compensate: str, share: float, tmp_path: Path
+) -> None:
+    work = job(recover, tmp_path)
+    settled = parse_recipe(
+        RECIPE.format(reader="scenes", count=8, recover=recover).replace(
+            "compensate: {images: 4}", f"compensate: {compensate}"
+        ),
+        tmp_path / "recipe.yaml",
+    )
+    _, plan = make_plan(work, 8)
+    assert settled.recover != "none"
+    assert freeze_norms(replace(work, recipe=settled), plan, settled.recover) == share

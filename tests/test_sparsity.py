@@ -161,7 +161,7 @@ def test_a_sparse_copy_computes_with_masked_weights_and_leaves_the_model_alone()
 
 SETTINGS: list[dict[str, Any]] = [
     {"learning_rate": 0.01, "weight_decay": 0.1},
-    {"learning_rate": 0.01, "ema": 0.5, "norms": "frozen", "distill": 1.0},
+    {"learning_rate": 0.01, "ema": 0.5, "freeze_norms": 0.0, "distill": 1.0},
     {"learning_rate": 0.01, "balance": "pcgrad"},
 ]
 

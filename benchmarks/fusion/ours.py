@@ -32,7 +32,8 @@ class Recipe:
 
     With ``axes`` the parent is first rewritten in balanced axes. Without ``labels`` importance is
     read from targets sampled from the parent's outputs, and the search is judged by the distance
-    to them. ``freeze_norms``: see ``TrainSettings``.
+    to them. ``freeze_norms``: see ``TrainSettings``; by
+    default as recipes choose.
     """
 
     criterion: str = "taylor"
@@ -41,7 +42,7 @@ class Recipe:
     refit: bool = True
     labels: bool = True
     axes: bool = True
-    freeze_norms: float = 0.5
+    freeze_norms: float | None = None
 
     def bench(self, bench: Bench) -> Bench:
         """Return the bench whose parent this recipe cuts: in balanced axes or as trained."""

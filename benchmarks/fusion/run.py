@@ -23,7 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from fusion.bench import PARENT, Bench
-from fusion.ours import CUT, OURS, REFIT_IMAGES
+from fusion.ours import OURS, REFIT_IMAGES
 from fusion.rivals import RIVALS
 from secateur.bench.accuracy import evaluate_model
 from secateur.core.errors import PlanError
@@ -33,7 +33,7 @@ from secateur.data.transforms import Augment
 from secateur.metrics.delta import delta
 from secateur.metrics.kind import kind_of
 from secateur.prune import count_macs
-from secateur.recover import TrainSettings, train
+from secateur.recover import TrainSettings, freeze_after, steps_per_epoch, train
 from suite import RESULTS, append_row, read_rows
 from torch.optim.swa_utils import update_bn
 
@@ -134,7 +134,7 @@ def run_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
     steps = round(cell.recovery * bench.parent_steps)
     recovered = recover(
         bench, model, steps, cell.seed,
-        labels=cell.method not in LABEL_FREE, freeze=freeze_norms(cell.method),
+        labels=cell.method not in LABEL_FREE, freeze=freeze_norms(bench, cell, steps),
     )  # fmt: skip
     return {
         "macs": count_macs(model, bench.example) / bench.full_macs,
@@ -147,15 +147,17 @@ def run_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
     }
 
 
-def freeze_norms(method: str) -> float:
+def freeze_norms(bench: Bench, cell: Cell, steps: int) -> float:
     """Return after which share of the recovery batch norms are frozen, as suits the method.
 
-    Half-way for ours, which a refit leaves with norms of the network they are in. A plain cut has
-    those of another network; on the validation images it is better never to freeze them.
+    Ours has norms of the network they are in, and so has the parent. A plain cut has those of
+    another network; on the validation images it is better never to freeze them.
     """
-    if method in OURS:
-        return OURS[method].freeze_norms
-    return {CONTROL: CUT.freeze_norms}.get(method, 0.0 if method.endswith(FROZEN) else 1.0)
+    if cell.method != CONTROL and cell.method not in OURS:
+        return 0.0 if cell.method.endswith(FROZEN) else 1.0
+    told = OURS[cell.method].freeze_norms if cell.method in OURS else None
+    epochs = steps / steps_per_epoch(len(bench.fit), BATCH)
+    return freeze_after(epochs, cell.keep) if told is None else told
 
 
 def recover(

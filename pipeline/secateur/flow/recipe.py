@@ -130,7 +130,7 @@ class RecoverSpec(_Strict):
     feature_distill: float = Field(default=0.0, ge=0)
     ema: float = Field(default=0.0, ge=0, lt=1)
     early_stop: EarlyStopSpec | Literal[False] = False
-    freeze_norms: float = Field(default=0.5, ge=0, le=1)
+    freeze_norms: float | None = Field(default=None, ge=0, le=1)
     augment: Literal["none", "flip", "full"] = "flip"
     reinit: bool = False
     seed: int = 0

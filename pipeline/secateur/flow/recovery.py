@@ -20,7 +20,13 @@ from secateur.flow.job import Job
 from secateur.flow.recipe import RecoverSpec
 from secateur.metrics.delta import delta
 from secateur.metrics.kind import kind_of
-from secateur.recover import TrainSettings, reinitialised, train
+from secateur.recover import (
+    TrainSettings,
+    freeze_after,
+    reinitialised,
+    steps_per_epoch,
+    train,
+)
 
 # Recovery is short: zooms and colour jitter would move batch norm away from deployment's images.
 AUGMENTS = {"none": None, "flip": Augment(scale=1.0, jitter=0.0), "full": Augment()}
@@ -64,8 +70,9 @@ def recovered(
     wanted = job.recipe.recover
     if wanted == "none":
         return model, 0
+    freeze = freeze_norms(job, plan, wanted)
     key = (job.parent_key, asdict(plan)["cuts"], str(job.recipe.compensate),
-           job.recipe.prune.axes, job.train.fingerprint,
+           job.recipe.prune.axes, freeze, job.train.fingerprint,
            wanted.model_dump(), asdict(job.spec),
            [{**asdict(task), "max_drop": None} for task in job.tasks],
            *([origin] if origin else []))  # fmt: skip
@@ -75,7 +82,8 @@ def recovered(
     if steps.exists() and load_weights(weights, found):
         return found, int(json.loads(steps.read_text(encoding="utf-8")))
     settings = TrainSettings(
-        **wanted.model_dump(exclude={"augment", "early_stop", "reinit"}),
+        **wanted.model_dump(exclude={"augment", "early_stop", "reinit", "freeze_norms"}),
+        freeze_norms=freeze,
         patience=wanted.early_stop.patience if wanted.early_stop else 0,
     )
     training, held_out = _split(job, wanted)
@@ -89,6 +97,17 @@ def recovered(
     save_weights(weights, result.model)
     (folder / "state.pt").unlink(missing_ok=True)
     return result.model, result.steps
+
+
+def freeze_norms(job: Job, plan: PrunePlan, wanted: RecoverSpec) -> float:
+    """Return when batch norms are frozen: as told, never unless compensation settled them."""
+    if wanted.freeze_norms is not None:
+        return wanted.freeze_norms
+    if job.recipe.compensate is False or wanted.reinit:
+        return 1.0
+    steps = wanted.steps or 0
+    epochs = wanted.epochs or steps / steps_per_epoch(len(job.train), wanted.batch_size)
+    return freeze_after(epochs, plan.macs_after / plan.macs_before)
 
 
 def _split(job: Job, wanted: RecoverSpec) -> tuple[Reader, Reader | None]:

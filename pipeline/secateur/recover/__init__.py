@@ -1,7 +1,14 @@
 """Win back what a cut lost: fine-tuning on labels, distillation from the parent, or both."""
 
 from secateur.recover.reinit import reinitialised
-from secateur.recover.settings import TrainResult, TrainSettings, steps_per_epoch
+from secateur.recover.settings import TrainResult, TrainSettings, freeze_after, steps_per_epoch
 from secateur.recover.training import train
 
-__all__ = ["TrainResult", "TrainSettings", "reinitialised", "steps_per_epoch", "train"]
+__all__ = [
+    "TrainResult",
+    "TrainSettings",
+    "freeze_after",
+    "reinitialised",
+    "steps_per_epoch",
+    "train",
+]
