@@ -11,7 +11,7 @@ _X86_INT8 = {"avx2", "avx512", "vnni", "avx_vnni", "amx_int8"}
 
 
 def int8_form(isa: Collection[str]) -> Int8Form:
-    """Return the types of activations and weights that ONNX Runtime's int8 kernels are fastest with.
+    """Return the types of activations and weights that suit ONNX Runtime's int8 kernels best.
 
     ``isa`` has the names of ``probe.CpuFacts.isa`` or of a profile's ``cpu.isa``. "fp32" says that
     int8 is not worth it: Arm cores without dot product or int8 matrix multiplication (Raspberry Pi

@@ -16,8 +16,9 @@ from secateur.bundle.write import CHECK_FILE
 from secateur.core.errors import BuildError, DataError, RecipeError, VerifyError
 from secateur.core.task import Task
 from secateur.data.loading import open_reader
+from secateur.data.sample import Reader
 from secateur.flow.predict import predictor
-from secateur.flow.recipe import parse_recipe
+from secateur.flow.recipe import Recipe, parse_recipe
 from secateur.lower import Parity, compare_outputs
 from secateur.metrics.delta import Delta, delta
 from secateur.metrics.kind import kind_of
@@ -46,7 +47,7 @@ def verify(folder: Path, *, limit: int | None = None) -> VerifyResult:
     manifest = read_bundle(folder)
     check_files(folder, manifest)
     session = runtime_of(manifest.runtime).open_session(folder / "model.onnx", manifest.threads)
-    parity = _parity(folder, manifest, session)
+    parity = check_parity(folder, manifest, session)
     try:
         accuracy = _accuracy(folder, manifest, session, limit)
     except (DataError, RecipeError) as error:
@@ -59,7 +60,12 @@ def verify(folder: Path, *, limit: int | None = None) -> VerifyResult:
     return VerifyResult(parity, accuracy, change, "")
 
 
-def _parity(folder: Path, manifest: Manifest, session: Session) -> dict[str, Parity]:
+def check_parity(folder: Path, manifest: Manifest, session: Session) -> dict[str, Parity]:
+    """Compare what a session makes of the bundle's own image with what torch made of it.
+
+    Raises:
+        VerifyError: a task differs by more than another CPU may.
+    """
     with np.load(folder / CHECK_FILE, allow_pickle=False) as stored:
         image = stored["image"]
         wanted = {task.name: stored[f"output/{task.name}"] for task in manifest.tasks}
@@ -72,9 +78,12 @@ def _parity(folder: Path, manifest: Manifest, session: Session) -> dict[str, Par
         ) from error
 
 
-def _accuracy(
-    folder: Path, manifest: Manifest, session: Session, limit: int | None
-) -> dict[str, dict[str, float]]:
+def eval_data(folder: Path, manifest: Manifest) -> tuple[Recipe, Reader]:
+    """Return the bundle's recipe and the evaluation data it was built with.
+
+    Raises:
+        DataError, RecipeError: they are not at hand, or not the same any more.
+    """
     recipe = parse_recipe(manifest.recipe, folder / "recipe.yaml")
     spec = recipe.data.eval
     root = Path(manifest.data["eval_root"])
@@ -85,7 +94,13 @@ def _accuracy(
         raise DataError(
             "the evaluation data are not those of the build", hint="point the recipe at the same"
         )
+    return recipe, reader
 
+
+def _accuracy(
+    folder: Path, manifest: Manifest, session: Session, limit: int | None
+) -> dict[str, dict[str, float]]:
+    recipe, reader = eval_data(folder, manifest)
     tasks = [task for task in recipe.all_tasks() if task.name in recipe.kept_names()]
     return evaluate(
         predictor(session), tasks, reader, recipe.model.input.model_input(), limit=limit
