@@ -281,6 +281,22 @@ def test_a_bench_counts_instructions_and_never_says_latency(
 
 
 @pytest.mark.slow
+def test_without_a_compiler_counts_are_not_available_and_the_rest_is(
+    userland: Userland, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    for name in ("sh", "env", "sha256sum", userland.qemu.name):
+        (tmp_path / name).symlink_to(str(shutil.which(name)))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code, out, err = run(capsys, "bench", built, "--device", "emulated:cortex-a72")
+    assert code == 0, out + err
+    assert "not available" in out and "peak memory" in out and "onnxruntime" in out
+    record = json.loads((built / "bench-emulated.json").read_text())
+    assert "gcc" in record["instructions"]["not_available"]
+    assert record["process_peak_memory_mb"] > record["idle_python_peak_memory_mb"]
+
+
+@pytest.mark.slow
 def test_an_instruction_that_the_cpu_lacks_is_a_sentence(userland: Userland) -> None:
     sdot = (0x4E829420, 0xD65F03C0)  # sdot v0.4s, v1.16b, v2.16b; ret
     script = (

@@ -23,7 +23,7 @@ BundleArgument = Annotated[
 
 def verify(
     bundle: BundleArgument,
-    limit: Annotated[int | None, typer.Option(help="Evaluate only so many images.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Evaluate only so many images.")] = None,
     device: Annotated[str, typer.Option(help=f"Where to run it: {_DEVICES}.")] = "local",
     cpu: Annotated[
         list[str] | None, typer.Option(help="An emulated CPU model; may be given again.")

@@ -225,9 +225,8 @@ class EmulatedConnection(PipedConnection):
             "OMP_NUM_THREADS": 1, "OPENBLAS_NUM_THREADS": 1,
             "XDG_CACHE_HOME": self._folder / "cache", "HOME": self._folder,
         }  # fmt: skip
-        words = [land.qemu, "-cpu", self._model, "-L", self._folder / "root"]
-        for setting, value in settings.items():
-            words += ["-E", f"{setting}={value}"]
+        words = ["env", "-u", "PYTHONHOME", *(f"{key}={value}" for key, value in settings.items()),
+                 land.qemu, "-cpu", self._model, "-L", self._folder / "root"]  # fmt: skip
         line = f"{shlex.join(map(str, words))} {options} {shlex.quote(str(land.python))}"
         path.write_text(f'#!/bin/sh\nulimit -c 0\nexec {line} "$@"\n')
         path.chmod(0o755)

@@ -7,6 +7,7 @@ tells what is in it; the digest of every file is written last and compared at ev
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -184,6 +185,11 @@ def _debian(work: Path) -> dict[str, str]:
 
 def _wheels(work: Path, wheels: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Install the wheels and what they depend on for aarch64; return what came."""
+    if importlib.util.find_spec("pip") is None:
+        raise RuntimeMissing(
+            f"{sys.executable} has no pip, which brings the wheels for aarch64",
+            hint=f"{sys.executable} -m ensurepip",
+        )
     site, report = work / "site", work / "pip.json"
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
                "--no-compile", "--only-binary=:all:", "--target", str(site),
@@ -237,11 +243,10 @@ def _compile(made: Userland) -> None:
         "import argparse, compileall, hashlib, json, mmap, sys, time, numpy, cv2\n"
         "for folder in sys.argv[1:]: compileall.compile_dir(folder, maxlevels=0, quiet=2)"
     )
-    _succeed(
-        [str(made.qemu), "-L", str(made.system), "-E", f"PYTHONPATH={made.site}", str(made.python),
-         "-c", script, str(runtime), str(runtime / "capi")],
-        "the byte code of the emulated Python",
-    )  # fmt: skip
+    python = ["env", "-u", "PYTHONHOME", f"PYTHONPATH={made.site}", "PYTHONNOUSERSITE=1",
+              str(made.qemu), "-L", str(made.system), str(made.python)]  # fmt: skip
+    folders = [str(runtime), str(runtime / "capi")]
+    _succeed([*python, "-c", script, *folders], "the byte code of the emulated Python")
 
 
 def _digests(work: Path) -> dict[str, str]:
