@@ -14,8 +14,7 @@ if TYPE_CHECKING:
 
 def print_verified(result: EmulatedVerify) -> None:
     """Print one line per CPU model and task."""
-    table = Table("CPU", "task", "torch: of range", "here: of range", "equal %", "same class %",
-                  "metrics there")  # fmt: skip
+    table = Table("CPU", "task", "torch: of range", "here: of range", "equal %", "same class %")
     for run in result.runs:
         for task, agreement in run.against_here.items():
             same = agreement.same_class
@@ -23,13 +22,14 @@ def print_verified(result: EmulatedVerify) -> None:
                 run.cpu, task, f"{run.against_torch[task].relative:.2e}",
                 f"{agreement.parity.relative:.2e}", f"{100 * agreement.equal:.1f}",
                 "-" if same is None else f"{100 * same:.2f}",
-                _metrics(run.accuracy[task]) if run.accuracy else "-",
             )  # fmt: skip
     console = Console()
     console.print(table)
-    if result.accuracy_here:
-        for task, metrics in result.accuracy_here.items():
-            console.print(f"{task} on this machine: {_metrics(metrics)}")
+    accuracies = [("this machine", result.accuracy_here)]
+    accuracies += [(run.cpu, run.accuracy) for run in result.runs]
+    for where, accuracy in accuracies:
+        for task, metrics in (accuracy or {}).items():
+            console.print(f"{task} on {where}: {_metrics(metrics)}", soft_wrap=True)
     for run in result.runs:
         console.print(
             f"{run.cpu} has {', '.join(run.isa) or 'no fp16, dotprod or i8mm'}: "

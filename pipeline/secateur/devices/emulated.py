@@ -159,7 +159,7 @@ class EmulatedConnection(PipedConnection):
         plugin = self._plugin()
         python = None
         if not isinstance(plugin, str):
-            python = self._wrapper("counting", f"-plugin {shlex.quote(str(plugin))}")
+            python = self._wrapper("counting", "-plugin", str(plugin))
         command = f"cd {shlex.quote(place)} && exec {self._agent('inference', image, python)}"
         result = self.run(command, seconds=seconds)
         if result.code != 0:
@@ -217,18 +217,14 @@ class EmulatedConnection(PipedConnection):
         words = [str(python or self.python), str(Path(on_emulated.__file__)), verb, image]
         return shlex.join(word for word in words if word)
 
-    def _wrapper(self, name: str, options: str = "") -> Path:
+    def _wrapper(self, name: str, *options: str) -> Path:
         """Write a program that runs the aarch64 Python, and return its path."""
-        land, path = self._userland, self._folder / name
-        settings = {
-            "PYTHONPATH": land.site, "PYTHONHASHSEED": 0, "PYTHONNOUSERSITE": 1,
-            "OMP_NUM_THREADS": 1, "OPENBLAS_NUM_THREADS": 1,
-            "XDG_CACHE_HOME": self._folder / "cache", "HOME": self._folder,
-        }  # fmt: skip
-        words = ["env", "-u", "PYTHONHOME", *(f"{key}={value}" for key, value in settings.items()),
-                 land.qemu, "-cpu", self._model, "-L", self._folder / "root"]  # fmt: skip
-        line = f"{shlex.join(map(str, words))} {options} {shlex.quote(str(land.python))}"
-        path.write_text(f'#!/bin/sh\nulimit -c 0\nexec {line} "$@"\n')
+        path = self._folder / name
+        command = self._userland.command(
+            self._folder / "root", "-cpu", self._model, *options,
+            XDG_CACHE_HOME=self._folder / "cache", HOME=self._folder,
+        )  # fmt: skip
+        path.write_text(f'#!/bin/sh\nulimit -c 0\nexec {shlex.join(command)} "$@"\n')
         path.chmod(0o755)
         return path
 
@@ -246,9 +242,7 @@ class EmulatedConnection(PipedConnection):
         )  # fmt: skip
         if made.returncode != 0:
             return f"QEMU's plugin does not compile: {clean(made.stderr)[:200]}"
-        tried = self.run(
-            f"exec {self._wrapper('trying', f'-plugin {shlex.quote(str(path))}')} -c ''"
-        )
+        tried = self.run(f"exec {self._wrapper('trying', '-plugin', str(path))} -c ''")
         if tried.code != 0:
             return f"this QEMU does not take the plugin: {clean(tried.err.strip())[:200]}"
         return path

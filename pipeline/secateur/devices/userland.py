@@ -64,6 +64,18 @@ class Userland:
         """The aarch64 interpreter."""
         return self.system / "usr" / "bin" / f"python{_PYTHON}"
 
+    def command(self, root: Path, *options: str, **settings: object) -> list[str]:
+        """Return the command line of the aarch64 Python that finds files under ``root``.
+
+        Of the environment here nothing goes along: it would change what is counted.
+        """
+        settings = {
+            "PYTHONPATH": self.site, "PYTHONNOUSERSITE": 1, "PYTHONHASHSEED": 0,
+            "OMP_NUM_THREADS": 1, "OPENBLAS_NUM_THREADS": 1, "LC_ALL": "C.UTF-8", **settings,
+        }  # fmt: skip
+        return ["env", "-i", *(f"{name}={value}" for name, value in settings.items()),
+                str(self.qemu), *options, "-L", str(root), str(self.python)]  # fmt: skip
+
 
 def find_qemu() -> Path:
     """Return the emulator.
@@ -243,10 +255,8 @@ def _compile(made: Userland) -> None:
         "import argparse, compileall, hashlib, json, mmap, sys, time, numpy, cv2\n"
         "for folder in sys.argv[1:]: compileall.compile_dir(folder, maxlevels=0, quiet=2)"
     )
-    python = ["env", "-u", "PYTHONHOME", f"PYTHONPATH={made.site}", "PYTHONNOUSERSITE=1",
-              str(made.qemu), "-L", str(made.system), str(made.python)]  # fmt: skip
-    folders = [str(runtime), str(runtime / "capi")]
-    _succeed([*python, "-c", script, *folders], "the byte code of the emulated Python")
+    command = [*made.command(made.system), "-c", script, str(runtime), str(runtime / "capi")]
+    _succeed(command, "the byte code of the emulated Python")
 
 
 def _digests(work: Path) -> dict[str, str]:
