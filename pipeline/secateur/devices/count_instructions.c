@@ -1,7 +1,8 @@
-/* A plugin of QEMU (API version 1: 4.2 to 8.2) that counts the instructions of the emulated program.
+/* A plugin of QEMU that counts the instructions of the emulated program. It is written to version 1
+   of the plugin API, that of QEMU 7.2; a release that has another one says so and loads nothing.
 
    The program marks a place by the system call getpriority(MARK, number), which does nothing else
-   of use; at each mark and at the end the count so far is printed on stderr. The prototypes are
+   of use; at each mark the count so far is printed on stderr. The prototypes are
    those of qemu-plugin.h, which distributions do not package. */
 #include <inttypes.h>
 #include <stdint.h>
