@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 from dataclasses import asdict
 
 import typer
@@ -16,6 +17,7 @@ from secateur.cli.options import DeviceOption, JsonOption
 from secateur.core.errors import ConnectionLost, DeviceError
 from secateur.devices.host import host_facts, library_versions
 from secateur.devices.target import load_target, target_names
+from secateur.devices.userland import INSTALL_QEMU, QEMU_NAMES
 
 OPTIONAL = {
     "h5py": ("official nyu_depth_v2_labeled.mat", "pip install 'secateur[mat]'"),
@@ -37,6 +39,8 @@ def doctor(device: DeviceOption = None, as_json: JsonOption = False) -> None:
         for name, (purpose, fix) in OPTIONAL.items()
         if importlib.util.find_spec(name) is None
     }
+    if not any(map(shutil.which, QEMU_NAMES)):
+        missing[QEMU_NAMES[0]] = {"for": "verify and bench --device emulated", "fix": INSTALL_QEMU}
     targets = {name: list(load_target(name).builds) for name in target_names()}
     data = os.environ.get("SECATEUR_DATA")
     if as_json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +15,7 @@ from rich.table import Table
 from secateur.cli.options import JsonOption
 from secateur.core.progress import shown
 
+_DEVICES = "local, or emulated[:CPU]"
 BundleArgument = Annotated[
     Path, typer.Argument(help="The bundle's folder, out/<device>/<precision>.", show_default=False)
 ]
@@ -21,15 +23,26 @@ BundleArgument = Annotated[
 
 def verify(
     bundle: BundleArgument,
-    limit: Annotated[int | None, typer.Option(help="Evaluate only so many images.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Evaluate only so many images.")] = None,
+    device: Annotated[str, typer.Option(help=f"Where to run it: {_DEVICES}.")] = "local",
+    cpu: Annotated[
+        list[str] | None, typer.Option(help="An emulated CPU model; may be given again.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Checksums, ONNX parity, and per-task accuracy against max_drop; exit 1 if it falls short.
 
+    With --device emulated, the bundle's own run.py on emulated Arm CPUs, against this machine.
+
     Example: secateur verify out/x86-64-cpu/fp32
     """
+    from secateur.devices.emulated import asked_cpus
     from secateur.flow.verify import verify as run_verify
 
+    cpus = asked_cpus(device, cpu or [])
+    if cpus is not None:
+        _verify_emulated(bundle, cpus, limit, as_json)
+        return
     with shown(quiet=as_json):
         result = run_verify(bundle, limit=limit)
     if as_json:
@@ -44,18 +57,38 @@ def verify(
     console.print(result.skipped or "the bundle is whole and every task is as good as it must be")
 
 
+def _verify_emulated(bundle: Path, cpus: Sequence[str], limit: int | None, as_json: bool) -> None:
+    from secateur.cli.emulated import print_verified
+    from secateur.flow.emulated import IMAGES, verify_emulated
+
+    with shown(quiet=as_json):
+        result = verify_emulated(bundle, cpus, limit=IMAGES if limit is None else limit)
+    if as_json:
+        typer.echo(json.dumps(asdict(result), indent=2))
+    else:
+        print_verified(result)
+
+
 def bench(
     bundle: BundleArgument,
-    device: Annotated[str, typer.Option(help="Where to measure: local.")] = "local",
+    device: Annotated[str, typer.Option(help=f"Where to measure: {_DEVICES}.")] = "local",
     threads: Annotated[int | None, typer.Option(help="Threads (default: the manifest's).")] = None,
+    cpu: Annotated[str | None, typer.Option(help="The emulated CPU model.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Latency by the protocol: inference alone, and from image file to decoded answer.
 
+    With --device emulated, no latency: instructions, memory and what has to be on the board.
+
     Example: secateur bench out/x86-64-cpu/fp32 --threads 2
     """
+    from secateur.devices.emulated import asked_cpus
     from secateur.flow.measure import bench as run_bench
 
+    cpus = asked_cpus(device, [cpu] if cpu else [])
+    if cpus is not None:
+        _bench_emulated(bundle, cpus, as_json)
+        return
     with shown(quiet=as_json):
         record = run_bench(bundle, device=device, threads=threads)
     if as_json:
@@ -74,3 +107,15 @@ def bench(
     console.print(table)
     console.print(f"{record['runtime']}, {record['threads']} thread(s), {record['host']['cpu']}; "
                   f"written to {bundle / 'bench.json'}", soft_wrap=True)  # fmt: skip
+
+
+def _bench_emulated(bundle: Path, cpus: Sequence[str], as_json: bool) -> None:
+    from secateur.cli.emulated import print_benched
+    from secateur.flow.emulated_bench import RECORD, bench_emulated
+
+    with shown(quiet=as_json):
+        record = bench_emulated(bundle, *cpus)
+    if as_json:
+        typer.echo(json.dumps(record, indent=2))
+    else:
+        print_benched(record, str(bundle / RECORD))

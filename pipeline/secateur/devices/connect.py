@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from secateur.core.errors import DeviceError
 from secateur.devices.connection import PipedConnection
+from secateur.devices.emulated import EMULATED
 from secateur.devices.local import LocalConnection
 from secateur.devices.ssh import SshConnection, parse_address
 
@@ -20,4 +21,8 @@ def connect(device: str) -> PipedConnection:
         return LocalConnection()
     if device.startswith("ssh:"):
         return SshConnection(parse_address(device))
-    raise DeviceError(f"'{device}' is no device", hint="give local, or ssh://[user@]host[:port]")
+    hint = "give local, or ssh://[user@]host[:port]"
+    if device.partition(":")[0] == EMULATED:
+        raise DeviceError("an emulated device runs bundles and nothing else",
+                          hint=f"{hint}; `secateur verify` and `bench` take emulated")  # fmt: skip
+    raise DeviceError(f"'{device}' is no device", hint=hint)

@@ -100,6 +100,19 @@ class Memory(Sourced):
         return f"{self.gb:g} GB {self.kind}, {self.bandwidth_gb_s:g} GB/s"
 
 
+class StandIn(Sourced):
+    """The CPU models of QEMU that stand in for the device, best first: releases have others.
+
+    A model may have properties, as in ``max,sme=off``.
+    """
+
+    qemu_cpus: tuple[str, ...] = Field(min_length=1)
+
+    def said(self) -> str:
+        """Return the models in one line."""
+        return "qemu-aarch64 -cpu " + ", else ".join(self.qemu_cpus)
+
+
 class VersionRange(Strict):
     """Versions from ``first`` to ``last``, both included; an end left out is open."""
 

@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from secateur.core.errors import DeviceError
 from secateur.core.shipped import shipped
-from secateur.devices.hardware import Cpu, Dla, Fact, Gpu, Memory, PowerMode, Stack, Strict
+from secateur.devices.hardware import Cpu, Dla, Fact, Gpu, Memory, PowerMode, Stack, StandIn, Strict
 from secateur.devices.version import Version, in_series, parse_version
 
 Precision = Literal["fp32", "fp16", "int8"]
@@ -39,6 +39,7 @@ class Target(Strict):
     an ``engine`` is built on the device itself, by ``engine_runtime`` (the Python module there).
     ``runtime`` is what a bundle is checked with on the machine that builds it. ``modules`` are
     the part numbers by which a device tells in its device tree that it is this target.
+    ``stand_in`` is what an emulator runs bundles on in its place.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Target(Strict):
     gpu: Gpu | None = None
     cpu: Cpu | None = None
     memory: Memory | None = None
+    stand_in: StandIn | None = None
     dla: Dla | None = None
     power_modes: tuple[PowerMode, ...] = ()
     stacks: tuple[Stack, ...] = ()
@@ -114,7 +116,8 @@ class Target(Strict):
 
     def rows(self) -> list[Row]:
         """Return everything known, one line a fact."""
-        blocks = {"gpu": self.gpu, "cpu": self.cpu, "memory": self.memory, "dla": self.dla}
+        blocks = {"gpu": self.gpu, "cpu": self.cpu, "memory": self.memory, "dla": self.dla,
+                  "stand-in": self.stand_in}  # fmt: skip
         rows = [
             Row(name, block.said(), block.source, block.derived)
             for name, block in blocks.items()

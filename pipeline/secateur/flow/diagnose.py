@@ -27,7 +27,7 @@ from secateur.data.sample import Reader
 from secateur.flow.predict import predictor
 from secateur.flow.recipe import Recipe, parse_recipe
 from secateur.flow.trials import Trials, noise_power
-from secateur.flow.verify import evaluation_reader, higher_is_better
+from secateur.flow.verify import eval_data, higher_is_better
 from secateur.lower.quant import (
     CalibrationTable,
     Dialect,
@@ -100,7 +100,7 @@ def diagnose(folder: Path, *, limit: int | None = 128) -> Diagnosis:
     skipped, evaluations = [], 0
     reader = None
     try:
-        reader = evaluation_reader(folder, manifest)
+        _, reader = eval_data(folder, manifest)
     except (DataError, RecipeError) as error:
         skipped.append(f"costs in the tasks' own metrics: {error}")
     if manifest.precision != "fp32":

@@ -18,7 +18,7 @@ from secateur.core.task import Task
 from secateur.data.loading import open_reader
 from secateur.data.sample import Reader
 from secateur.flow.predict import predictor
-from secateur.flow.recipe import parse_recipe
+from secateur.flow.recipe import Recipe, parse_recipe
 from secateur.lower import Parity, compare_outputs
 from secateur.metrics.delta import Delta, delta
 from secateur.metrics.kind import kind_of
@@ -48,7 +48,7 @@ def verify(folder: Path, *, limit: int | None = None) -> VerifyResult:
     manifest = read_bundle(folder)
     check_files(folder, manifest)
     session = runtime_of(manifest.runtime).open_session(folder / "model.onnx", manifest.threads)
-    parity = _parity(folder, manifest, session)
+    parity = check_parity(folder, manifest, session)
     try:
         accuracy = _accuracy(folder, manifest, session, limit)
     except (DataError, RecipeError) as error:
@@ -59,7 +59,12 @@ def verify(folder: Path, *, limit: int | None = None) -> VerifyResult:
     return VerifyResult(parity, accuracy, change, "")
 
 
-def _parity(folder: Path, manifest: Manifest, session: Session) -> dict[str, Parity]:
+def check_parity(folder: Path, manifest: Manifest, session: Session) -> dict[str, Parity]:
+    """Compare what a session makes of the bundle's own image with what torch made of it.
+
+    Raises:
+        VerifyError: a task differs by more than another CPU may.
+    """
     with np.load(folder / CHECK_FILE, allow_pickle=False) as stored:
         image = stored["image"]
         wanted = {task.name: stored[f"output/{task.name}"] for task in manifest.tasks}
@@ -84,24 +89,14 @@ def _parity(folder: Path, manifest: Manifest, session: Session) -> dict[str, Par
     return parity
 
 
-def _accuracy(
-    folder: Path, manifest: Manifest, session: Session, limit: int | None
-) -> dict[str, dict[str, float]]:
-    reader = evaluation_reader(folder, manifest)
-    recipe = parse_recipe(manifest.recipe, folder / "recipe.yaml")
-    tasks = [task for task in recipe.all_tasks() if task.name in recipe.kept_names()]
-    return evaluate(
-        predictor(session), tasks, reader, recipe.model.input.model_input(), limit=limit
-    )
-
-
-def evaluation_reader(folder: Path, manifest: Manifest) -> Reader:
-    """Open the images that a bundle was evaluated on.
+def eval_data(folder: Path, manifest: Manifest) -> tuple[Recipe, Reader]:
+    """Return the bundle's recipe and the evaluation data it was built with.
 
     Raises:
-        DataError: they are not at hand, or not the same.
+        DataError, RecipeError: they are not at hand, or not the same any more.
     """
-    spec = parse_recipe(manifest.recipe, folder / "recipe.yaml").data.eval
+    recipe = parse_recipe(manifest.recipe, folder / "recipe.yaml")
+    spec = recipe.data.eval
     root = Path(manifest.data["eval_root"])
     if not root.exists():  # the bundle has moved to a machine with data of its own
         root = Path(spec.root or ".")
@@ -110,7 +105,17 @@ def evaluation_reader(folder: Path, manifest: Manifest) -> Reader:
         raise DataError(
             "the evaluation data are not those of the build", hint="point the recipe at the same"
         )
-    return reader
+    return recipe, reader
+
+
+def _accuracy(
+    folder: Path, manifest: Manifest, session: Session, limit: int | None
+) -> dict[str, dict[str, float]]:
+    recipe, reader = eval_data(folder, manifest)
+    tasks = [task for task in recipe.all_tasks() if task.name in recipe.kept_names()]
+    return evaluate(
+        predictor(session), tasks, reader, recipe.model.input.model_input(), limit=limit
+    )
 
 
 def higher_is_better(manifest: Manifest) -> dict[str, Mapping[str, bool]]:
