@@ -77,7 +77,9 @@ def fusion_table(suite: dict[str, Any]) -> str:
         values = [_spread(cell["delta_t"]) if cell else "" for cell in found]
         before = _spread(found[1]["delta_t_before"]) if found[1] else ""
         seeds = max(len(cell["seeds"]) for cell in found if cell)
-        lines.append(f"| {method} | {' | '.join(values)} | {before} | {seeds} |")
+        extra = max(cell["steps_before"] for cell in found if cell)
+        name = f"{method} (+{extra} steps)" if extra else method
+        lines.append(f"| {name} | {' | '.join(values)} | {before} | {seeds} |")
     lines += [
         "",
         "ΔT in % on the 654 test images, mean ± standard deviation over the seeds;",
@@ -85,7 +87,7 @@ def fusion_table(suite: dict[str, Any]) -> str:
         "recovers for 15 % of the parent's steps, with the same loss and rate. A refit leaves",
         "batch norms that fit the cut network; recovery freezes them half-way (if short, after a",
         "mild cut, at once), `frozen norms` from the first step (a rival's after re-estimating",
-        "them), `trained norms` never.",
+        "them), `trained norms` never. (+n steps): training that the method's cut takes itself.",
     ]
     control = next((c for (_, keep), c in cells.items() if keep == 1.0), None)
     if control:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion.bench import PARENT, SECOND
+from fusion.rivals import TRAINING_STEPS
 from suite import RESULTS, Show, read_rows, write_suite
 
 Key = tuple[str, str, float, float]
@@ -31,7 +32,8 @@ def write_tables(cells: Path) -> None:
     seeds = sorted({row["seed"] for row in rows})
     write_suite(
         "fusion", "python benchmarks/fusion/run.py", seeds,
-        [{**dict(zip(("parent", "method", "keep", "recovery"), key, strict=True)), **values}
+        [{**dict(zip(("parent", "method", "keep", "recovery"), key, strict=True)),
+          "steps_before": TRAINING_STEPS.get(key[1], 0), **values}
          for key, values in sorted(table.items())],
         claims(table),
     )  # fmt: skip
