@@ -542,3 +542,20 @@ def test_norms_are_frozen_early_only_where_they_were_compensated(
     _, plan = make_plan(work, 8)
     assert settled.recover != "none"
     assert freeze_norms(replace(work, recipe=settled), plan, settled.recover) == share
+
+
+@pytest.mark.parametrize(
+    ("recover", "undone"),
+    [
+        ("steps: 2, learning_rate: 0.3", True),
+        ("steps: 2, learning_rate: 0.3, labels: false", True),
+        ("steps: 8, learning_rate: 0.001", False),
+        ("steps: 2, learning_rate: 0.3, reinit: true", False),  # nothing to go back to
+    ],
+)
+def test_a_recovery_that_does_harm_is_undone(recover: str, undone: bool, tmp_path: Path) -> None:
+    work = job(recover, tmp_path)
+    groups, plan = make_plan(work, 4)
+    cut = make_cut(work, groups, plan)
+    assert cut.undone == undone == (cut.steps == 0)
+    assert same(cut.recovered, cut.compensated) == undone

@@ -104,6 +104,9 @@ def print_result(result: BuildResult, console: Console) -> None:
     )
     for line in _precision_lines(manifest):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
+    if manifest.plan.get("recovery_undone"):
+        console.print("[bold]recovery made the network worse on its own training images and was "
+                      "undone[/]: recover longer, or lower recover.learning_rate")  # fmt: skip
     for task in accuracy.too_low:
         console.print(f"[bold red]task '{task}' lost more than its max_drop allows[/]")
     folder = result.folder

@@ -96,7 +96,7 @@ def _manifest(job: Job, made: Made) -> Manifest:
             "eval": job.eval.fingerprint,
             "eval_root": str(job.recipe.data_root(job.recipe.data.eval)),
         },
-        plan={**summary, "recovery_steps": made.cut.steps},
+        plan={**summary, "recovery_steps": made.cut.steps, "recovery_undone": made.cut.undone},
         cost_parent=evidence.cost_parent,
         cost=evidence.cost,
         accuracy=evidence.accuracy,

@@ -12,9 +12,10 @@ from secateur.core.errors import RecipeError
 from secateur.core.files import write_json
 from secateur.core.model import MultiTaskModel
 from secateur.core.plan import PrunePlan
-from secateur.data.loading import Subset, has_labels, resized_reader
+from secateur.data.loading import Subset, batches, has_labels, resized_reader, spread
 from secateur.data.sample import Reader
 from secateur.data.transforms import Augment
+from secateur.flow.allocation import RelativeLoss
 from secateur.flow.cache import load_weights, save_weights
 from secateur.flow.job import Job
 from secateur.flow.recipe import RecoverSpec
@@ -28,6 +29,7 @@ from secateur.recover import (
     train,
 )
 
+JUDGE_IMAGES = 64
 # Recovery is short: zooms and colour jitter would move batch norm away from deployment's images.
 AUGMENTS = {"none": None, "flip": Augment(scale=1.0, jitter=0.0), "full": Augment()}
 
@@ -97,6 +99,21 @@ def recovered(
     save_weights(weights, result.model)
     (folder / "state.pt").unlink(missing_ok=True)
     return result.model, result.steps
+
+
+def made_worse(job: Job, begun: MultiTaskModel, trained: MultiTaskModel) -> bool:
+    """Say whether recovery left the tasks with more loss than it found, on training images.
+
+    A few steps at a high rate do; images that it trained on judge it kindly.
+    """
+    wanted = job.recipe.recover
+    if wanted == "none" or wanted.reinit:
+        return False
+    chosen = Subset(job.train, spread(job.train, JUDGE_IMAGES))
+    labelled = [task for task in job.tasks if wanted.labels and has_labels(job.train, [task])]
+    judged = next(batches(chosen, labelled, job.spec, len(chosen)))
+    loss = RelativeLoss(job.selected, judged)
+    return loss(begun) < loss(trained)
 
 
 def freeze_norms(job: Job, plan: PrunePlan, wanted: RecoverSpec) -> float:

@@ -24,7 +24,7 @@ from secateur.data.transforms import image_tensor
 from secateur.flow.allocation import searched_plan
 from secateur.flow.job import Job
 from secateur.flow.predict import predictor
-from secateur.flow.recovery import forgets_weights, recovered
+from secateur.flow.recovery import forgets_weights, made_worse, recovered
 from secateur.fusion.scores import NEEDS_AGREEMENT, GroupScores, fuse, rule_of
 from secateur.importance.agreement import agreement
 from secateur.importance.bank import load_scores, save_scores, score_tasks, task_data
@@ -200,12 +200,16 @@ def _removed(plan: PrunePlan) -> dict[str, NDArray[np.bool_]]:
 
 @dataclass(frozen=True)
 class Cut:
-    """The cut network after compensation and after recovery, and the steps recovery took."""
+    """The cut network after compensation and after recovery, and the steps recovery took.
+
+    ``undone``: recovery made it worse, so ``recovered`` is the compensated one, after no steps.
+    """
 
     compensated: MultiTaskModel
     recovered: MultiTaskModel
     steps: int
     key: str
+    undone: bool = False
 
 
 def make_cut(job: Job, groups: Sequence[ChannelGroup], plan: PrunePlan) -> Cut:
@@ -223,6 +227,8 @@ def begin_cut(job: Job, groups: Sequence[ChannelGroup], plan: PrunePlan) -> Mult
 def finish_cut(job: Job, plan: PrunePlan, begun: MultiTaskModel, origin: str = "") -> Cut:
     """Recover the cut; ``origin`` names where its weights are from, if not from the parent."""
     final, steps = recovered(job, plan, begun, origin)
+    if steps and made_worse(job, begun, final):
+        return Cut(begun, begun, 0, model_fingerprint(begun), undone=True)
     return Cut(begun, final, steps, model_fingerprint(final))
 
 
