@@ -7,6 +7,7 @@ and ``derived`` where it was computed from others rather than read somewhere.
 from __future__ import annotations
 
 import difflib
+import platform
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -76,6 +77,10 @@ class Target(Strict):
         if len(set(releases)) < len(releases):
             raise ValueError("two stacks claim the same l4t release")
         return self
+
+    def is_this_machine(self) -> bool:
+        """Say whether a latency measured here, on the CPU, is one of this target."""
+        return self.arch == platform.machine() and self.accelerator == "cpu"
 
     def power_mode(self, name: str) -> PowerMode | None:
         """Return the mode of that name, or None: a device may have others than we know."""

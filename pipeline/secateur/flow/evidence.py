@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +62,7 @@ def gather_evidence(
         onnx=files["cut"],
         parity=_parity(job, cut.recovered, sessions["cut"]),
         accuracy=_accuracy(job, cut, sessions["cut"], files["cut"]),
-        latency=_latency(job, sessions, protocol) if _is_here(target) else {},
+        latency=_latency(job, sessions, protocol) if target.is_this_machine() else {},
         cost_parent=_cost(job, job.selected, files["parent"]),
         cost=_cost(job, cut.recovered, files["cut"]),
     )
@@ -100,10 +99,6 @@ def _latency(
     image = image_batch(job.eval, [0], job.spec).numpy()
     calls = {name: lambda s=session: s.run(image) for name, session in sessions.items()}
     return measure(calls, protocol)
-
-
-def _is_here(target: Target) -> bool:
-    return target.arch == platform.machine() and target.accelerator == "cpu"
 
 
 def _cost(job: Job, model: MultiTaskModel, onnx: Path) -> Cost:

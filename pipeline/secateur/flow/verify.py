@@ -51,9 +51,7 @@ def verify(folder: Path, *, limit: int | None = None) -> VerifyResult:
         accuracy = _accuracy(folder, manifest, session, limit)
     except (DataError, RecipeError) as error:
         return VerifyResult(parity, None, None, f"accuracy not checked: {error}")
-    higher = {task.name: kind_of(_task(manifest, task.name)).higher_is_better
-              for task in manifest.tasks}  # fmt: skip
-    change = delta(manifest.accuracy.parent, accuracy, higher)
+    change = delta(manifest.accuracy.parent, accuracy, higher_is_better(manifest))
     if limit is None:  # a part of the data says too little to fail a bundle
         _guard(manifest, change)
     return VerifyResult(parity, accuracy, change, "")
@@ -92,9 +90,14 @@ def _accuracy(
     )
 
 
-def _task(manifest: Manifest, name: str) -> Task:
-    contract = next(task for task in manifest.tasks if task.name == name)
-    return Task(name, name, contract.kind, name, contract.classes, contract.ignore_index)
+def higher_is_better(manifest: Manifest) -> dict[str, Mapping[str, bool]]:
+    """Return, per task and metric, whether higher is better."""
+    return {
+        t.name: kind_of(
+            Task(t.name, t.name, t.kind, t.name, t.classes, t.ignore_index)
+        ).higher_is_better
+        for t in manifest.tasks
+    }
 
 
 def _guard(manifest: Manifest, change: Delta) -> None:
