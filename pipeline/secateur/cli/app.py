@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 import secateur
-from secateur.cli import build, compare, demo, doctor, inspect, library, targets, verify
+from secateur.cli import build, compare, demo, doctor, inspect, library, report, targets, verify
 from secateur.core.errors import SecateurError
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ app.command("build")(build.build)
 app.command("verify")(verify.verify)
 app.command("bench")(verify.bench)
 app.command("compare")(compare.compare)
+app.command("report")(report.report)
 app.add_typer(library.app, name="library")
 app.command("demo")(demo.demo)
 app.command("doctor")(doctor.doctor)
