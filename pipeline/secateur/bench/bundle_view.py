@@ -295,12 +295,14 @@ class View:
         return f"secateur build {recipe} --target {shlex.quote(self.manifest['device'])}"
 
 
+def _text(value: object) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
 def _facts(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [
-        (name.replace("_", " "), v if isinstance(v, str) else json.dumps(v, default=str))
-        for name, v in values.items()
-        if v is not None
-    ]
+    return [(name.replace("_", " "), _text(v)) for name, v in values.items() if v is not None]
 
 
 def _statistics(row: Mapping[str, Any]) -> list[float | None]:
@@ -321,4 +323,3 @@ def _higher_is_better(task: Mapping[str, Any]) -> dict[str, str]:
     except RecipeError:
         return {}
     return {metric: "↑" if up else "↓" for metric, up in higher.items()}
-

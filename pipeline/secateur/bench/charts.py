@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from matplotlib.ticker import MaxNLocator
 
 WIDTH, HEIGHT = 380, 270
-LEFT, RIGHT, TOP, BOTTOM = 46, 16, 16, 44
-BAR, STAGE_GAP, TALLEST, NAMES = 13, 9, 190, 124  # of the chart of layers, in SVG units
+LEFT, RIGHT, TOP, BOTTOM = 46, 16, 20, 44
+BAR, STAGE_GAP, TALLEST, NAMES = 13, 9, 190, 96  # of the chart of layers, in SVG units
 MOST_STAGES = 16
 
 
@@ -93,6 +93,11 @@ class Stage:
     name: str
     left: float
     right: float
+
+    @property
+    def label(self) -> str:
+        """The last two parts of the name: what tells it from its neighbours."""
+        return ".".join(self.name.split(".")[-2:])
 
 
 @dataclass(frozen=True)

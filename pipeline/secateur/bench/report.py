@@ -108,9 +108,7 @@ def _cost(name: str) -> Cost:
     return read
 
 
-def _plot(
-    title: str, x_label: str, views: Sequence[View], cost: Cost, say: Say
-) -> Scatter | None:
+def _plot(title: str, x_label: str, views: Sequence[View], cost: Cost, say: Say) -> Scatter | None:
     unit = 1.0 if x_label.startswith("ms") else 1e6
     found = []
     before = cost(views[0], "parent")

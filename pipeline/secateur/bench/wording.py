@@ -14,6 +14,11 @@ def number(value: object) -> float | None:
     return None
 
 
+def _digits(amount: float, digits: int) -> str:
+    """Significant digits, zeros at the end included."""
+    return f"{amount:#.{digits}g}".rstrip(".")
+
+
 def count(value: object) -> str:
     """27 842 432 -> ``27.8 M``."""
     amount = number(value)
@@ -21,26 +26,26 @@ def count(value: object) -> str:
         return NONE
     for unit, name in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
         if abs(amount) >= unit:
-            return f"{amount / unit:.3g}{name}"
+            return f"{_digits(amount / unit, 3)}{name}"
     return f"{amount:g}"
 
 
 def megabytes(value: object) -> str:
     """2 089 769 -> ``2.09 MB``."""
     amount = number(value)
-    return NONE if amount is None else f"{amount / 1e6:.3g} MB"
+    return NONE if amount is None else f"{_digits(amount / 1e6, 3)} MB"
 
 
 def milliseconds(value: object) -> str:
     """1.0357 -> ``1.04 ms``."""
     amount = number(value)
-    return NONE if amount is None else f"{amount:.3g} ms"
+    return NONE if amount is None else f"{_digits(amount, 3)} ms"
 
 
 def plain(value: object) -> str:
     """Four significant digits."""
     amount = number(value)
-    return NONE if amount is None else f"{amount:.4g}".replace("-", "−")
+    return NONE if amount is None else _digits(amount, 4).replace("-", "−")
 
 
 def tiny(value: object) -> str:
