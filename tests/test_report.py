@@ -144,6 +144,8 @@ def test_bundles_of_one_parent_stand_side_by_side(folder: Path) -> None:
     assert page.text.count("Every bundle beside the parent") == 1
     assert "below the limit: depth" in page.text
     titles = {a.get("aria-label") for a in page.all("svg")}
+    both = [a for a in page.all("g") if (a.get("data-tip") or "").count("worst task:") == 2]
+    assert both  # of one model on two devices neither hides the other
     assert any("latency on x86-64-cpu" in (title or "") for title in titles)
 
 
@@ -216,6 +218,7 @@ def test_points_lie_on_the_plot_and_the_front_is_not_beaten(
 ) -> None:
     candidates = [Candidate(x, y, min(y, worst), "1", "") for x, y, worst in rows]
     plot = scatter("", "", candidates)
+    assert sum(p.mark.count("1") for p in plot.points) == len(rows)  # none is lost
     for point in plot.points:
         assert 0 <= point.x <= WIDTH and 0 <= point.y <= point.worst <= HEIGHT
     front = pareto_front(candidates)
@@ -288,7 +291,7 @@ def test_a_browser_shows_the_page(
     tab.goto((folder / "report.html").as_uri())
     tip = tab.locator("#tip")
     assert tip.is_hidden()
-    tab.locator(".dot circle").first.hover()
+    tab.locator(".dot:not(.parent) .mark").first.hover()
     assert tip.is_visible() and "worst task" in tip.inner_text()
     tab.keyboard.press("Escape")
     assert tip.is_hidden()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from matplotlib.ticker import MaxNLocator
@@ -11,6 +11,9 @@ WIDTH, HEIGHT = 380, 270
 LEFT, RIGHT, TOP, BOTTOM = 46, 16, 20, 44
 BAR, STAGE_GAP, TALLEST, NAMES = 13, 9, 190, 96  # of the chart of layers, in SVG units
 MOST_STAGES = 16
+CLOSE = 6  # SVG units between marks that hide each other
+
+Place = Callable[[float], float]
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,22 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Point:
-    """A candidate's place; ``worst`` is the height of its worst task."""
+    """Where one candidate lies, or several that would hide each other.
+
+    ``worst`` is the height of the worst task of them all.
+    """
 
     x: float
     y: float
     worst: float
-    source: Candidate
+    mark: str
+    tip: str
+    parent: bool
+
+    @property
+    def width(self) -> int:
+        """Of the mark, in SVG units."""
+        return 12 + 6 * len(self.mark)
 
 
 @dataclass(frozen=True)
@@ -133,12 +146,40 @@ def scatter(title: str, x_label: str, candidates: Sequence[Candidate]) -> Scatte
         x_label=x_label,
         x_ticks=tuple(Tick(across(x), f"{x:g}") for x in xs),
         y_ticks=tuple(Tick(down(y), f"{y:g}".replace("-", "−")) for y in ys),
-        points=tuple(Point(across(c.x), down(c.y), down(c.worst), c) for c in candidates),
+        points=tuple(
+            Point(
+                across(first.x),
+                down(first.y),
+                max(down(c.worst) for c in those),
+                ",".join(c.mark for c in those),
+                "\n\n".join(c.tip for c in those),
+                first.parent,
+            )
+            for those in _coincident(candidates, across, down)
+            for first in those[:1]
+        ),
         front=" ".join(
             f"{'M' if i == 0 else 'L'}{across(c.x)},{down(c.y)}"
             for i, c in enumerate(pareto_front(candidates))
         ),
     )
+
+
+def _coincident(
+    candidates: Sequence[Candidate], across: Place, down: Place
+) -> list[list[Candidate]]:
+    """Put candidates together whose marks would lie on each other: one model on two devices."""
+    found: list[list[Candidate]] = []
+    for candidate in candidates:
+        for those in found:
+            near = max(abs(across(those[0].x) - across(candidate.x)),
+                       abs(down(those[0].y) - down(candidate.y)))  # fmt: skip
+            if near < CLOSE and those[0].parent == candidate.parent:
+                those.append(candidate)
+                break
+        else:
+            found.append([candidate])
+    return found
 
 
 def pareto_front(candidates: Sequence[Candidate]) -> list[Candidate]:
