@@ -149,6 +149,15 @@ def test_bundles_of_one_parent_stand_side_by_side(folder: Path) -> None:
     assert any("latency on x86-64-cpu" in (title or "") for title in titles)
 
 
+def test_builds_whose_parents_took_unlike_times_are_pointed_out(folder: Path) -> None:
+    assert "runs both in turns" not in page_of(folder).text
+    again = Path(shutil.copytree(folder / "x86-64-cpu/fp32", folder / "again"))
+    latency = json.loads((again / "manifest.json").read_text())["latency_ms"]
+    latency["parent"]["median_ms"] *= 2
+    change(again, latency_ms=latency)
+    assert "runs both in turns" in page_of(folder).text
+
+
 def test_a_damaged_bundle_is_shown_as_damaged_and_exits_1(folder: Path, capsys) -> None:
     (folder / "raspberry-pi-5/fp32/model.onnx").write_bytes(b"another")
     (folder / "broken").mkdir()

@@ -14,6 +14,7 @@ import jinja2
 import secateur
 from secateur.bench.bundle_view import Entry, View
 from secateur.bench.charts import Candidate, Scatter, scatter
+from secateur.bench.latency import NOISY_ABOVE
 from secateur.bench.wording import FILTERS, count, megabytes, milliseconds, number, percent
 
 PAGE = Path(__file__).parent / "page"
@@ -33,6 +34,22 @@ class Family:
     def tasks(self) -> list[str]:
         """The tasks' names."""
         return [str(task["name"]) for task in self.views[0].manifest["tasks"]]
+
+    @property
+    def parents_differ(self) -> list[str]:
+        """Devices where the builds' own parents took unlike times, and which.
+
+        A build times its parent beside its cut; that the parents differ says how far latencies
+        of two builds can be compared.
+        """
+        found = []
+        for device in dict.fromkeys(str(view.manifest["device"]) for view in self.views):
+            here = [view for view in self.views if view.manifest["device"] == device]
+            times = [t for view in here if (t := view.latency("parent")) is not None]
+            if times and max(times) > (1 + NOISY_ABOVE) * min(times):
+                span = f"{milliseconds(min(times))} to {milliseconds(max(times))}"
+                found.append(f"{device}: {span}")
+        return found
 
     @property
     def parent(self) -> View:
