@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -99,3 +102,24 @@ def need_data(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"no {name} in {DATA}: set SECATEUR_DATA")
     return path
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project that was built once, with its own cache."""
+    from cli_run import make_project
+
+    folder = tmp_path_factory.mktemp("project")
+    recipe = make_project(folder)
+    subprocess.run(
+        [sys.executable, "-m", "secateur", "build", recipe, "--out", folder / "out",
+         "--cache", folder / "cache"],
+        check=True, cwd=Path(__file__).parent,
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def bundle(project: Path, tmp_path: Path) -> Path:
+    """A copy of the built bundle, free to be damaged."""
+    return Path(shutil.copytree(project / "out/x86-64-cpu/fp32", tmp_path / "bundle"))

@@ -75,7 +75,7 @@ def test_importing_the_command_line_stays_light() -> None:
 
 def test_every_command_in_the_docs_names_a_verb_and_files_that_exist() -> None:
     verbs = {"targets", "inspect", "score", "plan", "build", "verify", "bench", "demo", "doctor",
-             "library", "profile", "diagnose"}  # fmt: skip
+             "library", "profile", "diagnose", "compare", "report"}  # fmt: skip
     documents = [REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")]
     commands = [
         line.strip().removeprefix("$ ")
@@ -108,6 +108,9 @@ def test_the_wheel_holds_code_targets_recipes_and_parents(tmp_path: Path) -> Non
     (wheel,) = tmp_path.glob("*.whl")
     packed = set(zipfile.ZipFile(wheel).namelist())
     wanted = {p.relative_to(REPOSITORY / "pipeline").as_posix() for p in CODE.rglob("*.py")}
+    wanted |= {
+        p.relative_to(REPOSITORY / "pipeline").as_posix() for p in (CODE / "bench/page").iterdir()
+    }
     for kind in ("targets", "calibration", "benchmarks", "examples"):
         tracked = subprocess.run(
             ["git", "ls-files", kind], cwd=REPOSITORY, capture_output=True, text=True, check=True

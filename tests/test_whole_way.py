@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,30 +11,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from cli_run import RECIPE, make_project, run
+from cli_run import RECIPE, run
 from secateur.core.model import ModelInput
 from secateur.data.loading import open_reader
 from secateur.data.transforms import image_tensor
 from secateur.runtimes.base import runtime_of
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project that was built once, with its own cache."""
-    folder = tmp_path_factory.mktemp("project")
-    recipe = make_project(folder)
-    subprocess.run(
-        [sys.executable, "-m", "secateur", "build", recipe, "--out", folder / "out",
-         "--cache", folder / "cache"],
-        check=True, cwd=Path(__file__).parent,
-    )  # fmt: skip
-    return folder
-
-
-@pytest.fixture
-def bundle(project: Path, tmp_path: Path) -> Path:
-    """A copy of the built bundle, free to be damaged."""
-    return Path(shutil.copytree(project / "out/x86-64-cpu/fp32", tmp_path / "bundle"))
 
 
 def test_the_bundle_holds_what_the_contract_names(bundle: Path) -> None:

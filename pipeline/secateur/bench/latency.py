@@ -19,6 +19,7 @@ from secateur.devices.host import temperature_c
 
 NOISY_ABOVE = 0.10  # coefficient of variation
 PERCENTILES = (90, 95, 97, 99, 99.9)
+BLOCKS = 30  # whose medians are kept: calls that follow one another are not independent
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,11 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds per call; ``coefficient_of_variation`` above 0.10 sets ``noisy``."""
+    """Milliseconds per call; ``coefficient_of_variation`` above 0.10 sets ``noisy``.
+
+    ``block_medians_ms`` are the medians of 30 successive parts of the run: what is needed to tell
+    later whether another run differs by more than the noise.
+    """
 
     min_ms: float
     mean_ms: float
@@ -42,6 +47,7 @@ class Latency:
     runs: int
     coefficient_of_variation: float
     noisy: bool
+    block_medians_ms: tuple[float, ...] = ()
     temperature_before_c: float | None = None
     temperature_after_c: float | None = None
 
@@ -67,9 +73,16 @@ def summarise(
         runs=len(samples_ms),
         coefficient_of_variation=variation,
         noisy=variation > NOISY_ABOVE,
+        block_medians_ms=block_medians(samples_ms),
         temperature_before_c=before_c,
         temperature_after_c=after_c,
     )
+
+
+def block_medians(samples_ms: NDArray[np.float64], blocks: int = BLOCKS) -> tuple[float, ...]:
+    """Return the median of each of ``blocks`` successive parts of (runs,) samples."""
+    parts = np.array_split(samples_ms, min(blocks, len(samples_ms)))
+    return tuple(float(np.median(part)) for part in parts)
 
 
 def measure(

@@ -12,7 +12,19 @@ import typer
 from rich.console import Console
 
 import secateur
-from secateur.cli import build, demo, diagnose, doctor, inspect, library, profile, targets, verify
+from secateur.cli import (
+    build,
+    compare,
+    demo,
+    diagnose,
+    doctor,
+    inspect,
+    library,
+    profile,
+    report,
+    targets,
+    verify,
+)
 from secateur.core.errors import SecateurError
 
 app = typer.Typer(
@@ -31,6 +43,8 @@ app.command("build")(build.build)
 app.command("verify")(verify.verify)
 app.command("bench")(verify.bench)
 app.command("diagnose")(diagnose.diagnose)
+app.command("compare")(compare.compare)
+app.command("report")(report.report)
 app.add_typer(library.app, name="library")
 app.command("demo")(demo.demo)
 app.command("doctor")(doctor.doctor)

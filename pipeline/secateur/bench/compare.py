@@ -1,0 +1,95 @@
+"""Is B faster than A? Turns taken block by block, and an interval of the ratio of medians.
+
+Calls that follow one another share whatever the machine is busy with, so a call is no independent
+sample; blocks of calls are resampled (a block bootstrap, Künsch 1989), and where A and B took
+turns, a pair of neighbouring blocks stays together.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from secateur.bench.latency import BLOCKS, Protocol
+from secateur.core.progress import track
+
+Call = Callable[[], object]
+Medians = NDArray[np.float64]
+LEVEL = 0.95
+RESAMPLES = 4000
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """B's median latency over A's, with its 95 % interval; above 1, B is slower."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def verdict(self) -> Literal["faster", "slower", "no difference"]:
+        """What can be said beyond the noise."""
+        if self.high < 1:
+            return "faster"
+        return "slower" if self.low > 1 else "no difference"
+
+    def exceeds(self, percent: float) -> bool:
+        """Say whether B is slower beyond the noise, and by more than ``percent``."""
+        return self.verdict == "slower" and self.value > 1 + percent / 100
+
+
+def take_turns(
+    a: Call, b: Call, protocol: Protocol | None = None, blocks: int = BLOCKS
+) -> tuple[Medians, Medians]:
+    """Return each call's (blocks,) block medians in ms, from blocks of A and B in turn.
+
+    Who goes first changes from pair to pair. Each gets the protocol's seconds and runs.
+    """
+    protocol = protocol or Protocol()
+    calls = (a, b)
+    counts = [_calls_per_block(call, protocol, blocks) for call in calls]
+    medians = np.empty((2, blocks))
+    for pair in track(range(blocks), "measuring in turns", blocks):
+        for which in (0, 1) if pair % 2 == 0 else (1, 0):
+            medians[which, pair] = np.median(_times(calls[which], counts[which]))
+    return medians[0], medians[1]
+
+
+def ratio_of_medians(a: Medians, b: Medians, *, paired: bool, seed: int = 0) -> Ratio:
+    """Return the ratio B / A of (n,) and (m,) block medians with its bootstrap interval.
+
+    ``paired``: ``a[i]`` and ``b[i]`` were measured side by side (so n = m).
+    """
+    random = np.random.default_rng(seed)
+    picks_a = random.integers(0, len(a), (RESAMPLES, len(a)))
+    picks_b = picks_a if paired else random.integers(0, len(b), (RESAMPLES, len(b)))
+    ratios = np.median(b[picks_b], axis=1) / np.median(a[picks_a], axis=1)
+    low, high = np.quantile(ratios, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Ratio(float(np.median(b) / np.median(a)), float(low), float(high))
+
+
+def _calls_per_block(call: Call, protocol: Protocol, blocks: int) -> int:
+    """Warm up, and return how many calls a block needs."""
+    until, runs = time.perf_counter() + protocol.warmup_ms / 1000, 0
+    start = time.perf_counter()
+    while runs == 0 or time.perf_counter() < until:
+        call()
+        runs += 1
+    each = (time.perf_counter() - start) / runs
+    return max(math.ceil(protocol.runs / blocks), round(protocol.seconds / blocks / each))
+
+
+def _times(call: Call, count: int) -> list[float]:
+    times = []
+    for _ in range(count):
+        start = time.perf_counter()
+        call()
+        times.append(1000 * (time.perf_counter() - start))
+    return times

@@ -1,0 +1,70 @@
+"""What is read back of a ``bench.json``: checked, since it may come from another machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from secateur.core.errors import BundleError
+
+Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _Lenient(BaseModel):
+    """Later versions may write more."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class LatencyRow(_Lenient):
+    """One row of the protocol's figures; ``block_medians_ms`` is empty in older files."""
+
+    min_ms: Milliseconds
+    median_ms: Milliseconds
+    percentiles_ms: dict[str, Milliseconds]
+    max_ms: Milliseconds
+    runs: int
+    coefficient_of_variation: float
+    noisy: bool
+    block_medians_ms: tuple[Milliseconds, ...] = ()
+
+
+class BenchHost(_Lenient):
+    """The machine that was measured on."""
+
+    cpu: str = "unknown"
+
+
+class BenchRecord(_Lenient):
+    """``bench.json``; ``latency`` has at least ``host_to_host``, the runtime's call alone."""
+
+    device: str
+    target: str
+    precision: str
+    runtime: str
+    threads: int
+    model_sha256: str
+    latency: dict[str, LatencyRow]
+    host: BenchHost
+
+
+def read_bench(path: Path) -> BenchRecord:
+    """Return what ``secateur bench`` wrote.
+
+    Raises:
+        BundleError: it cannot be read, or is not such a file.
+    """
+    hint = "write it with `secateur bench BUNDLE`"
+    try:
+        return BenchRecord.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read ({error.strerror})", hint=hint) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise BundleError(f"{path}: {where}: {first['msg']}", hint=hint) from error
+    except ValueError as error:
+        raise BundleError(f"{path} is not JSON: {error}", hint=hint) from error
