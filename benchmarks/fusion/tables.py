@@ -93,7 +93,8 @@ def claims(table: Mapping[Key, Mapping[str, Any]]) -> list[Show]:
         )
         if ours and theirs:
             lead, seeds = _ahead(ours, theirs)
-            claim = f"points ahead of torch-pruning GroupTaylor, {parent}, 70 % removed, 15 %, {seeds} seed(s)"
+            claim = (f"points ahead of torch-pruning GroupTaylor, {parent}, 70 % removed, 15 %, "
+                     f"{seeds} seed(s)")  # fmt: skip
             shows.append(Show(claim, LEAD, round(lead, 2), ">="))
         labelled, free = (
             table.get((parent, method, 0.5, 0.15)) for method in ("cut", "cut, label-free")
