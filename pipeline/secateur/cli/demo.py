@@ -32,7 +32,7 @@ def demo(
     from secateur.flow.recipe import LibrarySpec, load_recipe
 
     recipe = load_recipe(shipped("examples") / "scenes.yaml")
-    recipe = recipe.model_copy(update={"library": LibrarySpec(path=out / "library")})
+    recipe = recipe.model_copy(update={"library": LibrarySpec(path=(out / "library").resolve())})
     with shown():
         result = run_build(
             recipe, DEFAULT_TARGET, out, cache=StageCache(cache), command="secateur demo"
