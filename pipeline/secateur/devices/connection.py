@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import shlex
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,21 +76,21 @@ class Connection(Protocol):
         """Let go of the device; what runs there detached goes on."""
 
 
-class PipedConnection:
+class PipedConnection(ABC):
     """A ``Connection`` whose commands are processes of this machine with three pipes."""
 
     name: str
     python: str
 
+    @abstractmethod
     def _argv(self, command: str) -> list[str]:
         """Return the command line here that runs a shell command there."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _failure(self, code: int, err: str) -> DeviceError | None:
         """Return what an exit status and stderr say about the connection itself, if anything."""
-        raise NotImplementedError
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most connections hold nothing
         """Nothing to let go of, unless a subclass holds something."""
 
     def __enter__(self) -> Connection:
