@@ -27,7 +27,7 @@ def test_every_allocation_tried_is_on_the_ladder_and_within_the_budget(
     cost = macs_model(model, groups, EXAMPLE)
     rng = np.random.default_rng(seed)
     scores = {group.name: rng.uniform(0.1, 1, group.width) for group in groups}
-    rungs = ladders([scores[group.name] for group in groups], 4, 0.1)
+    rungs = ladders([scores[group.name] for group in groups], [4] * len(groups), 0.1)
     plan = plan_prune(
         groups, cost, scores, {}, Budget(share, 4, 0.1, 0.5), criterion="-", fusion="-"
     )
@@ -52,7 +52,7 @@ def test_the_search_finds_the_group_that_the_judge_cares_for() -> None:
     groups = find_groups(model, EXAMPLE)
     cost = macs_model(model, groups, EXAMPLE)
     scores = {group.name: np.ones(group.width) for group in groups}
-    rungs = ladders(list(scores.values()), 4, 0.1)
+    rungs = ladders(list(scores.values()), [4] * len(scores), 0.1)
     plan = plan_prune(groups, cost, scores, {}, Budget(0.5, 4, 0.1, 1.0), criterion="-", fusion="-")
     start = [len(cut.kept) for cut in plan.cuts]
     dear = min(range(len(start)), key=lambda g: start[g] / groups[g].width)

@@ -252,7 +252,7 @@ def test_the_limit_and_the_estimate_agree_and_a_plan_keeps_the_budget(net) -> No
     limits = [latency_limit(operators, table, 0.6 * before.ms), *peak_limits(operators, 10**5)]
     rng = np.random.default_rng(0)
     scores = [rng.uniform(size=width) for width in full]
-    found = solve_exact(width_problem(scores, 4, 0.1, limits))
+    found = solve_exact(width_problem(scores, [4] * len(scores), 0.1, limits))
     after = table_estimate(operators, table, found.counts)
     assert found.spent["latency"] == pytest.approx(after.ms) and after.ms <= 0.6 * before.ms
     assert 0 < found.spent["peak activations"] <= 10**5

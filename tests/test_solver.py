@@ -179,7 +179,7 @@ def test_a_real_net_is_planned_to_proven_optimality_and_better_than_greedily() -
     limits = [macs_limit(cost, cost.macs(full) * 2 // 5),
               params_limit(model, groups, parameter_count(model) * 7 // 10),
               *task_limits(scores, {"any": scores}, {"any": 0.5})]  # fmt: skip
-    problem = width_problem(scores, 8, 0.1, limits)
+    problem = width_problem(scores, [8] * len(scores), 0.1, limits)
     exact, baseline = solve_exact(problem), solve_greedy(problem)
     assert exact.gap <= 1e-6 and exact.objective < baseline.objective
     assert all(exact.spent[limit.name] <= limit.most for limit in limits)

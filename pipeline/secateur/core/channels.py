@@ -29,14 +29,26 @@ class ChannelGroup:
     ``root`` is the layer whose output the dependency graph starts from, ``channels`` the
     positions of the group's channels in it. A concat couples channels of several sources under
     one root; each source is a group of its own, so that every layer's width stays on the grid.
+    ``parameters`` are bare ones that hold the channels along their last axis, such as a position
+    embedding. ``heads_of`` names the attention block whose heads are the group's channels.
     """
 
     name: str
     root: str
     channels: tuple[int, ...]
     members: tuple[Member, ...]
+    parameters: tuple[str, ...] = ()
+    heads_of: str = ""
 
     @property
     def width(self) -> int:
         """Number of channels."""
         return len(self.channels)
+
+    def step(self, grid: int) -> int:
+        """Return how many channels make layers narrower by ``grid`` positions, or just more.
+
+        Where one channel is many positions in every layer, as a head is, fewer than ``grid`` do.
+        """
+        spread = min(len(member.indices[0]) for member in self.members)
+        return -(-grid // spread)

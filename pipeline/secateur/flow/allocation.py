@@ -82,7 +82,8 @@ def plan_by_search(
             return loss(refit(model, cut, groups, plan, images, QUICK))
 
     starts = _starts(groups, cost, fused, budget)
-    rungs = ladders([fused[group.name] for group in groups], budget.grid, settings.floor)
+    grids = [group.step(budget.grid) for group in groups]
+    rungs = ladders([fused[group.name] for group in groups], grids, settings.floor)
     found = search_counts(
         rungs, cost, int(budget.macs * cost.macs([g.width for g in groups])), starts, judge,
         tries=settings.tries, seed=seed,

@@ -12,6 +12,7 @@ from secateur.core.channels import ChannelGroup
 from secateur.core.errors import PlanError
 from secateur.core.model import MultiTaskModel
 from secateur.core.plan import PrunePlan
+from secateur.prune.attention import drop_heads
 from secateur.prune.groups import dependency_graph
 
 
@@ -30,10 +31,14 @@ def apply_plan(
             hint="plan again for this recipe",
         )
     doomed: dict[str, list[int]] = defaultdict(list)
+    pruned = copy.deepcopy(model)
     for group in groups:
         kept = set(planned[group.name].kept)
-        doomed[group.root] += [c for i, c in enumerate(group.channels) if i not in kept]
-    pruned = copy.deepcopy(model)
+        gone = [channel for i, channel in enumerate(group.channels) if i not in kept]
+        if group.heads_of:
+            drop_heads(pruned, group, gone)
+        else:
+            doomed[group.root] += gone
     graph = dependency_graph(pruned, example)
     modules = dict(pruned.named_modules())
     for root, channels in doomed.items():

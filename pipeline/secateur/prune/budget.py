@@ -30,15 +30,15 @@ class Ladder:
     kept_score: tuple[float, ...]
 
 
-def ladders(scores: Scores, grid: int, floor: float) -> list[Ladder]:
-    """Return each group's ladder: its full width, then multiples of ``grid`` down to the floor.
+def ladders(scores: Scores, grids: Sequence[int], floor: float) -> list[Ladder]:
+    """Return each group's ladder: its full width, then multiples of its grid down to the floor.
 
     The floor is ``max(grid, floor * width)``, rounded up. A wide group moves two grid steps at a
     time: relative to its width that is still fine, and runtimes with kernels of 16 channels
     (AVX-512) waste nothing there.
     """
     result = []
-    for channel_scores in scores:
+    for channel_scores, grid in zip(scores, grids, strict=True):
         width = len(channel_scores)
         step = 2 * grid if width >= WIDE * grid else grid
         least = max(step, int(np.ceil(floor * width / step)) * step)
@@ -48,19 +48,21 @@ def ladders(scores: Scores, grid: int, floor: float) -> list[Ladder]:
     return result
 
 
-def solve(scores: Scores, cost: MacsModel, budget: int, grid: int, floor: float) -> list[int]:
+def solve(
+    scores: Scores, cost: MacsModel, budget: int, grids: Sequence[int], floor: float
+) -> list[int]:
     """Return how many channels each group keeps: the most score found within ``budget`` MACs.
 
     Raises:
         PlanError: even the narrowest grid widths cost more than the budget.
     """
-    rungs = ladders(scores, grid, floor)
+    rungs = ladders(scores, grids, floor)
     least = cost.macs([ladder.widths[-1] for ladder in rungs])
     full = cost.macs([ladder.widths[0] for ladder in rungs])
     if least > budget:
         raise PlanError(
             f"the budget of {budget / 1e6:.2f} M MACs ({budget / full:.3f} of the parent) is below "
-            f"the least that whole channels in multiples of {grid} allow: "
+            f"the least that whole channels in multiples of {max(grids)} allow: "
             f"{least / 1e6:.2f} M ({least / full:.3f})",
             hint=f"set prune.budget.macs to at least {np.ceil(1000 * least / full) / 1000:.3f}, "
             "or lower prune.floor",

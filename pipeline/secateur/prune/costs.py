@@ -17,13 +17,13 @@ MOST_RUNGS = 48  # of one group; a wider one moves in longer steps
 
 
 def width_problem(
-    scores: Sequence[Floats], grid: int, floor: float, limits: Sequence[Limit]
+    scores: Sequence[Floats], grids: Sequence[int], floor: float, limits: Sequence[Limit]
 ) -> Problem:
     """Return the choice of widths that keep the best (width,) scores of every group.
 
     Widths are those of ``budget.ladders``, thinned evenly to ``MOST_RUNGS`` in very wide groups.
     """
-    rungs = [_thinned(ladder) for ladder in ladders(scores, grid, floor)]
+    rungs = [_thinned(ladder) for ladder in ladders(scores, grids, floor)]
     lost = tuple(
         tuple(max(0.0, ladder.kept_score[0] - kept) for kept in ladder.kept_score)
         for ladder in rungs
@@ -98,6 +98,12 @@ def params_limit(model: nn.Module, groups: Sequence[ChannelGroup], most: int) ->
         if isinstance(bias, nn.Parameter):
             terms += _expanded(ONE, made, 1.0)
             known += bias.numel()
+    for number, group in enumerate(groups):
+        for name in group.parameters:
+            parameter = model.get_parameter(name)
+            per_channel = parameter.numel() // parameter.shape[-1]
+            terms.append(Term(_group(number), ONE, product(float(per_channel))))
+            known += per_channel * group.width
     rest = sum(parameter.numel() for parameter in model.parameters()) - known
     return Limit("parameters", most, tuple(terms), rest, "M", 1e-6, "prune.budget.params")
 

@@ -16,6 +16,7 @@ from torch_pruning.dependency.index_mapping import update_index_mapping
 from secateur.core.channels import Axis, ChannelGroup, Member
 from secateur.core.errors import ModelError
 from secateur.core.model import MultiTaskModel
+from secateur.prune.attention import head_groups
 
 ROOT_TYPES = (nn.Conv2d, nn.Linear)
 
@@ -112,23 +113,27 @@ def find_groups(model: MultiTaskModel, example: Tensor) -> tuple[ChannelGroup, .
     Raises:
         ModelError: the model cannot be traced.
     """
+    heads = head_groups(model, example)
     graph = dependency_graph(model, example)
     names = {module: name for name, module in model.named_modules()}
-    fixed = _attention_layers(model) + _grouped_layers(model) + _uncounted_layers(model)
-    protected = output_layers(model, example) + fixed
-    found: list[ChannelGroup] = []
+    bare = {id(parameter): name for name, parameter in model.named_parameters()}
+    fixed = _attention_layers(model, heads) + _grouped_layers(model) + _uncounted_layers(model)
+    by_head = [model.get_submodule(group.root) for group in heads]  # not row by row
+    protected = output_layers(model, example) + fixed + by_head
+    found = list(heads)
     for group in graph.get_all_groups(ignored_layers=protected, root_module_types=list(ROOT_TYPES)):
         if not _touches(group, set(fixed)):
-            found.extend(_split(group, names))
+            found.extend(_split(group, names, bare))
     return tuple(found)
 
 
-def _attention_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the projections of attention blocks; their head structure fixes their widths."""
+def _attention_layers(model: nn.Module, heads: Sequence[ChannelGroup]) -> list[nn.Module]:
+    """Return the projections of other attention blocks; their head structure fixes their widths."""
+    known = {group.heads_of for group in heads}
     return [
         layer
-        for module in model.modules()
-        if hasattr(module, "qkv") or hasattr(module, "in_proj_weight")
+        for name, module in model.named_modules()
+        if name not in known and (hasattr(module, "qkv") or hasattr(module, "in_proj_weight"))
         for layer in module.modules()
         if isinstance(layer, ROOT_TYPES)
     ]
@@ -155,17 +160,29 @@ def _uncounted_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def _touches(group: Group, fixed: set[nn.Module]) -> bool:
-    """Say whether cutting ``group`` would narrow a fixed layer or a bare parameter.
+    """Say whether cutting ``group`` would narrow a fixed layer, or a parameter in an unknown way.
 
-    A bare parameter is, for example, a position embedding: it marks a residual stream that
-    attention reads.
+    A bare parameter, such as a position embedding, is known where it has the group's channels,
+    all of them and nothing else, along its last axis.
     """
-    targets = [dep.target.module for dep, _ in group]
-    return any(target in fixed or isinstance(target, nn.Parameter) for target in targets)
+    width = len(group[0].idxs)
+    for dependency, indices in group:
+        target = dependency.target.module
+        if isinstance(target, nn.Parameter):
+            if list(indices) != list(range(width)) or target.shape[-1] != width:
+                return True
+        elif target in fixed:
+            return True
+    return False
 
 
-def _split(group: Group, names: dict[nn.Module, str]) -> Iterator[ChannelGroup]:
+def _split(
+    group: Group, names: dict[nn.Module, str], bare: dict[int, str]
+) -> Iterator[ChannelGroup]:
     """Split one coupled set by source: channels with the same members form one group."""
+    parameters = tuple(
+        sorted(bare[id(d.target.module)] for d, _ in group if id(d.target.module) in bare)
+    )
     places: dict[int, dict[tuple[str, Axis], list[int]]] = defaultdict(lambda: defaultdict(list))
     for item in group:
         dependency, indices = item
@@ -189,7 +206,7 @@ def _split(group: Group, names: dict[nn.Module, str]) -> Iterator[ChannelGroup]:
         )
         label = root.removeprefix("network.")
         name = label if len(by_members) == 1 else f"{label}#{part}"
-        yield ChannelGroup(name, root, tuple(channels), members)
+        yield ChannelGroup(name, root, tuple(channels), members, parameters)
 
 
 def _is_depthwise(module: nn.Module) -> bool:

@@ -2,7 +2,8 @@
 
 The counter is ``torch.utils.flop_counter`` halved, everywhere. The prediction is exact: each
 convolution and linear layer costs ``positions * kernel * c_in / groups * c_out``, both widths
-follow from the groups, and whatever else the counter sees (attention) is constant.
+follow from the groups, each head of attention costs the same, and whatever else the counter sees
+is constant.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from secateur.core.channels import Axis, ChannelGroup
 from secateur.core.model import MultiTaskModel, evaluating
+from secateur.prune.attention import head_macs
 
 
 def count_macs(model: nn.Module, example: Tensor) -> int:
@@ -55,13 +57,17 @@ def macs_model(model: MultiTaskModel, groups: Sequence[ChannelGroup], example: T
     """Read off ``model`` how its MACs depend on the widths of ``groups``."""
     layers = _output_positions(model, example)
     order = {name: row for row, name in enumerate(layers)}
-    shape = (len(layers), len(groups))
+    per_head = head_macs(model, groups, example)  # further rows: heads read 1 and make themselves
+    blocks = {name: len(layers) + row for row, name in enumerate(per_head)}
+    shape = (len(layers) + len(blocks), len(groups))
     of: dict[Axis, NDArray[np.float64]] = {"in": np.zeros(shape), "out": np.zeros(shape)}
     for column, group in enumerate(groups):
         for member in group.members:
             if member.layer in order:
                 of[member.axis][order[member.layer], column] += len(member.indices[0])
-    unit, full_in, full_out = (np.zeros(len(layers)) for _ in range(3))
+        if group.heads_of:
+            of["out"][blocks[group.heads_of], column] = 1
+    unit, full_in, full_out = (np.zeros(shape[0]) for _ in range(3))
     for row, (module, positions) in enumerate(layers.values()):
         full_out[row], channels_in = module.weight.shape[:2]
         kernel = module.weight[0, 0].numel()
@@ -72,6 +78,8 @@ def macs_model(model: MultiTaskModel, groups: Sequence[ChannelGroup], example: T
         if depthwise:
             of["in"][row] = 0  # each output channel reads its own input only
     widths = np.array([group.width for group in groups], np.float64)
+    for name, row in blocks.items():
+        unit[row], full_in[row], full_out[row] = per_head[name], 1, of["out"][row] @ widths
     in_fixed, out_fixed = full_in - of["in"] @ widths, full_out - of["out"] @ widths
     known = round(float((unit * full_in * full_out).sum()))
     constant = count_macs(model, example) - known

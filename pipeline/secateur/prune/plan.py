@@ -22,9 +22,10 @@ GroupScores = Mapping[str, NDArray[np.float64]]
 class Budget:
     """``macs``: share of the parent's MACs, restricted to the kept tasks, that may stay (0..1].
 
-    ``grid``: every changed width is a multiple of it. ``floor``: the least share of a group's
-    channels that stays. ``balance``: 0 ranks all channels of the network together, 1 compares
-    them only within their group (every group keeps about the same share), between is between.
+    ``grid``: every changed width, in positions, is a multiple of it. ``floor``: the least share of
+    a group's channels that stays. ``balance``: 0 ranks all channels of the network together, 1
+    compares them only within their group (every group keeps about the same share), between is
+    between.
     """
 
     macs: float
@@ -54,13 +55,14 @@ def plan_prune(
     """
     full = cost.macs([group.width for group in groups])
     scores = [_balanced(fused[group.name], budget.balance) for group in groups]
+    grids = [group.step(budget.grid) for group in groups]
     if limits:
         from secateur.prune.exact import solve_exact  # OR-Tools takes a while to import
 
-        problem = width_problem(scores, budget.grid, budget.floor, limits)
+        problem = width_problem(scores, grids, budget.floor, limits)
         counts: Sequence[int] = solve_exact(problem).counts
     else:
-        counts = solve(scores, cost, int(budget.macs * full), budget.grid, budget.floor)
+        counts = solve(scores, cost, int(budget.macs * full), grids, budget.floor)
     return plan_widths(
         groups, cost, fused, counts, budget, per_task=per_task, criterion=criterion, fusion=fusion
     )

@@ -1,0 +1,104 @@
+"""Whole heads of attention blocks as channel groups.
+
+A block is taken as timm, and much code after it, writes it: one ``qkv`` layer whose rows are
+(query | key | value, head, head's channels), ``num_heads``, and a ``proj`` layer that reads the
+heads side by side. Whether a block really works so is tried, not guessed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from torch_pruning import prune_linear_in_channels, prune_linear_out_channels
+
+from secateur.core.channels import ChannelGroup, Member
+from secateur.core.model import MultiTaskModel, evaluating
+
+TOLERANCE = 1e-4  # of an output's largest value
+
+
+def head_groups(model: MultiTaskModel, example: Tensor) -> tuple[ChannelGroup, ...]:
+    """Return the heads of each block from which some can go so that the rest computes what it did.
+
+    A group's channels are the heads of one block, ``heads_of``; each is many positions wide.
+    """
+    found = [
+        _group(name, block.num_heads, block.proj.in_features // block.num_heads)
+        for name, block in model.named_modules()
+        if _is_attention(block)
+    ]
+    if _heads_can_go(model, found, example):
+        return tuple(found)
+    return tuple(group for group in found if _heads_can_go(model, [group], example))
+
+
+def drop_heads(model: nn.Module, group: ChannelGroup, heads: Collection[int]) -> None:
+    """Remove the heads numbered ``heads`` of ``group`` from its block, in place."""
+    prune = {"in": prune_linear_in_channels, "out": prune_linear_out_channels}
+    for member in group.members:
+        gone = [place for head in heads for place in member.indices[head]]
+        prune[member.axis](model.get_submodule(member.layer), gone)
+    block: Any = model.get_submodule(group.heads_of)
+    width = len(group.members[0].indices[0])
+    block.num_heads = group.width - len(heads)
+    if hasattr(block, "attn_dim"):
+        block.attn_dim = block.num_heads * width
+
+
+def head_macs(
+    model: MultiTaskModel, groups: Sequence[ChannelGroup], example: Tensor
+) -> dict[str, int]:
+    """Return, by block, what one head multiplies beside the projections: q k^T and a v."""
+    counter = FlopCounterMode(display=False)
+    with evaluating(model), counter:
+        model(example)
+    counts = counter.get_flop_counts()
+
+    def macs(name: str) -> int:
+        return sum(counts[f"{type(model).__name__}.{name}"].values()) // 2 // example.shape[0]
+
+    return {
+        group.heads_of: (macs(group.heads_of) - sum(macs(m.layer) for m in group.members))
+        // group.width
+        for group in groups
+        if group.heads_of
+    }
+
+
+def _is_attention(block: nn.Module) -> bool:
+    qkv, proj = (getattr(block, part, None) for part in ("qkv", "proj"))
+    heads = getattr(block, "num_heads", None)
+    if not (isinstance(qkv, nn.Linear) and isinstance(proj, nn.Linear) and isinstance(heads, int)):
+        return False
+    fits = proj.in_features % heads == 0 and qkv.out_features == 3 * proj.in_features
+    return heads > 1 and fits
+
+
+def _group(block: str, heads: int, width: int) -> ChannelGroup:
+    read = tuple(tuple(range(h * width, (h + 1) * width)) for h in range(heads))
+    made = tuple(tuple(part * heads * width + i for part in range(3) for i in at) for at in read)
+    members = (Member(f"{block}.proj", "in", read), Member(f"{block}.qkv", "out", made))
+    name = f"{block.removeprefix('network.')}.heads"
+    return ChannelGroup(name, f"{block}.qkv", tuple(range(heads)), members, heads_of=block)
+
+
+def _heads_can_go(model: MultiTaskModel, groups: Sequence[ChannelGroup], example: Tensor) -> bool:
+    """Say whether blocks without their first head equal blocks whose first head is not read."""
+    mute, cut = copy.deepcopy(model), copy.deepcopy(model)
+    for group in groups:
+        proj = group.members[0]
+        mute.get_submodule(proj.layer).get_parameter("weight").data[:, list(proj.indices[0])] = 0
+        drop_heads(cut, group, [0])
+    try:
+        with evaluating(mute), evaluating(cut):
+            wanted, given = mute(example), cut(example)
+    except RuntimeError:  # the block takes its shape from elsewhere
+        return False
+    return all(
+        bool((wanted[name] - given[name]).abs().max() <= TOLERANCE * wanted[name].abs().max())
+        for name in wanted
+    )
