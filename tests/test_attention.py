@@ -1,13 +1,19 @@
 """Heads and residual streams of transformers as channel groups."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from secateur import zoo
 from secateur.core.model import MultiTaskModel
 from secateur.core.task import Task
 from secateur.prune import apply_plan, find_groups, macs_model, plan_prune
+from secateur.prune.axes import apply_axes, linear_groups
 from secateur.prune.costs import params_limit
+from secateur.prune.layer_norms import fold_layer_norms, is_plain_norm, rotated_axes
 from secateur.prune.plan import Budget
 from test_prune import largest_relative_difference, masked, random_plan
 from torch import nn
@@ -96,6 +102,54 @@ def test_a_head_that_is_not_read_goes_first_and_costs_nothing(vit: MultiTaskMode
     plan = plan_prune(groups, cost, scores, {}, Budget(0.99, 4, 0.1, 0.0), criterion="-",
                       fusion="-")  # fmt: skip
     assert next(cut.kept for cut in plan.cuts if cut.name == dull.name) == (0, 2)
+
+
+def trained_norms(vit: MultiTaskModel) -> MultiTaskModel:
+    """The same with layer norms that scale and shift, as trained ones do."""
+    torch.manual_seed(1)
+    changed = copy.deepcopy(vit)
+    for module in changed.modules():
+        if isinstance(module, nn.LayerNorm):
+            nn.init.normal_(module.weight, 1.0, 0.3)
+            nn.init.normal_(module.bias, 0.0, 0.3)
+    return changed
+
+
+def test_folding_layer_norms_and_rotating_the_stream_change_no_output(vit: MultiTaskModel) -> None:
+    parent = trained_norms(vit)
+    groups = find_groups(parent, EXAMPLE)
+    folded = fold_layer_norms(parent, groups, EXAMPLE)
+    norms = [module for module in folded.modules() if isinstance(module, nn.LayerNorm)]
+    assert all(is_plain_norm(norm) for norm in norms)
+    stream = [group for group in groups if group.parameters]
+    assert stream == [g for g in linear_groups(folded, groups, EXAMPLE) if g.parameters]
+    assert not [g for g in linear_groups(parent, groups, EXAMPLE) if g.parameters]
+    axes = {stream[0].name: rotated_axes(*_two_covariances(48))}
+    turned = apply_axes(folded, stream, axes, EXAMPLE)
+    with torch.no_grad():
+        assert largest_relative_difference(parent(EXAMPLE), turned(EXAMPLE)) <= 1e-4
+
+
+def _two_covariances(width: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal((2, width, width))
+    return [matrix @ matrix.T for matrix in noise]
+
+
+@settings(max_examples=20, deadline=None)
+@given(width=st.integers(24, 48), rank=st.integers(1, 8), seed=st.integers(0, 99))
+def test_rotated_axes_gather_what_a_stream_carries(width: int, rank: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    across = np.linalg.qr(np.hstack([np.ones((width, 1)), rng.standard_normal((width, rank))]))[0]
+    signal = across[:, 1:] * rng.uniform(1, 3, rank)  # nothing but ``rank`` directions off the mean
+    axes = rotated_axes(signal @ signal.T, np.eye(width))
+    np.testing.assert_allclose(axes @ axes.T, np.eye(width), atol=1e-9)
+    np.testing.assert_allclose(axes @ np.ones(width), np.ones(width), atol=1e-9)
+    turned = axes @ signal
+    centred = turned - turned.mean(0)
+    # All that varies lies in the first channels; the others repeat a common share of it.
+    np.testing.assert_allclose(np.ptp(turned[rank + 1 :], axis=0), 0, atol=1e-2)
+    assert np.square(centred[: rank + 1]).sum() >= 0.9 * np.square(signal).sum()
 
 
 def test_a_block_that_takes_its_width_from_the_input_keeps_its_heads() -> None:

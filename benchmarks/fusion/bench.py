@@ -31,6 +31,7 @@ from secateur.flow.axes import NORM_IMAGES, plan_axes
 from secateur.metrics.kind import kind_of
 from secateur.prune import apply_plan, find_groups, macs_model, plan_prune
 from secateur.prune.axes import apply_axes, linear_groups
+from secateur.prune.layer_norms import fold_layer_norms
 from secateur.prune.macs import MacsModel
 from secateur.prune.plan import Budget
 from suite import read_json
@@ -81,13 +82,14 @@ class Bench:
         chosen = [task for task in self.parent.tasks if not tasks or task.name in tasks]
         key = (*(task.name for task in chosen), labels)
         if key not in self._turned:
-            linear = linear_groups(self.parent, self.groups, self.example)
+            parent = fold_layer_norms(self.parent, self.groups, self.example)
+            linear = linear_groups(parent, self.groups, self.example)
             stream = partial(self.stream, AXES_IMAGES, batch_size=BATCH, labels=labels)
-            axes = plan_axes(self.parent, linear, chosen, stream, AXES_IMAGES // BATCH)
+            axes = plan_axes(parent, linear, chosen, stream, AXES_IMAGES // BATCH)
             other = copy.copy(self)
             own = "-".join(tasks) or "balanced"
             other.name = f"{self.name}-{own}{'' if labels else '-label-free'}"
-            other.parent = apply_axes(self.parent, linear, axes, self.images(NORM_IMAGES))
+            other.parent = apply_axes(parent, linear, axes, self.images(NORM_IMAGES))
             other._measure_groups()
             self._turned[key] = other
         return self._turned[key]

@@ -21,6 +21,7 @@ from secateur.importance.bank import Stream, load_scores, save_scores, task_data
 from secateur.importance.directions import measure_directions
 from secateur.prune import find_groups
 from secateur.prune.axes import apply_axes, balanced_axes, linear_groups
+from secateur.prune.layer_norms import fold_layer_norms, is_normalised, rotated_axes
 from secateur.tasks import select_tasks
 
 NORM_IMAGES = 64  # tell batch norms what their turned channels hold
@@ -33,12 +34,14 @@ def turn_axes(job: Job) -> Job:
     """
     if job.recipe.prune.axes == "original":
         return job
-    groups = linear_groups(job.scored, find_groups(job.scored, job.example), job.example)
+    every = find_groups(job.scored, job.example)
+    model = fold_layer_norms(job.scored, every, job.example)
+    groups = linear_groups(model, every, job.example)
     if not groups:
         return job
-    axes = _axes(job, groups)
+    axes = _axes(job, model, groups)
     images = image_batch(job.train, spread(job.train, NORM_IMAGES), job.spec)
-    turned = apply_axes(job.scored, groups, axes, images)
+    turned = apply_axes(model, groups, axes, images)
     basis = _basis(job, axes)
     if job.scored is job.selected:
         return replace(job, scored=turned, selected=turned, basis=basis)
@@ -54,13 +57,19 @@ def plan_axes(
     stream: Stream,
     batch_count: int,
 ) -> dict[str, NDArray[np.float64]]:
-    """Return the balanced axes (W, W) of each linear group, all tasks having their say."""
+    """Return the axes (W, W) of each linear group, all tasks having their say.
+
+    They are balanced, or where layer norms stand before readers the rotation that comes nearest.
+    """
     data = task_data(model, tasks, stream, batch_count)
     weights = {task.name: task.weight for task in tasks}
-    return {
-        name: balanced_axes(found.activity, fuse_gradients(found.gradients, weights))
-        for name, found in measure_directions(model, groups, data).items()
-    }
+    measured = measure_directions(model, groups, data)
+    axes = {}
+    for group in groups:
+        found = measured[group.name]
+        best = rotated_axes if is_normalised(model, group) else balanced_axes
+        axes[group.name] = best(found.activity, fuse_gradients(found.gradients, weights))
+    return axes
 
 
 def _basis(job: Job, axes: Mapping[str, NDArray[np.float64]]) -> str:
@@ -69,12 +78,14 @@ def _basis(job: Job, axes: Mapping[str, NDArray[np.float64]]) -> str:
     return f"balanced-{value_digest([job.basis, bytes_of])}"
 
 
-def _axes(job: Job, groups: Sequence[ChannelGroup]) -> Mapping[str, NDArray[np.float64]]:
+def _axes(
+    job: Job, model: MultiTaskModel, groups: Sequence[ChannelGroup]
+) -> Mapping[str, NDArray[np.float64]]:
     tasks = job.scored.tasks
     weights = [task.weight for task in tasks]
     path = job.cache.folder("axes", *score_key(job, tasks), weights) / "axes.safetensors"
     found = load_scores(path)
     if found is None:
-        found = plan_axes(job.scored, groups, tasks, *score_stream(job, tasks))
+        found = plan_axes(model, groups, tasks, *score_stream(job, tasks))
         save_scores(path, found)
     return found

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from secateur.core.channels import ChannelGroup, Member
 from secateur.core.model import MultiTaskModel, evaluating
 from secateur.core.norms import following_norms, is_affine_norm, norm_parts, settle_norms
+from secateur.prune.layer_norms import is_normalised, is_plain_norm, kept_ones
 
 Matrix = NDArray[np.float64]
 Dense = nn.Conv2d | nn.Linear
@@ -33,7 +34,8 @@ TOLERANCE = 1e-3  # of an output's largest value; where there is an activation, 
 def linear_groups(
     model: MultiTaskModel, groups: Sequence[ChannelGroup], example: Tensor
 ) -> tuple[ChannelGroup, ...]:
-    """Return the groups whose channels may be mixed by any invertible matrix.
+    """Return the groups whose channels may be mixed: by any invertible matrix or, where layer norms
+    stand before readers, by rotations that keep the all-ones vector (``layer_norms``).
 
     Tried, not guessed: a random rotation of the group must leave every output as it was.
     """
@@ -45,7 +47,7 @@ def linear_groups(
         if not _has_plain_members(model, group, after):
             continue
         turned = copy.deepcopy(model)
-        _turn(turned, group, after, _rotation(group.width))
+        _turn(turned, group, after, _rotation(model, group))
         with evaluating(turned):
             given = turned(example)
         if all(_same(wanted[name], given[name]) for name in wanted):
@@ -96,14 +98,16 @@ def _norm_after(model: MultiTaskModel, image: Tensor) -> dict[str, str]:
 def _has_plain_members(
     model: MultiTaskModel, group: ChannelGroup, after: Mapping[str, str]
 ) -> bool:
-    """Say whether convolutions and linear layers make and read the group, with batch norms between.
+    """Say whether convolutions and linear layers make and read the group, with norms between.
 
-    A batch norm must follow such a layer directly, since it is folded into it on the way.
+    A batch norm must follow such a layer directly, since it is folded into it on the way; a layer
+    norm may stand anywhere, if it neither scales nor shifts.
     """
     makers = _makers(model, group)
     between = {after[m.layer] for m in makers if m.layer in after}
     readers = [m for m in group.members if m.axis == "in"]
     others = {m.layer for m in group.members if m.axis == "out"} - {m.layer for m in makers}
+    others = {name for name in others if not is_plain_norm(model.get_submodule(name))}
     return (
         bool(makers and readers)
         and others <= between
@@ -138,6 +142,8 @@ def _turn(
         bias = _own_bias(layer) if norm is None else _folded(layer, norm, at)
         _mix(layer.weight, at, forward)
         _mix(bias, at, forward)
+    for name in group.parameters:
+        _mix(model.get_parameter(name).movedim(-1, 0), list(group.channels), forward)
     for member in group.members:
         if member.axis == "in":
             columns = cast(Dense, model.get_submodule(member.layer)).weight.transpose(0, 1)
@@ -170,8 +176,11 @@ def _mix(tensor: Tensor, at: list[int], matrix: Tensor) -> None:
     tensor.data[at] = torch.tensordot(matrix.to(rows.device), rows, 1).to(tensor.dtype)
 
 
-def _rotation(width: int) -> Matrix:
-    noise = np.random.default_rng(0).standard_normal((width, width))
+def _rotation(model: nn.Module, group: ChannelGroup) -> Matrix:
+    noise = np.random.default_rng(0).standard_normal((group.width, group.width))
+    if is_normalised(model, group):
+        noise[:, 0] = 1  # the mean comes first
+        return kept_ones(np.linalg.qr(noise)[0] * np.sign(np.linalg.qr(noise)[1][0, 0]))
     rotation: Matrix = np.linalg.qr(noise)[0]
     return rotation
 
