@@ -20,6 +20,7 @@ from secateur.bench.colours import (
 from secateur.bench.layout import Box, arrange, extent
 from secateur.bench.legend import ROW, DepthRange, Legend, Shown, entries_of, flow
 from secateur.bench.lettering import DIM, INK, Colour, chip, lay, rounded, text
+from secateur.bench.wording import milliseconds
 from secateur.data.transforms import DENSE
 
 Answers = Mapping[str, NDArray[np.generic]]
@@ -229,7 +230,7 @@ class Board:
             lay(board, rounded(diameter, diameter, (red, green, blue), diameter // 2), *at)
 
     def _figures(self, board: Picture, readout: Readout, x: int) -> None:
-        big = text(f"{readout.p50_ms:.1f} ms", self._px(26), INK, bold=True)
+        big = text(milliseconds(readout.p50_ms), self._px(26), INK, bold=True)
         small = text(f"{readout.fps:.0f} frames/s", self._px(15), DIM)
         right = x + self.side_width
         lay(board, big, right - big.width, self.head + self._px(8))
