@@ -24,7 +24,8 @@ from secateur.bench.board import ACCENTS, OPACITY, Board, Readout, Side, speed, 
 from secateur.bench.clips import due, open_clip, recording
 from secateur.bench.colours import class_picture, depth_picture
 from secateur.bench.layout import arrange, extent
-from secateur.bench.legend import Shown
+from secateur.bench.legend import Shown, entries_of, flow
+from secateur.bench.lettering import DIM, fitted, text
 from secateur.bundle.runner import Runner
 from secateur.core.errors import BundleError, DataError
 from secateur.core.task import Task
@@ -117,6 +118,27 @@ def test_a_board_has_even_sides_within_its_limit(size: tuple[int, int]) -> None:
     height, width = board.shape
     assert height % 2 == 0 and width % 2 == 0
     assert height <= SMALL[1] + 1 and width <= SMALL[0] + 1
+
+
+def test_a_legend_names_what_fits_and_counts_the_rest() -> None:
+    many = Shown(Task("s", "s", "segmentation", "s", 60), tuple(f"class {i}" for i in range(60)))
+    entries = entries_of([many, DEPTH], round)
+    assert entries[0].depth == "depth"  # metres are never among the rest
+    for width, rows in ((900, 2), (400, 1), (100, 3)):
+        placed, complete = flow(entries, (width, rows), round)
+        shown = (len(placed) - 1) // 2  # two sprites each, and the words at the end
+        assert not complete and max(each.row for each in placed) == rows - 1
+        assert placed[-1].sprite is text(f"and {61 - shown} more", 16, DIM)
+        if width > 400:
+            assert all(each.x + each.sprite.width <= width for each in placed)
+    placed, complete = flow(entries, (9000, 1), round)
+    assert complete and len(placed) == 2 * 61
+
+
+def test_long_words_end_within_their_room() -> None:
+    whole = text("segmentation", 20, DIM)
+    assert np.array_equal(fitted("segmentation", 20, DIM, 1000).cover, whole.cover)
+    assert fitted("segmentation, depth, normals", 20, DIM, 120).width <= 120
 
 
 # What is drawn

@@ -19,7 +19,7 @@ from secateur.bench.colours import (
 )
 from secateur.bench.layout import Box, arrange, extent
 from secateur.bench.legend import ROW, DepthRange, Legend, Shown, entries_of, flow
-from secateur.bench.lettering import DIM, INK, Colour, chip, lay, rounded, text
+from secateur.bench.lettering import DIM, INK, Colour, chip, fitted, lay, rounded, text
 from secateur.bench.wording import milliseconds
 from secateur.data.transforms import DENSE
 
@@ -30,6 +30,7 @@ FULL_HD = (1920, 1080)
 NARROWEST = 880  # of a full-size board: the heading needs it
 OPACITY = 0.6  # of a segmentation over its image
 LEGEND_ROWS = 2
+FIGURES, SIDE_FIGURES = 300, 140  # room for figures at the right of a heading
 FASTER_BEYOND = 0.02
 
 
@@ -155,15 +156,18 @@ class Board:
     def _still(self) -> Picture:
         board = np.empty((*self.shape, 3), np.uint8)
         board[:] = GROUND
-        y = self._px(22)
-        lay(board, text(self.title, self._px(28), INK, bold=True), self.left, y)
-        lay(board, text(self.subtitle, self._px(16), DIM), self.left, y + self._px(38))
+        room = self.shape[1] - 2 * self.margin - self._px(FIGURES)
+        title = fitted(self.title, self._px(28), INK, room, bold=True)
+        lay(board, title, self.margin, self._px(22))
+        lay(board, fitted(self.subtitle, self._px(16), DIM, room), self.margin, self._px(60))
         for index, side in enumerate(self.sides):
             x = self._side_x(index)
             lay(board, rounded(self.side_width, self._px(3), side.accent, 1), x, self.head)
-            name = text(side.title, self._px(24), side.accent, bold=True)
+            room = self.side_width - self._px(SIDE_FIGURES)
+            name = fitted(side.title, self._px(24), side.accent, room, bold=True)
             lay(board, name, x, self.head + self._px(10))
-            lay(board, text(side.detail, self._px(15), DIM), x, self.head + self._px(42))
+            detail = fitted(side.detail, self._px(15), DIM, room)
+            lay(board, detail, x, self.head + self._px(42))
         self.legend.still(board)
         return board
 
@@ -237,7 +241,7 @@ class Board:
         lay(board, small, right - small.width, self.head + self._px(42))
 
     def _heading(self, board: Picture, readouts: Sequence[Readout | None], note: str) -> None:
-        right = self.shape[1] - self.left
+        right = self.shape[1] - self.margin
         words = text(note, self._px(16), DIM)
         lay(board, words, right - words.width, self._px(60))
         if len(readouts) == 2 and readouts[0] is not None and readouts[1] is not None:

@@ -15,6 +15,7 @@ from secateur.core.task import Task
 
 Pixels = Callable[[float], int]  # of a length on a full-size board
 SIZE, ROW, NUMBER, RAMP = 16, 34, 58, 150  # type, row, a number of metres, the bar of depth
+MORE = 110  # room for how many are missing
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,9 @@ class Placed(NamedTuple):
 
 
 def entries_of(tasks: Sequence[Shown], px: Pixels) -> list[Entry]:
-    """Return what is to be explained of dense tasks."""
+    """Return what is to be explained of dense tasks; classes last, as there may be many."""
     found, size = list[Entry](), px(SIZE)
-    for shown in tasks:
+    for shown in sorted(tasks, key=lambda shown: shown.task.kind == "segmentation"):
         task = shown.task
         if task.kind == "segmentation":
             for name, (red, green, blue) in zip(
@@ -83,12 +84,20 @@ def entries_of(tasks: Sequence[Shown], px: Pixels) -> list[Entry]:
 
 
 def flow(entries: Sequence[Entry], room: tuple[int, int], px: Pixels) -> tuple[list[Placed], bool]:
-    """Set entries in ``room`` = (pixels, rows); return them and whether all found a place."""
+    """Set entries in ``room`` = (pixels, rows); return them and whether all found a place.
+
+    Where they did not, the end of the last row says how many are missing.
+    """
     placed, x, row = list[Placed](), 0, 0
-    for sprites, depth in entries:
+    for number, (sprites, depth) in enumerate(entries):
         length = sum(s.width for s in sprites) + px(8) * (len(sprites) - 1)
-        if x and x + length > room[0]:
-            x, row = 0, row + 1
+        last = row == room[1] - 1 and number < len(entries) - 1
+        if x and x + length > room[0] - (px(MORE) if last else 0):
+            if row < room[1] - 1:
+                x, row = 0, row + 1
+            else:
+                words = text(f"and {len(entries) - number} more", px(SIZE), DIM)
+                return [*placed, Placed(words, x, row)], False
         if row >= room[1]:
             return placed, False
         for sprite in sprites:

@@ -52,6 +52,15 @@ def text(words: str, size: int, colour: Colour, *, bold: bool = False) -> Sprite
     return _sprite(np.asarray(mask), colour)
 
 
+def fitted(words: str, size: int, colour: Colour, width: int, *, bold: bool = False) -> Sprite:
+    """Return as much of a line as fits into ``width`` pixels, and ``…`` for the rest."""
+    whole = text(words, size, colour, bold=bold)
+    while whole.width > width and words:
+        words = words[:-1]
+        whole = text(f"{words.rstrip(' ,·')}…", size, colour, bold=bold)
+    return whole
+
+
 @lru_cache(maxsize=128)
 def chip(words: str, size: int, ink: Colour, ground: Colour, opacity: float = 0.72) -> Sprite:
     """Return a line on a rounded plate that lets some of the picture through."""
