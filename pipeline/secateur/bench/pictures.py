@@ -11,6 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from secateur.bench.colours import (
+    Picture,
+    class_picture,
+    depth_picture,
+    edges_picture,
+    normals_picture,
+    unit_bytes,
+)
 from secateur.core.files import atomic_path
 from secateur.core.model import ModelInput
 from secateur.core.task import Task
@@ -22,8 +30,6 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 Outputs = Mapping[str, Tensor]
-Picture = NDArray[np.uint8]
-GREY = np.array([90, 90, 90], np.uint8)
 
 
 def contact_sheet(
@@ -46,7 +52,9 @@ def contact_sheet(
     for row, index in enumerate(indices):
         sample = reader[index]
         plain = ModelInput(3, spec.height, spec.width, (0, 0, 0), (1, 1, 1))
-        _show(axes[row][0], _bytes(image_tensor(sample.image, plain).numpy().transpose(1, 2, 0)))
+        _show(
+            axes[row][0], unit_bytes(image_tensor(sample.image, plain).numpy().transpose(1, 2, 0))
+        )
         column = 1
         for task in tasks:
             truth = target_tensor(sample, task, spec).numpy()
@@ -95,19 +103,19 @@ def _pictures(
         answers = [_resize(answer, size) for answer in answers]  # (H, W, C)
     if task.kind == "segmentation":
         maps = [truth, *(answer.argmax(axis=2) for answer in answers)]
-        return [_classes(m, task) for m in maps]
+        return [class_picture(m, task.classes or 1, task.ignore_index) for m in maps]
     if task.kind == "depth":
         metres = np.asarray(truth, np.float32)
         known = metres[metres > 0]
         low, high = (known.min(), np.percentile(known, 98)) if known.size else (0.0, 10.0)
         maps = [truth, *(answer[:, :, 0] for answer in answers)]
-        return [_depth(m, float(low), float(high)) for m in maps]
+        return [depth_picture(m, float(low), float(high)) for m in maps]
     if task.kind == "normals":
         vectors = [truth.transpose(1, 2, 0), *answers]
-        return [_normals(np.asarray(v, np.float32)) for v in vectors]
+        return [normals_picture(np.asarray(v, np.float32)) for v in vectors]
     if task.kind == "edges":
-        return [_bytes(np.clip(m, 0, 1)[..., None].repeat(3, 2)) for m in
-                [truth, *(1 / (1 + np.exp(-a[:, :, 0])) for a in answers)]]  # fmt: skip
+        maps = [truth, *(1 / (1 + np.exp(-answer[:, :, 0])) for answer in answers)]
+        return [edges_picture(m) for m in maps]
     if task.kind == "classification":
         return [f"class {int(truth)}", *(f"class {int(answer.argmax())}" for answer in answers)]
     return [_numbers(truth), *(_numbers(answer) for answer in answers)]
@@ -118,32 +126,8 @@ def _resize(answer: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.fl
     return np.asarray(maps.reshape(*size, -1), np.float32)
 
 
-def _classes(labels: NDArray[np.generic], task: Task) -> Picture:
-    wheel = matplotlib.colormaps["tab20"]
-    palette = (255 * np.array([wheel(i % 20)[:3] for i in range(task.classes or 1)])).astype(
-        np.uint8
-    )
-    known = (labels != task.ignore_index)[..., None]
-    indices = np.clip(np.asarray(labels, np.int64), 0, len(palette) - 1)
-    return np.asarray(np.where(known, palette[indices], GREY), np.uint8)
-
-
-def _depth(metres: NDArray[np.generic], low: float, high: float) -> Picture:
-    share = np.clip((np.asarray(metres, np.float32) - low) / max(high - low, 1e-6), 0, 1)
-    return _bytes(np.asarray(matplotlib.colormaps["viridis_r"](share))[..., :3])
-
-
-def _normals(vectors: NDArray[np.float32]) -> Picture:
-    length = np.linalg.norm(vectors, axis=2, keepdims=True)
-    return _bytes((vectors / np.maximum(length, 1e-6) + 1) / 2)
-
-
 def _numbers(values: NDArray[np.generic]) -> str:
     return "\n".join(f"{float(v):.3g}" for v in np.ravel(values)[:4])
-
-
-def _bytes(share: NDArray[np.generic]) -> Picture:
-    return np.asarray(255 * np.clip(np.asarray(share, np.float32), 0, 1), np.uint8)
 
 
 def _show(axis: plt.Axes, picture: Picture) -> None:

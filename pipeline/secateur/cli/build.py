@@ -65,7 +65,7 @@ def build(
             tell = _teller(quiet=as_json)
             engines.append(engine_on_device(results[-1].folder, device, tell))
     if as_json:
-        reports = [_json(result) for result in results]
+        reports = [result_json(result) for result in results]
         for report, engine in zip(reports, engines, strict=False):
             report["engine"] = engine.model_dump(mode="json")
         typer.echo(json.dumps(reports, indent=2))
@@ -85,7 +85,8 @@ def _teller(*, quiet: bool) -> Callable[[str], None]:
     return (lambda _: None) if quiet else console.print
 
 
-def _json(result: BuildResult) -> dict[str, object]:
+def result_json(result: BuildResult) -> dict[str, object]:
+    """Return what --json prints of a build."""
     manifest = result.manifest.model_dump(mode="json", exclude={"recipe"})
     return {"bundle": str(result.folder), "manifest": manifest, "library": result.library}
 

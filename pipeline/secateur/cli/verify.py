@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -76,7 +76,9 @@ def bench(
     cpu: Annotated[str | None, typer.Option(help="The emulated CPU model.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Latency by the protocol: inference alone, and from image file to decoded answer.
+    """Latency by the protocol: inference alone, and from image file to decoded answer; energy.
+
+    Energy is that of one inference above idle, where this machine tells (RAPL, INA3221).
 
     With --device emulated, no latency: instructions, memory and what has to be on the board.
 
@@ -105,8 +107,23 @@ def bench(
         )  # fmt: skip
     console = Console()
     console.print(table)
+    console.print(energy_line(record["energy"]), soft_wrap=True, highlight=False, markup=False)
     console.print(f"{record['runtime']}, {record['threads']} thread(s), {record['host']['cpu']}; "
                   f"written to {bundle / 'bench.json'}", soft_wrap=True)  # fmt: skip
+
+
+def energy_line(found: Mapping[str, Any]) -> str:
+    """Return ``bench.json``'s energy in words: the figure with its error, or why there is none."""
+    if "not_measurable" in found:
+        return f"energy: not measurable here: {found['not_measurable']}"
+    figure = f"{found['per_inference_mj']:.3g} ± {found['standard_error_mj']:.2g} mJ per inference"
+    if found["within_noise"]:
+        figure += ", which is within this meter's noise"
+    return (
+        f"energy: {figure} above idle (standard error of {found['rounds']} rounds; "
+        f"{found['meter']}: {', '.join(found['covers'])}; idle {found['idle_w']:.3g} W, busy "
+        f"{found['busy_w']:.3g} W)"
+    )
 
 
 def _bench_emulated(bundle: Path, cpus: Sequence[str], as_json: bool) -> None:

@@ -44,8 +44,11 @@ def hidden() -> Iterator[None]:
         _active.reset(token)
 
 
-def track(items: Iterable[Item], description: str, total: int) -> Iterator[Item]:
-    """Yield ``items``, moving a bar named ``description`` when bars are drawn."""
+def track(items: Iterable[Item], description: str, total: int | None) -> Iterator[Item]:
+    """Yield ``items``, moving a bar named ``description`` when bars are drawn.
+
+    ``total`` is None where nobody knows how many there will be.
+    """
     progress = _active.get()
     if progress is None:
         yield from items

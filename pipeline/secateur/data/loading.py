@@ -56,6 +56,21 @@ def open_reader(name: str, root: str | Path | None, split: str, **options: Any) 
     return reader
 
 
+def class_names(name: str, label: str, classes: int | None) -> tuple[str, ...]:
+    """Return what a reader calls a label's classes; ``class 0`` and so on where it does not say.
+
+    A reader says it in ``CLASS_NAMES``, by label; names of another count of classes are not used.
+    """
+    try:
+        known = getattr(registry.load("secateur.data", name), "CLASS_NAMES", {})
+    except KeyError:
+        known = {}
+    names = tuple(known.get(label, ()))
+    if len(names) == classes:
+        return names
+    return tuple(f"class {index}" for index in range(classes or 0))
+
+
 class InMemory:
     """A reader that decodes each sample once, as long as they fit in ``max_bytes``."""
 

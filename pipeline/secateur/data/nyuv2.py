@@ -34,6 +34,7 @@ CLASSES_13 = [
     "wall",
     "window",
 ]
+CLASS_NAMES = {"segmentation": CLASSES_13}
 
 
 def create(root: Path, split: str, **options: Any) -> Reader:

@@ -19,6 +19,7 @@ from secateur.data.sample import Array, Reader, Sample
 BREEDS = ("Abyssinian", "Bengal", "american_bulldog")
 SPECIES = ("cat", "dog")
 TRIMAP = ("pet", "background", "border")
+CLASS_NAMES = {"breed": BREEDS, "species": SPECIES, "trimap": TRIMAP}
 HOLD_OUT = 6  # one training image of so many is held out
 HEAD_BOX = ("head_xmin", "head_ymin", "head_xmax", "head_ymax")
 

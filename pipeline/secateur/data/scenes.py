@@ -18,6 +18,7 @@ from secateur.data.scene_render import Decal, Pattern, Scene, Solid, Surface, re
 
 CLASSES = ("floor", "ceiling", "wall", "door", "window", "box", "sphere", "cylinder")
 ROOMS = ("office", "gallery", "warehouse", "bathroom")
+CLASS_NAMES = {"segmentation": CLASSES, "room": ROOMS}
 FIRST_SEED = {"train": 0, "test": 1_000_000, "calibration": 2_000_000}
 VERSION = 1  # raise when a change alters what is drawn, so that caches notice
 

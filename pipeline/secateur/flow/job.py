@@ -79,23 +79,30 @@ def open_job(recipe: Recipe, cache: StageCache) -> Job:
         )
     parent = load_parent(recipe)
     spec = recipe.model.input.model_input()
-    example, keep = spec.example(), recipe.kept_names()
-    folds = plan_folds(parent, keep, example)
-    selected = select_tasks(apply_folds(parent, folds, example), keep, example).eval()
+    example = spec.example()
+    selected, folded = keep_tasks(recipe, parent)
     return Job(
         recipe=recipe,
         spec=spec,
         parent=parent,
         selected=selected,
-        scored=selected if folds.layers else parent,
+        scored=selected if folded else parent,
         example=example,
         train=train,
         eval=evaluation,
         cache=cache,
         parent_key=model_fingerprint(parent),
         kept_share=recipe.prune.budget.macs or 1.0,
-        basis=f"folded-{model_fingerprint(selected)}" if folds.layers else "original",
+        basis=f"folded-{model_fingerprint(selected)}" if folded else "original",
     )
+
+
+def keep_tasks(recipe: Recipe, parent: MultiTaskModel) -> tuple[MultiTaskModel, bool]:
+    """Return the parent with the kept tasks only, and whether layers of it were folded."""
+    example, keep = recipe.model.input.model_input().example(), recipe.kept_names()
+    folds = plan_folds(parent, keep, example)
+    selected = select_tasks(apply_folds(parent, folds, example), keep, example).eval()
+    return selected, bool(folds.layers)
 
 
 def _open(recipe: Recipe, spec: DataSpec) -> Reader:

@@ -22,6 +22,7 @@ from secateur.core.task import Task
 from secateur.data.loading import Batch, Subset, batches, has_labels, image_batch, spread
 from secateur.data.transforms import image_tensor
 from secateur.flow.allocation import searched_plan
+from secateur.flow.cache import StageCache
 from secateur.flow.job import Job
 from secateur.flow.predict import predictor
 from secateur.flow.recovery import forgets_weights, made_worse, recovered
@@ -306,10 +307,15 @@ def _meaning(task: Task) -> dict[str, Any]:
 
 def exported(job: Job, model: MultiTaskModel, key: str) -> Path:
     """Return an ONNX file of ``model``, made now or found."""
-    outputs = [(task.name, task.output) for task in job.tasks]
-    path = job.cache.folder("onnx", key, outputs, asdict(job.spec), OPSET) / "model.onnx"
+    return onnx_file(model, job.spec, job.cache, key)
+
+
+def onnx_file(model: MultiTaskModel, spec: ModelInput, cache: StageCache, key: str) -> Path:
+    """Return an ONNX file of a model whose weights ``key`` names, made now or found."""
+    outputs = [(task.name, task.output) for task in model.tasks]
+    path = cache.folder("onnx", key, outputs, asdict(spec), OPSET) / "model.onnx"
     if not path.exists():
-        export_onnx(model, job.example, path)
+        export_onnx(model, spec.example(), path)
     return path
 
 
