@@ -112,11 +112,13 @@ def check_outputs(model: MultiTaskModel, example: Tensor) -> dict[str, Tensor]:
 def model_fingerprint(model: nn.Module) -> str:
     """Return a digest of the architecture, the code of its classes and all weights' bytes.
 
-    The code counts because two models of the same layers may differ in ``forward`` alone.
+    The code counts because two models of the same layers may differ in ``forward`` alone; where
+    it is installed does not.
     """
     digest = hashlib.sha256(repr(model).encode())
-    for file in sorted({_source_file(type(module)) for module in model.modules()}):
-        digest.update(Path(file).read_bytes() if file else b"")
+    files = {_source_file(type(module)) for module in model.modules()} - {""}
+    for code in sorted(Path(file).read_bytes() for file in files):
+        digest.update(code)
     for name, tensor in model.state_dict().items():
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
