@@ -16,7 +16,7 @@ from secateur.core.model import MultiTaskModel
 from secateur.core.plan import GroupCut, PrunePlan, dropped_indices
 from secateur.core.task import Task
 from secateur.prune import apply_plan, count_macs, find_groups, macs_model, plan_prune
-from secateur.prune.plan import Budget
+from secateur.prune.plan import Budget, default_budget
 from timm.layers import LayerNorm2d
 from torch import nn
 
@@ -160,6 +160,17 @@ def test_a_concat_is_split_into_its_sources(model: MultiTaskModel) -> None:
         if any((m.layer, m.axis) == ("network.seg_mix", "in") for m in group.members)
     ]
     assert sorted(group.width for group in readers) == [16, 32]
+
+
+def test_the_floor_gives_way_where_it_would_leave_nothing_to_choose(model: MultiTaskModel) -> None:
+    groups = find_groups(model, EXAMPLE)
+    cost = macs_model(model, groups, EXAMPLE)
+    floors = [default_budget(groups, cost, macs, 1).floor for macs in (0.9, 0.5, 0.25, 0.1)]
+    assert floors == sorted(floors, reverse=True)
+    assert floors[0] == 0.3 and floors[-1] < 0.3
+    for macs, floor in zip((0.9, 0.5, 0.25, 0.1), floors, strict=True):
+        least = cost.macs([-(-floor * group.width // 1) for group in groups])
+        assert least <= macs * cost.macs([group.width for group in groups])
 
 
 def test_budget_below_what_the_grid_allows_says_the_least(model: MultiTaskModel) -> None:

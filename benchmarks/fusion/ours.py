@@ -18,7 +18,7 @@ from secateur.fusion.scores import NEEDS_AGREEMENT, fuse
 from secateur.importance.agreement import agreement
 from secateur.importance.bank import load_scores, save_scores, score_tasks, task_data
 from secateur.prune import plan_prune
-from secateur.prune.plan import Budget
+from secateur.prune.plan import default_budget
 
 SCORING_IMAGES = 128
 REFIT_IMAGES = 256
@@ -67,8 +67,9 @@ class Recipe:
 
 
 def ranked_plan(bench: Bench, fused: Scores, share: float, allocation: str) -> PrunePlan:
-    floor, balance = {"global": (0.0, 0.0), "balanced": (min(0.3, share), 0.65)}[allocation]
-    budget = Budget(share, GRID, floor, balance)
+    budget = default_budget(bench.groups, bench.cost, share, GRID)
+    if allocation == "global":
+        budget = replace(budget, floor=0.0, balance=0.0)
     return plan_prune(bench.groups, bench.cost, fused, {}, budget, criterion="-", fusion="-")
 
 

@@ -91,7 +91,7 @@ class PruneSpec(_Strict):
     fusion: str = "cut"
     budget: BudgetSpec
     grid: int | None = Field(default=None, ge=1)
-    floor: float = Field(default=0.3, ge=0, lt=1)
+    floor: float | None = Field(default=None, ge=0, lt=1)
     balance: float = Field(default=0.65, ge=0, le=1)
     images: int = Field(default=128, ge=1)
     axes: Literal["balanced", "original"] = "balanced"

@@ -34,7 +34,7 @@ from secateur.lower.export import OPSET
 from secateur.metrics.delta import Delta, delta
 from secateur.metrics.kind import kind_of
 from secateur.prune import MacsModel, apply_plan, count_macs, find_groups, macs_model, plan_prune
-from secateur.prune.plan import Budget
+from secateur.prune.plan import Budget, default_budget
 from secateur.runtimes.base import Session
 
 SCORE_BATCH = 8
@@ -162,7 +162,9 @@ def score_channels(job: Job, grid: int) -> Scored:
     if wanted.fusion in NEEDS_AGREEMENT:
         agree = scores_for(groups, parent_groups, task_agreement(job, parent_groups))
     cost = macs_model(job.selected, groups, job.example)
-    budget = Budget(wanted.budget.macs or 1.0, grid, wanted.floor, wanted.balance)
+    budget = default_budget(groups, cost, wanted.budget.macs or 1.0, grid, wanted.balance)
+    if wanted.floor is not None:
+        budget = replace(budget, floor=wanted.floor)
 
     empty = Scored(groups, cost, budget, per_task, {})
     fused = fuse(

@@ -19,6 +19,8 @@ from secateur.prune.macs import MacsModel
 Scores = Sequence[NDArray[np.float64]]
 Load = Callable[[Sequence[int]], float]  # the share of the budget that rungs use; it holds to 1
 WIDE = 12  # grid steps from which on a group counts as wide
+FLOORS = (0.3, 0.1, 0.05)  # tried in turn; the first did best on the convolutional parents
+ROOM = 0.55  # of the budget: what the narrowest network may cost, or there is little to choose
 GAP = 0.005  # how far below the budget a solution may stay before swaps are tried
 
 
@@ -46,6 +48,17 @@ def ladders(scores: Scores, grids: Sequence[int], floor: float) -> list[Ladder]:
         best_first = np.concatenate([[0.0], np.cumsum(np.sort(channel_scores)[::-1])])
         result.append(Ladder(tuple(steps), tuple(float(best_first[k]) for k in steps)))
     return result
+
+
+def default_floor(
+    widths: Sequence[int], grids: Sequence[int], cost: MacsModel, budget: int
+) -> float:
+    """Return the highest of ``FLOORS`` that leaves a budget of MACs something to choose."""
+    for floor in FLOORS:
+        rungs = ladders([np.zeros(width) for width in widths], grids, floor)
+        if cost.macs([ladder.widths[-1] for ladder in rungs]) <= ROOM * budget:
+            return floor
+    return FLOORS[-1]
 
 
 def solve(

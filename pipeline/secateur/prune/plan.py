@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from secateur.core.channels import ChannelGroup
 from secateur.core.plan import GroupCut, PrunePlan
-from secateur.prune.budget import solve
+from secateur.prune.budget import default_floor, solve
 from secateur.prune.costs import width_problem
 from secateur.prune.macs import MacsModel
 from secateur.prune.problem import Limit
@@ -32,6 +32,16 @@ class Budget:
     grid: int = 8
     floor: float = 0.3
     balance: float = 0.65
+
+
+def default_budget(
+    groups: Sequence[ChannelGroup], cost: MacsModel, macs: float, grid: int, balance: float = 0.65
+) -> Budget:
+    """Return the budget with the floor that suits it (``budget.default_floor``)."""
+    widths = [group.width for group in groups]
+    grids = [group.step(grid) for group in groups]
+    floor = default_floor(widths, grids, cost, int(macs * cost.macs(widths)))
+    return Budget(macs, grid, floor, balance)
 
 
 def plan_prune(
