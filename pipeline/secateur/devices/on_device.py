@@ -5,12 +5,12 @@ Nothing is installed there. ``connection.py`` hands this text to the device's Py
 prints is no answer. A folder is a name under ``builds()``; in it lie the copied files, and
 
 * ``copy.lock``: held while files are received, so that two copies do not mix;
-* ``job.lock``: held by the job and its builder as long as either lives. A lock is the kernel's
-  (flock), so none is ever stale: it goes with the last process that holds it;
+* ``job.lock``: held by the job and its program as long as either lives, with their process group
+  in it. A lock is the kernel's (flock), so none is ever stale: it goes with its last holder;
 * ``job.log``, ``job.json``: what the job printed, and how it ended.
 
-One lock of the whole device, in its folder for temporary files, lets one build run at a time,
-whoever starts it.
+One lock of the whole device, in its folder for temporary files, lets one job run at a time,
+whoever starts it: builds would run out of memory beside another, and latencies would be wrong.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import os
 import re
 import select
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -36,7 +37,7 @@ from typing import Any
 MARK = b"secateur:"
 BLOCK = 1 << 16
 SILENCE = 20.0  # seconds without a byte after which a copy is given up: its sender is gone
-BEAT = 10.0  # seconds between signs of life while a build prints nothing
+BEAT = 10.0  # seconds between signs of life while a job prints nothing
 FORGOTTEN = 7 * 24 * 3600.0  # seconds after which what a lost caller left is removed
 LONGEST = 2000  # characters of a line that is passed on
 OWN = ("copy.lock", "job.lock", "job.log", "job.json")
@@ -129,21 +130,21 @@ def held(path: Path) -> bool:
 
 
 def take_device() -> int:
-    """Wait until no other build runs on this device; return the lock's descriptor."""
+    """Wait until no other job runs on this device; return the lock's descriptor."""
     path = Path(tempfile.gettempdir()) / DEVICE_LOCK
     try:  # the file may be another user's, and is then not to be opened with O_CREAT in /tmp
         handle = os.open(str(path), os.O_RDWR | os.O_NOFOLLOW)
     except FileNotFoundError:
         try:
             handle = os.open(str(path), os.O_RDWR | os.O_NOFOLLOW | os.O_CREAT | os.O_EXCL)
-            os.fchmod(handle, 0o666)  # every user's builds take turns
+            os.fchmod(handle, 0o666)  # every user's jobs take turns
         except FileExistsError:
             return take_device()
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         owner = os.pread(handle, 200, 0).decode("utf-8", "replace").strip()
-        say("waiting: another build runs on this device ({})".format(owner or "unknown"))
+        say("waiting: another job runs on this device ({})".format(owner or "unknown"))
         fcntl.flock(handle, fcntl.LOCK_EX)
     user, since = os.environ.get("USER") or os.getuid(), time.strftime("%Y-%m-%d %H:%M:%S")
     os.ftruncate(handle, 0)
@@ -155,7 +156,7 @@ def take_device() -> int:
 
 
 def look(modules: list[str]) -> None:
-    """Answer what builds could use: this Python, those of the modules that it has, free space."""
+    """Answer what jobs could use: this Python, those of the modules that it has, free space."""
     found: dict[str, str | None] = {}
     for name in modules:
         try:
@@ -266,6 +267,7 @@ def start(folder: str, command: list[str]) -> None:
     if lock < 0 or (place / "job.json").exists():
         answer(started=False)
         return
+    os.ftruncate(lock, 0)
     os.utime(str(place / "job.lock"))  # when it began
     (place / "job.log").write_bytes(b"")
     if os.fork():
@@ -273,6 +275,7 @@ def start(folder: str, command: list[str]) -> None:
         return
     try:  # detached: own session, nothing open that belongs to the connection
         os.setsid()
+        os.pwrite(lock, str(os.getpid()).encode(), 0)
         handle = os.open(os.devnull, os.O_RDONLY)
         log = os.open(str(place / "job.log"), os.O_WRONLY | os.O_APPEND)
         for source, target in ((handle, 0), (log, 1), (log, 2)):
@@ -301,7 +304,7 @@ def supervise(place: Path, command: list[str], lock: int) -> None:
             stdin=nothing,
             pass_fds=(lock, device),  # both stay held if this process is killed
         )
-    say(f"building, process {process.pid}")
+    say(f"running, process {process.pid}")
     code = process.wait()
     ended = {"code": code, "seconds": round(time.time() - began, 1)}
     temporary = place / "job.json.tmp"
@@ -336,6 +339,30 @@ def follow(folder: str) -> None:
     )
 
 
+def stop(folder: str) -> None:
+    """Kill the folder's job, if one runs; answer whether none is left."""
+    lock = folder_of(folder) / "job.lock"
+    if held(lock):
+        with contextlib.suppress(OSError, ValueError):  # it has just ended, or just begins
+            os.killpg(int(lock.read_text()), signal.SIGKILL)
+    end = time.monotonic() + 5
+    while held(lock) and time.monotonic() < end:
+        time.sleep(0.05)
+    answer(stopped=not held(lock))
+
+
+def clear(folder: str, keep: list[str]) -> None:
+    """Forget an ended job and all files but those to keep; answer whether that was done."""
+    place = folder_of(folder)
+    job = take(place / "job.lock")
+    if job >= 0:
+        for path in place.iterdir():
+            if path.name not in ("copy.lock", "job.lock", *keep):
+                path.unlink()
+        os.close(job)
+    answer(cleared=job >= 0)
+
+
 def remove(folder: str) -> None:
     """Remove the folder unless something works in it; answer whether it is gone."""
     place = folder_of(folder)
@@ -368,7 +395,7 @@ def forget() -> None:
 
 
 VERBS: dict[str, Callable[..., None]] = {
-    each.__name__: each for each in (look, receive, send, start, follow, remove)
+    each.__name__: each for each in (look, receive, send, start, follow, stop, clear, remove)
 }
 
 
