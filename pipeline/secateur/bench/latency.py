@@ -6,7 +6,6 @@ than the difference between them.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from secateur.core.progress import track
 from secateur.devices.host import temperature_c
+from secateur.devices.on_bench import take_samples
 
 NOISY_ABOVE = 0.10  # coefficient of variation
 PERCENTILES = (90, 95, 97, 99, 99.9)
@@ -93,26 +93,8 @@ def measure(
     """Measure every call, taking turns, until each has its seconds and its runs."""
     protocol = protocol or Protocol()
     before = temperature_c()
-    for call in calls.values():
-        until = time.perf_counter() + protocol.warmup_ms / 1000
-        while time.perf_counter() < until:
-            call()
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    rounds = _rounds_needed(calls, protocol)
-    for _ in track(range(rounds), title, rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            samples[name].append(1000 * (time.perf_counter() - start))
+    samples = take_samples(
+        calls, **asdict(protocol), progress=lambda rounds: track(rounds, title, len(rounds))
+    )
     after = temperature_c()
     return {name: summarise(np.array(values), before, after) for name, values in samples.items()}
-
-
-def _rounds_needed(calls: Mapping[str, Callable[[], object]], protocol: Protocol) -> int:
-    """Return how many turns give the fastest call its seconds."""
-    fastest = float("inf")
-    for call in calls.values():
-        start = time.perf_counter()
-        call()
-        fastest = min(fastest, time.perf_counter() - start)
-    return max(protocol.runs, round(protocol.seconds / max(fastest, 1e-6)))

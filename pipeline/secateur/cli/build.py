@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +19,7 @@ from secateur.cli.options import (
     DeviceOption,
     JsonOption,
     RecipeArgument,
+    teller,
 )
 from secateur.core.progress import shown
 
@@ -62,7 +63,7 @@ def build(
         with shown(quiet=as_json):
             results.append(run_build(loaded, name, out, cache=StageCache(cache), command=command))
         if device:
-            tell = _teller(quiet=as_json)
+            tell = teller(quiet=as_json)
             engines.append(engine_on_device(results[-1].folder, device, tell))
     if as_json:
         reports = [_json(result) for result in results]
@@ -77,12 +78,6 @@ def build(
                 Console().print(f"engine    {file}", soft_wrap=True, highlight=False)
     if any(result.manifest.accuracy.too_low for result in results):
         raise typer.Exit(1)
-
-
-def _teller(*, quiet: bool) -> Callable[[str], None]:
-    """Return what prints lines of a device on stderr, as they are."""
-    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-    return (lambda _: None) if quiet else console.print
 
 
 def _json(result: BuildResult) -> dict[str, object]:

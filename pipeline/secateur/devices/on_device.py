@@ -164,13 +164,8 @@ def look(modules: list[str]) -> None:
         except Exception as error:  # whatever a broken installation raises
             found[name] = None
             sys.stderr.write(f"{name}: {error}\n")
-    answer(
-        python=sys.version.split()[0],
-        executable=sys.executable,
-        modules=found,
-        folder=str(builds()),
-        free=free_bytes(builds()),
-    )
+    python, folder, free = sys.version.split()[0], str(builds()), free_bytes(builds())
+    answer(python=python, executable=sys.executable, modules=found, folder=folder, free=free)
 
 
 class Incoming:
@@ -297,13 +292,9 @@ def supervise(place: Path, command: list[str], lock: int) -> None:
     """Run the command when the device is free, and note how it ended."""
     device = take_device()
     began = time.time()
-    with open(os.devnull, "rb") as nothing:  # noqa: PTH123
-        process = subprocess.Popen(
-            [sys.executable, "-u", *command],
-            cwd=str(place),
-            stdin=nothing,
-            pass_fds=(lock, device),  # both stay held if this process is killed
-        )
+    program = [sys.executable, "-uB", *command]
+    both = (lock, device)  # they stay held if this process is killed
+    process = subprocess.Popen(program, cwd=str(place), stdin=subprocess.DEVNULL, pass_fds=both)
     say(f"running, process {process.pid}")
     code = process.wait()
     ended = {"code": code, "seconds": round(time.time() - began, 1)}
@@ -332,11 +323,8 @@ def follow(folder: str) -> None:
             if select.select([0], [], [], 0.1)[0] and not os.read(0, BLOCK):
                 return  # the caller is gone
     ended = place / "job.json"
-    answer(
-        end=json.loads(ended.read_text()) if ended.exists() else None,
-        files=listing(place),
-        free=free_bytes(place),
-    )
+    end = json.loads(ended.read_text()) if ended.exists() else None
+    answer(end=end, files=listing(place), free=free_bytes(place))
 
 
 def stop(folder: str) -> None:
@@ -345,22 +333,14 @@ def stop(folder: str) -> None:
     if held(lock):
         with contextlib.suppress(OSError, ValueError):  # it has just ended, or just begins
             os.killpg(int(lock.read_text()), signal.SIGKILL)
-    end = time.monotonic() + 5
-    while held(lock) and time.monotonic() < end:
-        time.sleep(0.05)
+    time.sleep(0.2)  # its locks go with it
     answer(stopped=not held(lock))
 
 
 def clear(folder: str, keep: list[str]) -> None:
-    """Forget an ended job and all files but those to keep; answer whether that was done."""
-    place = folder_of(folder)
-    job = take(place / "job.lock")
-    if job >= 0:
-        for path in place.iterdir():
-            if path.name not in ("copy.lock", "job.lock", *keep):
-                path.unlink()
-        os.close(job)
-    answer(cleared=job >= 0)
+    """Remove an ended job and all files but those to keep."""
+    removed(folder_of(folder), ["copy.lock", "job.lock", *keep])
+    answer(cleared=True)
 
 
 def remove(folder: str) -> None:
@@ -372,13 +352,17 @@ def remove(folder: str) -> None:
         builds().parent.rmdir()
 
 
-def removed(place: Path) -> bool:
-    """Remove a folder that no copy and no job works in."""
+def removed(place: Path, keep: list[str] | None = None) -> bool:
+    """Remove a folder, or all in it but what to keep, that no copy and no job works in."""
     if not place.exists():
         return True
     copying, job = take(place / "copy.lock", 5), take(place / "job.lock")  # a cut copy soon ends
     if copying >= 0 and job >= 0:
-        shutil.rmtree(str(place))
+        if keep is None:
+            shutil.rmtree(str(place))
+        else:
+            for path in {*place.iterdir()} - {place / name for name in keep}:
+                path.unlink()
     for handle in (copying, job):
         if handle >= 0:
             os.close(handle)

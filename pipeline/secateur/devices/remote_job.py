@@ -31,8 +31,8 @@ Made = Mapping[str, tuple[int, str]]
 class Job:
     """``command`` is what the device's Python runs in ``folder``, where ``files`` lie by name.
 
-    ``noun`` is what messages call it, ``error`` what is raised where it ends badly. A job that prints
-    nothing for ``patience`` seconds is given up.
+    ``noun`` is what messages call it, ``error`` what is raised where it ends badly. A job that
+    prints nothing for ``patience`` seconds is given up.
     """
 
     folder: str

@@ -14,7 +14,6 @@ from secateur.bench.latency import Protocol, measure
 from secateur.bundle.read import check_files, read_bundle
 from secateur.bundle.runner import Runner, preprocess, read_rgb
 from secateur.bundle.write import CHECK_FILE
-from secateur.core.errors import DeviceError
 from secateur.core.files import write_json
 from secateur.devices.host import host_facts, library_versions
 from secateur.runtimes.base import runtime_of
@@ -23,7 +22,6 @@ from secateur.runtimes.base import runtime_of
 def bench(
     folder: Path,
     *,
-    device: str = "local",
     threads: int | None = None,
     protocol: Protocol | None = None,
 ) -> dict[str, Any]:
@@ -34,13 +32,7 @@ def bench(
 
     Raises:
         BundleError, VerifyError: the bundle is not whole.
-        DeviceError: ``device`` is not one this version can reach.
     """
-    if device != "local":
-        raise DeviceError(
-            f"device '{device}' cannot be reached by this version",
-            hint="copy the bundle there and run `secateur bench BUNDLE --device local`",
-        )
     manifest = read_bundle(folder)
     check_files(folder, manifest)
     used = threads or manifest.threads
@@ -61,7 +53,7 @@ def bench(
             {"host_to_host": lambda: session.run(inputs), "end_to_end": from_file}, protocol
         )
     record = {
-        "device": device,
+        "device": "local",
         "target": manifest.device,
         "precision": manifest.precision,
         "runtime": runtime_of(manifest.runtime).version(),

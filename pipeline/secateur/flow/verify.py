@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from secateur.bench.accuracy import evaluate
 from secateur.bundle.manifest import Manifest
@@ -30,8 +31,12 @@ ROUNDING = 2  # times what a lower precision was off when it was built: other CP
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """``accuracy`` is None, with the reason, where the evaluation data are not at hand."""
+    """``accuracy`` is None, with the reason, where the evaluation data are not at hand.
 
+    ``device`` is where the bundle ran.
+    """
+
+    device: str
     parity: Mapping[str, Parity]
     accuracy: Mapping[str, Mapping[str, float]] | None
     change: Delta | None
@@ -49,14 +54,41 @@ def verify(folder: Path, *, limit: int | None = None) -> VerifyResult:
     check_files(folder, manifest)
     session = runtime_of(manifest.runtime).open_session(folder / "model.onnx", manifest.threads)
     parity = check_parity(folder, manifest, session)
+    return judged(folder, manifest, "local", parity, lambda *_: session, limit)
+
+
+def judged(
+    folder: Path,
+    manifest: Manifest,
+    device: str,
+    parity: Mapping[str, Parity],
+    open_session: Callable[[Recipe, Reader], Session],
+    limit: int | None,
+) -> VerifyResult:
+    """Evaluate what runs on ``device`` and compare it with what the bundle may lose.
+
+    ``open_session`` is given the data, which the session is then shown in order.
+
+    Raises:
+        VerifyError: a task is below its ``max_drop``.
+    """
     try:
-        accuracy = _accuracy(folder, manifest, session, limit)
+        recipe, reader = eval_data(folder, manifest)
+        tasks = [task for task in recipe.all_tasks() if task.name in recipe.kept_names()]
+        predict, spec = predictor(open_session(recipe, reader)), recipe.model.input.model_input()
+        accuracy = evaluate(predict, tasks, reader, spec, limit=limit)
     except (DataError, RecipeError) as error:
-        return VerifyResult(parity, None, None, f"accuracy not checked: {error}")
+        return VerifyResult(device, parity, None, None, f"accuracy not checked: {error}")
     change = delta(manifest.accuracy.parent, accuracy, higher_is_better(manifest))
     if limit is None:  # a part of the data says too little to fail a bundle
         _guard(manifest, change)
-    return VerifyResult(parity, accuracy, change, "")
+    return VerifyResult(device, parity, accuracy, change, "")
+
+
+def own_image(folder: Path) -> NDArray[np.uint8]:
+    """Return the image (H, W, 3) RGB that the bundle was checked with."""
+    with np.load(folder / CHECK_FILE, allow_pickle=False) as stored:
+        return np.asarray(stored["image"], dtype=np.uint8)
 
 
 def check_parity(folder: Path, manifest: Manifest, session: Session) -> dict[str, Parity]:
@@ -106,16 +138,6 @@ def eval_data(folder: Path, manifest: Manifest) -> tuple[Recipe, Reader]:
             "the evaluation data are not those of the build", hint="point the recipe at the same"
         )
     return recipe, reader
-
-
-def _accuracy(
-    folder: Path, manifest: Manifest, session: Session, limit: int | None
-) -> dict[str, dict[str, float]]:
-    recipe, reader = eval_data(folder, manifest)
-    tasks = [task for task in recipe.all_tasks() if task.name in recipe.kept_names()]
-    return evaluate(
-        predictor(session), tasks, reader, recipe.model.input.model_input(), limit=limit
-    )
 
 
 def higher_is_better(manifest: Manifest) -> dict[str, Mapping[str, bool]]:
