@@ -1,13 +1,14 @@
 """How sure an accuracy is: 95 % intervals, by drawing images with replacement.
 
 The percentile bootstrap (Efron, 1979; Efron and Tibshirani, 1993, chapter 13). Metrics such as
-mIoU are ratios of sums over all images, so an image's part is its sums, not a metric of its own. One
-draw serves all tasks, and the parent where its sums are at hand: what makes an image hard for both
-then cancels, and the interval of their difference is narrower than either's.
+mIoU are ratios of sums over all images, so an image's part is its sums, not a metric of its own.
+One draw serves all tasks, and the parent where its sums are at hand: what makes an image hard for
+both then cancels, and the interval of their difference is narrower than either's.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from secateur.bench.accuracy import Sums
+from secateur.bench.accuracy import Scores, Sums
 from secateur.core.task import Task
 from secateur.metrics.delta import Metrics, delta
 from secateur.metrics.kind import kind_of
@@ -47,24 +48,22 @@ class Intervals:
 
 
 def bootstrap(
-    tasks: Sequence[Task],
-    sums: Sums,
-    parent: Metrics,
-    parent_sums: Sums | None = None,
-    seed: int = 0,
+    tasks: Sequence[Task], scores: Scores, parent: Scores, seed: int = 0
 ) -> Intervals | None:
-    """Return the intervals of a model whose units' ``sums`` are given; None of too few.
+    """Return the intervals of scores that have ``sums``; None where there are too few, or NaN.
 
-    ``parent_sums`` are of the same images in the same units; without them ``parent`` is exact.
+    The parent's sums, if it has some, are of the same images in the same units.
     """
-    units = len(next(iter(sums.values())))
-    if units < FEWEST:
+    units = len(next(iter(scores.sums.values())))
+    figures = (*scores.metrics.values(), *parent.metrics.values())
+    if units < FEWEST or any(math.isnan(value) for row in figures for value in row.values()):
         return None
     random = np.random.default_rng(seed)
     draws = random.multinomial(units, np.full(units, 1 / units), RESAMPLES).astype(np.float64)
     higher = {task.name: kind_of(task).higher_is_better for task in tasks}
-    ours = _drawn(tasks, sums, draws)
-    theirs = [parent] * RESAMPLES if parent_sums is None else _drawn(tasks, parent_sums, draws)
+    ours = _drawn(tasks, scores.sums, draws)
+    alone: list[Metrics] = [parent.metrics] * RESAMPLES
+    theirs = _drawn(tasks, parent.sums, draws) if parent.sums else alone
     changes = [delta(before, after, higher) for before, after in zip(theirs, ours, strict=True)]
     return Intervals(
         metrics={
@@ -73,7 +72,7 @@ def bootstrap(
         },
         change_percent={task: _interval([c.per_task[task] for c in changes]) for task in higher},
         delta_t=_interval([change.mean for change in changes]),
-        paired=parent_sums is not None,
+        paired=bool(parent.sums),
     )
 
 

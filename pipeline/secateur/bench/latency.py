@@ -17,7 +17,7 @@ from secateur.core.progress import track
 from secateur.devices.host import temperature_c
 from secateur.devices.on_bench import take_samples
 
-NOISY_ABOVE = 0.10  # coefficient of variation
+NOISY_ABOVE = 0.10  # coefficient of variation, or change of the median within the run
 PERCENTILES = (90, 95, 97, 99, 99.9)
 BLOCKS = 30  # whose medians are kept: calls that follow one another are not independent
 
@@ -34,6 +34,9 @@ class Protocol:
 @dataclass(frozen=True)
 class Latency:
     """Milliseconds per call; ``coefficient_of_variation`` above 0.10 sets ``noisy``.
+
+    So does a run whose thirds have medians that differ by more than 10 %: its clock has changed, or
+    something else began to run, and what follows is not what was before.
 
     ``block_medians_ms`` are the medians of 30 successive parts of the run: what is needed to tell
     later whether another run differs by more than the noise.
@@ -64,6 +67,7 @@ def summarise(
     """Return the statistics of (runs,) latencies in milliseconds."""
     mean = float(samples_ms.mean())
     variation = float(samples_ms.std() / mean)
+    thirds = block_medians(samples_ms, 3)
     return Latency(
         min_ms=float(samples_ms.min()),
         mean_ms=mean,
@@ -72,7 +76,7 @@ def summarise(
         max_ms=float(samples_ms.max()),
         runs=len(samples_ms),
         coefficient_of_variation=variation,
-        noisy=variation > NOISY_ABOVE,
+        noisy=variation > NOISY_ABOVE or max(thirds) > (1 + NOISY_ABOVE) * min(thirds),
         block_medians_ms=block_medians(samples_ms),
         temperature_before_c=before_c,
         temperature_after_c=after_c,

@@ -24,7 +24,7 @@ from secateur.cli.options import (
 from secateur.core.progress import shown
 
 if TYPE_CHECKING:
-    from secateur.bundle.manifest import Manifest
+    from secateur.bundle.manifest import AccuracyIntervals, Manifest
     from secateur.flow.build import BuildResult
 
 
@@ -92,7 +92,8 @@ def print_result(result: BuildResult, console: Console) -> None:
     console.print(_cost_table(manifest))
     accuracy = manifest.accuracy
     console.print(
-        f"ΔT {accuracy.delta_t:+.2f} % (worst task {accuracy.worst_task} "
+        f"ΔT {accuracy.delta_t:+.2f} %{_range(accuracy.intervals)} "
+        f"(worst task {accuracy.worst_task} "
         f"{accuracy.change_percent[accuracy.worst_task]:+.2f} %); before recovery "
         f"{accuracy.delta_t_before_recovery:+.2f} %; on {accuracy.images} images",
         highlight=False,
@@ -115,6 +116,13 @@ def print_result(result: BuildResult, console: Console) -> None:
     for picture in ("contact_sheet.png", "savings.png"):
         console.print(f"pictures  {folder / 'pictures' / picture}", soft_wrap=True, highlight=False)
     console.print(f"run it    python3 {folder / 'run.py'} IMAGE", soft_wrap=True, highlight=False)
+
+
+def _range(intervals: AccuracyIntervals | None) -> str:
+    if intervals is None:
+        return ""
+    low, high = intervals.delta_t
+    return f", 95 % interval {low:+.2f} to {high:+.2f}"
 
 
 def _precision_lines(manifest: Manifest) -> list[str]:

@@ -50,13 +50,39 @@ def verify(
     if as_json:
         typer.echo(json.dumps(asdict(result), indent=2))
         return
+    console = Console()
+    _print_checked(result, console)
+    console.print(result.skipped or "the bundle is whole and every task is as good as it must be")
+
+
+def _print_checked(result: VerifyResult, console: Console) -> None:
+    """Print how far each task is off, how good it is, and how sure that is."""
     table = Table("task", "max |difference|", "of range", "change %")
     for task, parity in result.parity.items():
-        change = f"{result.change.per_task[task]:+.2f}" if result.change else "-"
+        change = "-"
+        if result.change:
+            change = f"{result.change.per_task[task]:+.2f}"
+        if result.intervals:
+            low, high = result.intervals.change_percent[task]
+            change += f" ({low:+.2f} to {high:+.2f})"
         table.add_row(task, f"{parity.max_abs_difference:.2e}", f"{parity.relative:.2e}", change)
-    console = Console()
     console.print(table)
-    console.print(result.skipped or "the bundle is whole and every task is as good as it must be")
+    for task, metrics in (result.accuracy or {}).items():
+        said = [f"{name} {value:.4g}" for name, value in metrics.items()]
+        if result.intervals:
+            ranges = result.intervals.metrics[task].values()
+            said = [
+                f"{text} ({low:.4g} to {high:.4g})"
+                for text, (low, high) in zip(said, ranges, strict=True)
+            ]
+        console.print(f"{task}: {', '.join(said)}", soft_wrap=True, highlight=False)
+    if result.change and result.intervals:
+        low, high = result.intervals.delta_t
+        how = "parent and cut drawn alike" if result.intervals.paired else "the parent's exact"
+        console.print(
+            f"ΔT {result.change.mean:+.2f} % ({low:+.2f} to {high:+.2f}); in brackets: 95 % "
+            f"intervals, images drawn with replacement, {how}", soft_wrap=True, highlight=False,
+        )  # fmt: skip
 
 
 def _verified(bundle: Path, device: str, limit: int | None, as_json: bool) -> VerifyResult:

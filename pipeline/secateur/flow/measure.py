@@ -16,6 +16,7 @@ from secateur.bundle.runner import Runner, preprocess, read_rgb
 from secateur.bundle.write import CHECK_FILE
 from secateur.core.files import write_json
 from secateur.devices.host import host_facts, library_versions
+from secateur.flow.verify import check_parity
 from secateur.runtimes.base import runtime_of
 
 
@@ -31,12 +32,13 @@ def bench(
     image file, preprocessing and decoding the answers at the image's size.
 
     Raises:
-        BundleError, VerifyError: the bundle is not whole.
+        BundleError, VerifyError: the bundle is not whole, or its outputs here are wrong.
     """
     manifest = read_bundle(folder)
     check_files(folder, manifest)
     used = threads or manifest.threads
     session = runtime_of(manifest.runtime).open_session(folder / "model.onnx", used)
+    check_parity(folder, manifest, session)  # what is measured must be right
     runner = Runner(folder, used, manifest.runtime)
     with np.load(folder / CHECK_FILE, allow_pickle=False) as stored:
         image = stored["image"]

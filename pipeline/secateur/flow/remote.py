@@ -37,6 +37,7 @@ from secateur.flow.cache import StageCache
 from secateur.flow.engine import check_fits
 from secateur.flow.recipe import Recipe
 from secateur.flow.verify import VerifyResult, check_parity, judged, own_image
+from secateur.lower import Parity
 
 ENGINE = ("model.engine", "engine.json")
 MOST_IMAGES, MOST_BYTES = 64, 64 * MIB  # of outputs: what the device's disk holds at a time
@@ -207,7 +208,7 @@ def _board(folder: Path, device: str, tell: Tell) -> Iterator[Board]:
             yield Board(connection.name, folder, manifest, facts, bundle)
 
 
-def _checked_parity(board: Board) -> dict[str, Any]:
+def _checked_parity(board: Board) -> dict[str, Parity]:
     """Compare the bundle's own image there with what torch made of it."""
     outputs = iter([board.outputs([own_image(board.folder)])])
     return check_parity(board.folder, board.manifest, _InOrder(outputs))

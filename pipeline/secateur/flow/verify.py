@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from secateur.bench.accuracy import evaluate
+from secateur.bench.accuracy import Scores, Sums, score
+from secateur.bench.intervals import Intervals, bootstrap
 from secateur.bundle.manifest import Manifest
 from secateur.bundle.read import check_files, read_bundle
 from secateur.bundle.runner import preprocess
-from secateur.bundle.write import CHECK_FILE
+from secateur.bundle.write import CHECK_FILE, PARENT_FILE
 from secateur.core.errors import BuildError, DataError, RecipeError, VerifyError
 from secateur.core.task import Task
 from secateur.data.loading import open_reader
@@ -33,13 +34,14 @@ ROUNDING = 2  # times what a lower precision was off when it was built: other CP
 class VerifyResult:
     """``accuracy`` is None, with the reason, where the evaluation data are not at hand.
 
-    ``device`` is where the bundle ran.
+    ``device`` is where the bundle ran; of a few images only there are no ``intervals``.
     """
 
     device: str
     parity: Mapping[str, Parity]
     accuracy: Mapping[str, Mapping[str, float]] | None
     change: Delta | None
+    intervals: Intervals | None
     skipped: str
 
 
@@ -76,13 +78,46 @@ def judged(
         recipe, reader = eval_data(folder, manifest)
         tasks = [task for task in recipe.all_tasks() if task.name in recipe.kept_names()]
         predict, spec = predictor(open_session(recipe, reader)), recipe.model.input.model_input()
-        accuracy = evaluate(predict, tasks, reader, spec, limit=limit)
+        scores = score(predict, tasks, reader, spec, limit=limit, per_image=True)
+        _check_judged(scores, device)
     except (DataError, RecipeError) as error:
-        return VerifyResult(device, parity, None, None, f"accuracy not checked: {error}")
-    change = delta(manifest.accuracy.parent, accuracy, higher_is_better(manifest))
+        return VerifyResult(device, parity, None, None, None, f"accuracy not checked: {error}")
+    parent = Scores(manifest.accuracy.parent, _parent_sums(folder, manifest, scores.sums))
+    intervals = bootstrap(tasks, scores, parent)
+    change = delta(parent.metrics, scores.metrics, higher_is_better(manifest))
     if limit is None:  # a part of the data says too little to fail a bundle
         _guard(manifest, change)
-    return VerifyResult(device, parity, accuracy, change, "")
+    return VerifyResult(device, parity, scores.metrics, change, intervals, "")
+
+
+def _check_judged(scores: Scores, device: str) -> None:
+    """Raise where an average would hide what is wrong.
+
+    Raises:
+        VerifyError: an output is not a number.
+        DataError: nothing tells how good a task is.
+    """
+    for task, images in scores.wrong.items():
+        raise VerifyError(
+            f"task '{task}' gives NaN ({device}), in {images} image(s)",
+            hint="run `secateur diagnose`; if the fp32 bundle is right, keep that task's layers in "
+            "fp32",
+        )
+    for task in scores.unlabelled:
+        raise DataError(
+            f"no image that was evaluated has a label for task '{task}'",
+            hint="give data.eval images with labels of every kept task, or a larger --limit",
+        )
+
+
+def _parent_sums(folder: Path, manifest: Manifest, ours: Sums) -> Sums:
+    """Return each image's part in the parent's accuracy; nothing where it was of other images."""
+    if PARENT_FILE not in manifest.files:  # of an older version
+        return {}
+    with np.load(folder / PARENT_FILE, allow_pickle=False) as stored:
+        found = {task: stored[task] for task in ours if task in stored}
+    same = {task: rows.shape for task, rows in found.items()}
+    return found if same == {task: rows.shape for task, rows in ours.items()} else {}
 
 
 def own_image(folder: Path) -> NDArray[np.uint8]:
