@@ -367,7 +367,7 @@ def test_a_build_that_ended_meanwhile_is_brought(device: Device, tmp_path: Path)
 
 def test_two_builds_on_one_device_take_turns(device: Device, tmp_path: Path) -> None:
     calls = [Call(order(tmp_path / name, name.encode()), tmp_path / name) for name in ("a", "b")]
-    wait_until(lambda: any("waiting: another build" in line for c in calls for line in c.said))
+    wait_until(lambda: any("waiting: another job" in line for c in calls for line in c.said))
     (tmp_path / "gate").touch()
     for call in calls:
         check_brought(call.into, call.ended())
@@ -546,7 +546,7 @@ def test_the_whole_way_with_the_real_builder(
     assert code == 2 and "the connection to ssh://device was lost" in err
     code, out, err = run(capsys, *words)
     assert code in (0, 1), err  # 1: this toy may lose more than it may
-    assert "an earlier call began this build" in err and "building, process" in err
+    assert "an earlier call began this build" in err and "running, process" in err
     folder = tmp_path / "out" / "rtx-pc" / "fp32"
     record = json.loads((folder / "engine.json").read_text())
     assert str(folder / "model.engine") in out.replace("\n", "")

@@ -69,7 +69,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class MetricRow:
-    """One metric of one task."""
+    """One metric of one task; ``range`` is the 95 % interval of ``shipped``, where known."""
 
     name: str
     better: str
@@ -77,6 +77,7 @@ class MetricRow:
     before_recovery: float | None
     pruned: float | None
     shipped: float | None
+    range: tuple[float, float] | None
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,12 @@ class View:
     def delta_t(self) -> float | None:
         """ΔT in percent."""
         return number(self.manifest["accuracy"]["delta_t"])
+
+    @property
+    def delta_t_range(self) -> tuple[float, float] | None:
+        """ΔT's 95 % interval; None where there are none."""
+        found = self.manifest["accuracy"].get("intervals")
+        return (found["delta_t"][0], found["delta_t"][1]) if found else None
 
     @property
     def worst_task(self) -> str:
@@ -199,11 +206,19 @@ class View:
             higher = _higher_is_better(task)
             of = {key: (accuracy.get(key) or {}).get(name, {})
                   for key in ("parent", "before_recovery", "pruned", "shipped")}  # fmt: skip
+            ranges = ((accuracy.get("intervals") or {}).get("metrics") or {}).get(name, {})
             metrics = tuple(
-                MetricRow(metric, higher.get(metric, ""),
-                          *(number(values.get(metric)) for values in of.values()))
+                MetricRow(
+                    name=metric,
+                    better=higher.get(metric, ""),
+                    parent=number(of["parent"].get(metric)),
+                    before_recovery=number(of["before_recovery"].get(metric)),
+                    pruned=number(of["pruned"].get(metric)),
+                    shipped=number(of["shipped"].get(metric)),
+                    range=ranges.get(metric),
+                )
                 for metric in of["shipped"]
-            )  # fmt: skip
+            )
             rows.append(
                 TaskRow(name, task["kind"], metrics, self.change_of(name), task["max_drop"],
                         name in accuracy["too_low"], name == self.worst_task)

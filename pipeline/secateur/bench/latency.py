@@ -6,7 +6,6 @@ than the difference between them.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,8 +15,9 @@ from numpy.typing import NDArray
 
 from secateur.core.progress import track
 from secateur.devices.host import temperature_c
+from secateur.devices.on_bench import take_samples
 
-NOISY_ABOVE = 0.10  # coefficient of variation
+NOISY_ABOVE = 0.10  # coefficient of variation, or change of the median within the run
 PERCENTILES = (90, 95, 97, 99, 99.9)
 BLOCKS = 30  # whose medians are kept: calls that follow one another are not independent
 
@@ -34,6 +34,9 @@ class Protocol:
 @dataclass(frozen=True)
 class Latency:
     """Milliseconds per call; ``coefficient_of_variation`` above 0.10 sets ``noisy``.
+
+    So does a run whose thirds have medians that differ by more than 10 %: its clock has changed, or
+    something else began to run, and what follows is not what was before.
 
     ``block_medians_ms`` are the medians of 30 successive parts of the run: what is needed to tell
     later whether another run differs by more than the noise.
@@ -64,6 +67,7 @@ def summarise(
     """Return the statistics of (runs,) latencies in milliseconds."""
     mean = float(samples_ms.mean())
     variation = float(samples_ms.std() / mean)
+    thirds = block_medians(samples_ms, 3)
     return Latency(
         min_ms=float(samples_ms.min()),
         mean_ms=mean,
@@ -72,7 +76,7 @@ def summarise(
         max_ms=float(samples_ms.max()),
         runs=len(samples_ms),
         coefficient_of_variation=variation,
-        noisy=variation > NOISY_ABOVE,
+        noisy=variation > NOISY_ABOVE or max(thirds) > (1 + NOISY_ABOVE) * min(thirds),
         block_medians_ms=block_medians(samples_ms),
         temperature_before_c=before_c,
         temperature_after_c=after_c,
@@ -93,26 +97,8 @@ def measure(
     """Measure every call, taking turns, until each has its seconds and its runs."""
     protocol = protocol or Protocol()
     before = temperature_c()
-    for call in calls.values():
-        until = time.perf_counter() + protocol.warmup_ms / 1000
-        while time.perf_counter() < until:
-            call()
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    rounds = _rounds_needed(calls, protocol)
-    for _ in track(range(rounds), title, rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            samples[name].append(1000 * (time.perf_counter() - start))
+    samples = take_samples(
+        calls, **asdict(protocol), progress=lambda rounds: track(rounds, title, len(rounds))
+    )
     after = temperature_c()
     return {name: summarise(np.array(values), before, after) for name, values in samples.items()}
-
-
-def _rounds_needed(calls: Mapping[str, Callable[[], object]], protocol: Protocol) -> int:
-    """Return how many turns give the fastest call its seconds."""
-    fastest = float("inf")
-    for call in calls.values():
-        start = time.perf_counter()
-        call()
-        fastest = min(fastest, time.perf_counter() - start)
-    return max(protocol.runs, round(protocol.seconds / max(fastest, 1e-6)))

@@ -44,6 +44,21 @@ class FileRecord(_Strict):
     bytes: int
 
 
+Interval = tuple[float, float]
+
+
+class AccuracyIntervals(_Strict):
+    """95 % intervals (low, high) of the shipped model, images being drawn with replacement.
+
+    ``paired``: the parent was drawn alike, so that what is hard for both cancels.
+    """
+
+    metrics: dict[str, dict[str, Interval]]
+    change_percent: dict[str, Interval]
+    delta_t: Interval
+    paired: bool
+
+
 class Accuracy(_Strict):
     """Per task and metric: the parent, the cut before recovery, and the model as shipped.
 
@@ -61,6 +76,7 @@ class Accuracy(_Strict):
     delta_t_before_recovery: float
     worst_task: str
     too_low: tuple[str, ...] = ()
+    intervals: AccuracyIntervals | None = None  # of too few images there are none
 
 
 class Cost(_Strict):

@@ -12,6 +12,8 @@ from secateur.core.errors import BundleError, VerifyError
 from secateur.core.files import file_sha256
 
 REQUIRED_FILES = {"model.onnx", "run.py", "check.npz", "plan.json", "recipe.yaml"}
+RUN_FILES = ("run.py", "manifest.json", "model.onnx")
+"""What has to be on a device to run there."""
 
 
 def read_bundle(folder: Path) -> Manifest:

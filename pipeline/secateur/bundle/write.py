@@ -18,6 +18,7 @@ from secateur.bundle.read import REQUIRED_FILES
 from secateur.core.files import atomic_path, file_sha256, not_writable, write_json, write_text
 
 CHECK_FILE = "check.npz"
+PARENT_FILE = "parent_images.npz"
 PICTURES = "pictures/*.png"
 FP32_FILE, QUANT_FILE = ORIGIN_FILES = ("fp32.onnx", "quant.json")  # of lower precisions
 BUILDER_FILES = ("build_engine.py", "nodes.json")  # of targets with a GPU
@@ -31,6 +32,12 @@ def write_check(
     arrays.update({f"output/{task}": array for task, array in outputs.items()})
     with atomic_path(folder / CHECK_FILE) as temporary, temporary.open("wb") as stream:
         np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]
+
+
+def write_parent(folder: Path, sums: Mapping[str, NDArray[np.float64]]) -> None:
+    """Write each image's part in the parent's accuracy, so that `verify` draws both alike."""
+    with atomic_path(folder / PARENT_FILE) as temporary, temporary.open("wb") as stream:
+        np.savez_compressed(stream, **sums)  # type: ignore[arg-type]
 
 
 def write_runner(folder: Path) -> None:
@@ -55,9 +62,8 @@ def write_origin(folder: Path, fp32: Path, plan: Mapping[str, Any] | None) -> No
 def file_records(folder: Path) -> dict[str, FileRecord]:
     """Return the digest and size of every file of the bundle, whatever else lies beside them."""
     wanted = [folder / name for name in REQUIRED_FILES]
-    wanted += [
-        folder / name for name in (*BUILDER_FILES, *ORIGIN_FILES) if (folder / name).exists()
-    ]
+    optional = (PARENT_FILE, *BUILDER_FILES, *ORIGIN_FILES)
+    wanted += [folder / name for name in optional if (folder / name).exists()]
     return {
         path.relative_to(folder).as_posix(): FileRecord(
             sha256=file_sha256(path), bytes=path.stat().st_size

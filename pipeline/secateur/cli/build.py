@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,11 +19,12 @@ from secateur.cli.options import (
     DeviceOption,
     JsonOption,
     RecipeArgument,
+    teller,
 )
 from secateur.core.progress import shown
 
 if TYPE_CHECKING:
-    from secateur.bundle.manifest import Manifest
+    from secateur.bundle.manifest import AccuracyIntervals, Manifest
     from secateur.flow.build import BuildResult
 
 
@@ -62,7 +63,7 @@ def build(
         with shown(quiet=as_json):
             results.append(run_build(loaded, name, out, cache=StageCache(cache), command=command))
         if device:
-            tell = _teller(quiet=as_json)
+            tell = teller(quiet=as_json)
             engines.append(engine_on_device(results[-1].folder, device, tell))
     if as_json:
         reports = [result_json(result) for result in results]
@@ -79,12 +80,6 @@ def build(
         raise typer.Exit(1)
 
 
-def _teller(*, quiet: bool) -> Callable[[str], None]:
-    """Return what prints lines of a device on stderr, as they are."""
-    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-    return (lambda _: None) if quiet else console.print
-
-
 def result_json(result: BuildResult) -> dict[str, object]:
     """Return what --json prints of a build."""
     manifest = result.manifest.model_dump(mode="json", exclude={"recipe"})
@@ -98,7 +93,8 @@ def print_result(result: BuildResult, console: Console) -> None:
     console.print(_cost_table(manifest))
     accuracy = manifest.accuracy
     console.print(
-        f"ΔT {accuracy.delta_t:+.2f} % (worst task {accuracy.worst_task} "
+        f"ΔT {accuracy.delta_t:+.2f} %{_range(accuracy.intervals)} "
+        f"(worst task {accuracy.worst_task} "
         f"{accuracy.change_percent[accuracy.worst_task]:+.2f} %); before recovery "
         f"{accuracy.delta_t_before_recovery:+.2f} %; on {accuracy.images} images",
         highlight=False,
@@ -121,6 +117,13 @@ def print_result(result: BuildResult, console: Console) -> None:
     for picture in ("contact_sheet.png", "savings.png"):
         console.print(f"pictures  {folder / 'pictures' / picture}", soft_wrap=True, highlight=False)
     console.print(f"run it    python3 {folder / 'run.py'} IMAGE", soft_wrap=True, highlight=False)
+
+
+def _range(intervals: AccuracyIntervals | None) -> str:
+    if intervals is None:
+        return ""
+    low, high = intervals.delta_t
+    return f", 95 % interval {low:+.2f} to {high:+.2f}"
 
 
 def _precision_lines(manifest: Manifest) -> list[str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 RecipeArgument = Annotated[Path, typer.Argument(help="The recipe (YAML).", show_default=False)]
 TargetOption = Annotated[
@@ -21,3 +23,9 @@ DeviceOption = Annotated[
     typer.Option(help="A device: local, or ssh://[user@]host[:port][?python=/path/to/python3]."),
 ]
 DEFAULT_TARGET = "x86-64-cpu"
+
+
+def teller(*, quiet: bool) -> Callable[[str], None]:
+    """Return what prints lines of a device on stderr, as they are."""
+    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    return (lambda _: None) if quiet else console.print

@@ -6,16 +6,19 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from secateur.cli.options import JsonOption
+from secateur.cli.options import JsonOption, teller
 from secateur.core.progress import shown
 
-_DEVICES = "local, or emulated[:CPU]"
+if TYPE_CHECKING:
+    from secateur.flow.verify import VerifyResult
+
+_DEVICES = "local, ssh://[user@]host[:port][?python=…], or emulated[:CPU]"
 BundleArgument = Annotated[
     Path, typer.Argument(help="The bundle's folder, out/<device>/<precision>.", show_default=False)
 ]
@@ -32,29 +35,65 @@ def verify(
 ) -> None:
     """Checksums, ONNX parity, and per-task accuracy against max_drop; exit 1 if it falls short.
 
-    With --device emulated, the bundle's own run.py on emulated Arm CPUs, against this machine.
+    With --device ssh://host, the bundle's own run.py does it there; run it again to resume.
+    With --device emulated, that runs on emulated Arm CPUs, against this machine.
 
     Example: secateur verify out/x86-64-cpu/fp32
     """
     from secateur.devices.emulated import asked_cpus
-    from secateur.flow.verify import verify as run_verify
 
     cpus = asked_cpus(device, cpu or [])
     if cpus is not None:
         _verify_emulated(bundle, cpus, limit, as_json)
         return
-    with shown(quiet=as_json):
-        result = run_verify(bundle, limit=limit)
+    result = _verified(bundle, device, limit, as_json)
     if as_json:
         typer.echo(json.dumps(asdict(result), indent=2))
         return
+    console = Console()
+    _print_checked(result, console)
+    console.print(result.skipped or "the bundle is whole and every task is as good as it must be")
+
+
+def _print_checked(result: VerifyResult, console: Console) -> None:
+    """Print how far each task is off, how good it is, and how sure that is."""
     table = Table("task", "max |difference|", "of range", "change %")
     for task, parity in result.parity.items():
-        change = f"{result.change.per_task[task]:+.2f}" if result.change else "-"
+        change = "-"
+        if result.change:
+            change = f"{result.change.per_task[task]:+.2f}"
+        if result.intervals:
+            low, high = result.intervals.change_percent[task]
+            change += f" ({low:+.2f} to {high:+.2f})"
         table.add_row(task, f"{parity.max_abs_difference:.2e}", f"{parity.relative:.2e}", change)
-    console = Console()
     console.print(table)
-    console.print(result.skipped or "the bundle is whole and every task is as good as it must be")
+    for task, metrics in (result.accuracy or {}).items():
+        said = [f"{name} {value:.4g}" for name, value in metrics.items()]
+        if result.intervals:
+            ranges = result.intervals.metrics[task].values()
+            said = [
+                f"{text} ({low:.4g} to {high:.4g})"
+                for text, (low, high) in zip(said, ranges, strict=True)
+            ]
+        console.print(f"{task}: {', '.join(said)}", soft_wrap=True, highlight=False)
+    if result.change and result.intervals:
+        low, high = result.intervals.delta_t
+        how = "parent and cut drawn alike" if result.intervals.paired else "the parent's exact"
+        console.print(
+            f"ΔT {result.change.mean:+.2f} % ({low:+.2f} to {high:+.2f}); in brackets: 95 % "
+            f"intervals, images drawn with replacement, {how}", soft_wrap=True, highlight=False,
+        )  # fmt: skip
+
+
+def _verified(bundle: Path, device: str, limit: int | None, as_json: bool) -> VerifyResult:
+    if device == "local":
+        from secateur.flow.verify import verify as run_verify
+
+        with shown(quiet=as_json):
+            return run_verify(bundle, limit=limit)
+    from secateur.flow.remote import verify_on_device
+
+    return verify_on_device(bundle, device, teller(quiet=as_json), limit=limit)
 
 
 def _verify_emulated(bundle: Path, cpus: Sequence[str], limit: int | None, as_json: bool) -> None:
@@ -80,19 +119,18 @@ def bench(
 
     Energy is that of one inference above idle, where this machine tells (RAPL, INA3221).
 
+    With --device ssh://host, the bundle's own run.py is measured there; run it again to resume.
     With --device emulated, no latency: instructions, memory and what has to be on the board.
 
     Example: secateur bench out/x86-64-cpu/fp32 --threads 2
     """
     from secateur.devices.emulated import asked_cpus
-    from secateur.flow.measure import bench as run_bench
 
     cpus = asked_cpus(device, [cpu] if cpu else [])
     if cpus is not None:
         _bench_emulated(bundle, cpus, as_json)
         return
-    with shown(quiet=as_json):
-        record = run_bench(bundle, device=device, threads=threads)
+    record = _benched(bundle, device, threads, as_json)
     if as_json:
         typer.echo(json.dumps(record, indent=2))
         return
@@ -124,6 +162,17 @@ def energy_line(found: Mapping[str, Any]) -> str:
         f"{found['meter']}: {', '.join(found['covers'])}; idle {found['idle_w']:.3g} W, busy "
         f"{found['busy_w']:.3g} W)"
     )
+
+
+def _benched(bundle: Path, device: str, threads: int | None, as_json: bool) -> dict[str, Any]:
+    if device == "local":
+        from secateur.flow.measure import bench as run_bench
+
+        with shown(quiet=as_json):
+            return run_bench(bundle, threads=threads)
+    from secateur.flow.remote import bench_on_device
+
+    return bench_on_device(bundle, device, teller(quiet=as_json), threads=threads)
 
 
 def _bench_emulated(bundle: Path, cpus: Sequence[str], as_json: bool) -> None:

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from secateur.core.errors import ConnectionLost, DeviceError
 from secateur.core.files import file_sha256, not_writable
 from secateur.devices import on_device
-from secateur.devices.session import BLOCK, Session
+from secateur.devices.session import BLOCK, PATIENCE, Session
 
 Told = Callable[[int, int], None]
 """Called with the bytes that went over, and those that have to."""
@@ -77,10 +77,14 @@ class Connection(Protocol):
 
 
 class PipedConnection(ABC):
-    """A ``Connection`` whose commands are processes of this machine with three pipes."""
+    """A ``Connection`` whose commands are processes of this machine with three pipes.
+
+    ``patience``: seconds without a byte after which a device has stopped answering.
+    """
 
     name: str
     python: str
+    patience: float = PATIENCE
 
     @abstractmethod
     def _argv(self, command: str) -> list[str]:
@@ -194,7 +198,7 @@ class PipedConnection(ABC):
             ('"$HOME"', self.python[1:]) if self.python[:2] == "~/" else ("", self.python)
         )
         command = f"exec {home}{shlex.quote(python)} -c {shlex.join(words)}"
-        with Session(self._argv(command)) as session:
+        with Session(self._argv(command), self.patience) as session:
             yield session
 
     def _answers(self, session: Session) -> Iterator[dict[str, Any]]:
@@ -215,6 +219,11 @@ class PipedConnection(ABC):
 
     def _finish(self, session: Session) -> None:
         code, err = session.wait()
+        if session.silent:
+            raise ConnectionLost(
+                f"{self.name} stopped answering: nothing came from it for {self.patience:.0f} s",
+                hint=f"look at what it is busy with, then {RESUMES}",
+            )
         if failure := self._failure(code, err):
             raise failure
         last = clean(err.strip().rpartition("\n")[2])

@@ -64,19 +64,18 @@ class Needs:
 
 
 def asked_cpus(device: str, cpus: Sequence[str]) -> tuple[str, ...] | None:
-    """Return the CPU models of ``emulated[:CPU]`` and beside it; None for "local".
+    """Return the CPU models of ``emulated[:CPU]`` and beside it; None for a real device.
 
     Raises:
-        DeviceError: it is another device, or CPU models are asked of this machine.
+        DeviceError: it is no device, or CPU models are asked of a real one.
     """
     name, _, model = device.partition(":")
     if name == EMULATED:
         return (*([model] if model else []), *cpus)
-    if device != "local":
+    if device != "local" and not device.startswith("ssh:"):
         raise DeviceError(
-            f"device '{clean(device)}' cannot be reached by this verb",
-            hint="give local or emulated[:CPU]; or copy the bundle there and run it with --device "
-            "local",
+            f"'{clean(device)}' is no device",
+            hint="give local, ssh://[user@]host[:port] or emulated[:CPU]",
         )
     if cpus:
         raise DeviceError("a CPU model is given, but nothing is emulated",

@@ -5,12 +5,12 @@ Nothing is installed there. ``connection.py`` hands this text to the device's Py
 prints is no answer. A folder is a name under ``builds()``; in it lie the copied files, and
 
 * ``copy.lock``: held while files are received, so that two copies do not mix;
-* ``job.lock``: held by the job and its builder as long as either lives. A lock is the kernel's
-  (flock), so none is ever stale: it goes with the last process that holds it;
+* ``job.lock``: held by the job and its program as long as either lives, with their process group
+  in it. A lock is the kernel's (flock), so none is ever stale: it goes with its last holder;
 * ``job.log``, ``job.json``: what the job printed, and how it ended.
 
-One lock of the whole device, in its folder for temporary files, lets one build run at a time,
-whoever starts it.
+One lock of the whole device, in its folder for temporary files, lets one job run at a time,
+whoever starts it: builds would run out of memory beside another, and latencies would be wrong.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import os
 import re
 import select
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -36,7 +37,7 @@ from typing import Any
 MARK = b"secateur:"
 BLOCK = 1 << 16
 SILENCE = 20.0  # seconds without a byte after which a copy is given up: its sender is gone
-BEAT = 10.0  # seconds between signs of life while a build prints nothing
+BEAT = 10.0  # seconds between signs of life while a job prints nothing
 FORGOTTEN = 7 * 24 * 3600.0  # seconds after which what a lost caller left is removed
 LONGEST = 2000  # characters of a line that is passed on
 OWN = ("copy.lock", "job.lock", "job.log", "job.json")
@@ -129,21 +130,21 @@ def held(path: Path) -> bool:
 
 
 def take_device() -> int:
-    """Wait until no other build runs on this device; return the lock's descriptor."""
+    """Wait until no other job runs on this device; return the lock's descriptor."""
     path = Path(tempfile.gettempdir()) / DEVICE_LOCK
     try:  # the file may be another user's, and is then not to be opened with O_CREAT in /tmp
         handle = os.open(str(path), os.O_RDWR | os.O_NOFOLLOW)
     except FileNotFoundError:
         try:
             handle = os.open(str(path), os.O_RDWR | os.O_NOFOLLOW | os.O_CREAT | os.O_EXCL)
-            os.fchmod(handle, 0o666)  # every user's builds take turns
+            os.fchmod(handle, 0o666)  # every user's jobs take turns
         except FileExistsError:
             return take_device()
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         owner = os.pread(handle, 200, 0).decode("utf-8", "replace").strip()
-        say("waiting: another build runs on this device ({})".format(owner or "unknown"))
+        say("waiting: another job runs on this device ({})".format(owner or "unknown"))
         fcntl.flock(handle, fcntl.LOCK_EX)
     user, since = os.environ.get("USER") or os.getuid(), time.strftime("%Y-%m-%d %H:%M:%S")
     os.ftruncate(handle, 0)
@@ -155,7 +156,7 @@ def take_device() -> int:
 
 
 def look(modules: list[str]) -> None:
-    """Answer what builds could use: this Python, those of the modules that it has, free space."""
+    """Answer what jobs could use: this Python, those of the modules that it has, free space."""
     found: dict[str, str | None] = {}
     for name in modules:
         try:
@@ -163,13 +164,8 @@ def look(modules: list[str]) -> None:
         except Exception as error:  # whatever a broken installation raises
             found[name] = None
             sys.stderr.write(f"{name}: {error}\n")
-    answer(
-        python=sys.version.split()[0],
-        executable=sys.executable,
-        modules=found,
-        folder=str(builds()),
-        free=free_bytes(builds()),
-    )
+    python, folder, free = sys.version.split()[0], str(builds()), free_bytes(builds())
+    answer(python=python, executable=sys.executable, modules=found, folder=folder, free=free)
 
 
 class Incoming:
@@ -266,6 +262,7 @@ def start(folder: str, command: list[str]) -> None:
     if lock < 0 or (place / "job.json").exists():
         answer(started=False)
         return
+    os.ftruncate(lock, 0)
     os.utime(str(place / "job.lock"))  # when it began
     (place / "job.log").write_bytes(b"")
     if os.fork():
@@ -273,6 +270,7 @@ def start(folder: str, command: list[str]) -> None:
         return
     try:  # detached: own session, nothing open that belongs to the connection
         os.setsid()
+        os.pwrite(lock, str(os.getpid()).encode(), 0)
         handle = os.open(os.devnull, os.O_RDONLY)
         log = os.open(str(place / "job.log"), os.O_WRONLY | os.O_APPEND)
         for source, target in ((handle, 0), (log, 1), (log, 2)):
@@ -294,14 +292,10 @@ def supervise(place: Path, command: list[str], lock: int) -> None:
     """Run the command when the device is free, and note how it ended."""
     device = take_device()
     began = time.time()
-    with open(os.devnull, "rb") as nothing:  # noqa: PTH123
-        process = subprocess.Popen(
-            [sys.executable, "-u", *command],
-            cwd=str(place),
-            stdin=nothing,
-            pass_fds=(lock, device),  # both stay held if this process is killed
-        )
-    say(f"building, process {process.pid}")
+    program = [sys.executable, "-uB", *command]
+    both = (lock, device)  # they stay held if this process is killed
+    process = subprocess.Popen(program, cwd=str(place), stdin=subprocess.DEVNULL, pass_fds=both)
+    say(f"running, process {process.pid}")
     code = process.wait()
     ended = {"code": code, "seconds": round(time.time() - began, 1)}
     temporary = place / "job.json.tmp"
@@ -329,11 +323,24 @@ def follow(folder: str) -> None:
             if select.select([0], [], [], 0.1)[0] and not os.read(0, BLOCK):
                 return  # the caller is gone
     ended = place / "job.json"
-    answer(
-        end=json.loads(ended.read_text()) if ended.exists() else None,
-        files=listing(place),
-        free=free_bytes(place),
-    )
+    end = json.loads(ended.read_text()) if ended.exists() else None
+    answer(end=end, files=listing(place), free=free_bytes(place))
+
+
+def stop(folder: str) -> None:
+    """Kill the folder's job, if one runs; answer whether none is left."""
+    lock = folder_of(folder) / "job.lock"
+    if held(lock):
+        with contextlib.suppress(OSError, ValueError):  # it has just ended, or just begins
+            os.killpg(int(lock.read_text()), signal.SIGKILL)
+    time.sleep(0.2)  # its locks go with it
+    answer(stopped=not held(lock))
+
+
+def clear(folder: str, keep: list[str]) -> None:
+    """Remove an ended job and all files but those to keep."""
+    removed(folder_of(folder), ["copy.lock", "job.lock", *keep])
+    answer(cleared=True)
 
 
 def remove(folder: str) -> None:
@@ -345,13 +352,17 @@ def remove(folder: str) -> None:
         builds().parent.rmdir()
 
 
-def removed(place: Path) -> bool:
-    """Remove a folder that no copy and no job works in."""
+def removed(place: Path, keep: list[str] | None = None) -> bool:
+    """Remove a folder, or all in it but what to keep, that no copy and no job works in."""
     if not place.exists():
         return True
     copying, job = take(place / "copy.lock", 5), take(place / "job.lock")  # a cut copy soon ends
     if copying >= 0 and job >= 0:
-        shutil.rmtree(str(place))
+        if keep is None:
+            shutil.rmtree(str(place))
+        else:
+            for path in {*place.iterdir()} - {place / name for name in keep}:
+                path.unlink()
     for handle in (copying, job):
         if handle >= 0:
             os.close(handle)
@@ -368,7 +379,7 @@ def forget() -> None:
 
 
 VERBS: dict[str, Callable[..., None]] = {
-    each.__name__: each for each in (look, receive, send, start, follow, remove)
+    each.__name__: each for each in (look, receive, send, start, follow, stop, clear, remove)
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from secateur.core.errors import DeviceError
@@ -25,11 +26,12 @@ _INSTALL = {
     "tensorrt_rtx": "there: python3 -m venv ~/trt && ~/trt/bin/pip install tensorrt-rtx; then name "
     "its Python: ssh://host?python=~/trt/bin/python",
 }
+_PACKAGES = {"cv2": "opencv-python-headless"}
 
 
 @dataclass(frozen=True)
 class PythonFacts:
-    """The device's Python: versions of the TensorRT modules (None: absent), bytes free for us."""
+    """The device's Python: versions of modules (None: absent), bytes free for us."""
 
     version: str
     executable: str
@@ -52,14 +54,14 @@ def probe(connection: Connection) -> DeviceFacts:
     return parse_probe(files, outputs)
 
 
-def probe_python(connection: Connection) -> PythonFacts:
-    """Ask the device's Python which TensorRT it has, by importing it there.
+def probe_python(connection: Connection, wanted: Sequence[str] = ENGINE_MODULES) -> PythonFacts:
+    """Ask the device's Python which of the modules it has, by importing them there.
 
     Raises:
         DeviceError: there is no Python 3.8 or later, or the device cannot be reached.
     """
     found: dict[str, object] = {}
-    for answer in connection.ask("look", modules=list(ENGINE_MODULES)):
+    for answer in connection.ask("look", modules=list(wanted)):
         found = answer
     modules, free = found.get("modules"), found.get("free")
     given = modules if isinstance(modules, dict) else {}
@@ -68,10 +70,27 @@ def probe_python(connection: Connection) -> PythonFacts:
         executable=clean(str(found.get("executable"))),
         modules={
             name: clean(given[name]) if isinstance(given.get(name), str) else None
-            for name in ENGINE_MODULES
+            for name in wanted
         },
         free=free if isinstance(free, int) else None,
     )
+
+
+def check_modules(python: PythonFacts, device: str) -> None:
+    """Check that a bundle's runner will find all the modules that were asked for.
+
+    Raises:
+        DeviceError: it will not.
+    """
+    missing = [name for name, version in python.modules.items() if version is None]
+    if missing:
+        packages = " ".join(_PACKAGES.get(name, name) for name in missing)
+        raise DeviceError(
+            f"{device}: {python.executable} (Python {python.version}) has no {', '.join(missing)}",
+            hint=_INSTALL.get(missing[0])
+            or f"there: {python.executable} -m pip install {packages}; or name a Python that has "
+            f"it: {_NAMED}",
+        )
 
 
 def check_python(python: PythonFacts, device: str, wanted: str) -> None:

@@ -6,6 +6,8 @@ import os
 import subprocess
 import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import IO
 
 from secateur.core.errors import RuntimeMissing
@@ -14,6 +16,7 @@ BLOCK = 1 << 18
 _LONGEST_LINE = 1 << 20  # bytes
 _MOST_OUTPUT = 1 << 24
 _MOST_ERRORS = 1 << 16
+PATIENCE = 300.0  # seconds; a slow disk with a file of gigabytes to digest is silent for long
 
 
 class Session:
@@ -21,9 +24,13 @@ class Session:
 
     stderr goes into a file, not a pipe: older OpenSSH masters keep it open when they go to the
     background, and who waits for the pipe's end would wait for them.
+
+    A command that takes or gives no byte for ``patience`` seconds is killed, and ``silent`` set.
     """
 
-    def __init__(self, argv: list[str]) -> None:
+    def __init__(self, argv: list[str], patience: float = PATIENCE) -> None:
+        self.silent = False
+        self._patience = patience
         self._err = tempfile.TemporaryFile()  # noqa: SIM115 - closed on exit
         try:
             self._process = subprocess.Popen(
@@ -53,8 +60,9 @@ class Session:
     def write(self, data: bytes) -> bool:
         """Send bytes at once; return False where nobody takes them any more."""
         try:
-            self._in.write(data)
-            self._in.flush()
+            with self._watched():
+                self._in.write(data)
+                self._in.flush()
         except BrokenPipeError:
             return False
         return True
@@ -68,11 +76,13 @@ class Session:
 
     def line(self) -> bytes:
         """Return the next line of the output, b"" at its end."""
-        return self._out.readline(_LONGEST_LINE)
+        with self._watched():
+            return self._out.readline(_LONGEST_LINE)
 
     def read(self, most: int) -> bytes:
         """Return the next bytes of the output, b"" at its end."""
-        return self._out.read(most)
+        with self._watched():
+            return self._out.read(most)
 
     def read_all(self, seconds: float) -> str | None:
         """Return all output up to a limit; None when it took longer."""
@@ -95,8 +105,24 @@ class Session:
     def wait(self) -> tuple[int, str]:
         """Return the exit status (negative: a signal) and the first of what stderr had."""
         self.end_input()
-        while self._out.read(BLOCK):  # it could not end with a full pipe
+        while self.read(BLOCK):  # it could not end with a full pipe
             pass
-        code = self._process.wait()
+        with self._watched():
+            code = self._process.wait()
         self._err.seek(0)
         return code, self._err.read(_MOST_ERRORS).decode("utf-8", errors="replace")
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Kill the command if the block takes too long, so that no pipe is waited for for ever."""
+        timer = threading.Timer(self._patience, self._give_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _give_up(self) -> None:
+        self.silent = True
+        self._process.kill()

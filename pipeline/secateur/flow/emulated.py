@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 
 from secateur.bench.accuracy import evaluate
 from secateur.bundle.manifest import Manifest
-from secateur.bundle.read import check_files, read_bundle
+from secateur.bundle.read import RUN_FILES, check_files, read_bundle
 from secateur.bundle.runner import preprocess
-from secateur.bundle.write import CHECK_FILE
 from secateur.core.errors import BuildError, DataError, DeviceError, RecipeError, VerifyError
 from secateur.core.progress import track
 from secateur.data.loading import Subset, spread
@@ -34,7 +33,7 @@ from secateur.devices.userland import Userland, find_qemu, prepare_userland
 from secateur.flow.cache import StageCache
 from secateur.flow.predict import predictor
 from secateur.flow.recipe import Recipe
-from secateur.flow.verify import check_parity, eval_data
+from secateur.flow.verify import check_parity, eval_data, own_image
 from secateur.lower import Parity, compare_outputs
 from secateur.runtimes.base import runtime_of
 
@@ -42,7 +41,6 @@ FP32_TOLERANCE = 1e-4  # of each output's range, between this machine and the em
 SAME_CLASS = 0.99  # of decisions, for lower precisions: their rounding differs between CPUs
 IMAGES = 4  # beside the bundle's own
 _USUAL = ("cortex-a72", "cortex-a76")  # without and with the dot product
-FILES = ("run.py", "manifest.json", "model.onnx")
 _LARGEST_RESULT = 1 << 30  # bytes
 PATIENCE = 1800.0  # seconds for a run of all images
 _CLASSES = ("segmentation", "classification")
@@ -202,12 +200,6 @@ def stand_in_of(manifest: Manifest) -> str:
     return pick_cpu(find_qemu(), stand_in.qemu_cpus if stand_in else _USUAL[-1:])
 
 
-def own_image(folder: Path) -> NDArray[np.uint8]:
-    """Return the image (H, W, 3) RGB that the bundle was checked with."""
-    with np.load(folder / CHECK_FILE, allow_pickle=False) as stored:
-        return np.asarray(stored["image"], dtype=np.uint8)
-
-
 def _material(folder: Path, manifest: Manifest, limit: int) -> _Material:
     own = own_image(folder)
     try:
@@ -254,7 +246,7 @@ def placed(
     """Copy a bundle and images there; yield the folder they lie in and the images' names."""
     place = secrets.token_hex(16)
     with tempfile.TemporaryDirectory() as scratch:
-        files = {name: folder / name for name in FILES}
+        files = {name: folder / name for name in RUN_FILES}
         names = [f"image{number}.png" for number in range(len(images))]
         for name, image in zip(names, images, strict=True):
             files[name] = Path(scratch) / name

@@ -9,19 +9,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from secateur.bundle.read import RUN_FILES
 from secateur.core.files import write_json
 from secateur.devices.emulated import EMULATED, EmulatedConnection, Needs
 from secateur.devices.isa import int8_form
 from secateur.devices.userland import Userland
 from secateur.flow.emulated import (
-    FILES,
     PATIENCE,
-    own_image,
     placed,
     prepared_userland,
     read_for_arm,
     stand_in_of,
 )
+from secateur.flow.verify import own_image
 
 RECORD = "bench-emulated.json"
 
@@ -85,7 +85,7 @@ def _edge_runner(folder: Path, userland: Userland, needs: Needs) -> dict[str, An
         if needs.modules & set(row["imports"])
     }
     counted = sum(userland.wheels[name]["bytes"] for name in wheels)
-    bundle = sum((folder / name).stat().st_size for name in FILES)
+    bundle = sum((folder / name).stat().st_size for name in RUN_FILES)
     return {
         "python": userland.python.name,
         "wheels": wheels,

@@ -8,7 +8,9 @@ from secateur.bundle.read import check_files, read_bundle
 from secateur.core.errors import DeviceError
 from secateur.devices.connect import connect
 from secateur.devices.connection import Connection
-from secateur.devices.remote_build import BUILDER, EngineRecord, Order, Tell, build_engine
+from secateur.devices.probe import DeviceFacts
+from secateur.devices.remote_build import BUILDER, EngineRecord, Order, build_engine
+from secateur.devices.remote_job import Tell
 from secateur.devices.remote_probe import check_python, probe, probe_python
 from secateur.devices.target import Target, load_target, target_names
 
@@ -26,7 +28,7 @@ def check_device(target_name: str, device: str) -> None:
     target = load_target(target_name)
     runtime = _engine_runtime(target)
     with connect(device) as connection:
-        _check_fits(target, connection)
+        check_fits(target, connection)
         check_python(probe_python(connection), connection.name, runtime)
 
 
@@ -50,7 +52,7 @@ def engine_on_device(folder: Path, device: str, tell: Tell) -> EngineRecord:
             hint="build the bundle again with this version",
         )
     with connect(device) as connection:
-        _check_fits(target, connection)
+        check_fits(target, connection)
         order = Order({name: folder / name for name in names}, runtime)
         return build_engine(connection, order, folder, tell)
 
@@ -65,7 +67,12 @@ def _engine_runtime(target: Target) -> str:
     return target.engine_runtime
 
 
-def _check_fits(target: Target, connection: Connection) -> None:
+def check_fits(target: Target, connection: Connection) -> DeviceFacts:
+    """Return what a device is.
+
+    Raises:
+        DeviceError: it is none of the target's kind, as far as it tells.
+    """
     facts = probe(connection)
     pairs = (
         ("processor", facts.arch, (target.arch,)),
@@ -78,3 +85,4 @@ def _check_fits(target: Target, connection: Connection) -> None:
                 f"{' or '.join(wanted)}",
                 hint="choose the target it is (`secateur doctor --device …` says what is known)",
             )
+    return facts

@@ -6,18 +6,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from secateur.bench.accuracy import Scores, Sums
+from secateur.bench.intervals import bootstrap
 from secateur.bench.latency import Latency, Protocol, measure
-from secateur.bundle.manifest import Accuracy, Cost
+from secateur.bundle.manifest import Accuracy, AccuracyIntervals, Cost
 from secateur.core.model import MultiTaskModel, evaluating, parameter_count
 from secateur.data.loading import image_batch, spread
 from secateur.devices.target import Target
 from secateur.flow.job import Job
 from secateur.flow.lowering import Lowered
+from secateur.flow.scoring import session_scores, torch_scores
 from secateur.flow.stages import (
     Cut,
     change,
     exported,
-    session_accuracy,
     too_low,
     torch_accuracy,
 )
@@ -33,13 +35,14 @@ PARITY_IMAGES = 8
 class Evidence:
     """What was measured of the cut as it ships.
 
-    ``latency`` has "parent" (kept tasks only), "cut" and, where that is in a lower precision,
-    "cut_fp32". It is empty where this machine is not of the target's kind: a latency is measured
-    there or not at all.
+    ``parent_sums`` are each image's part in the parent's accuracy. ``latency`` has "parent" (kept
+    tasks only), "cut" and, where that is in a lower precision, "cut_fp32"; it is empty where this
+    machine is not of the target's kind: a latency is measured there or not at all.
     """
 
     parity: Mapping[str, Parity]
     accuracy: Accuracy
+    parent_sums: Sums
     latency: Mapping[str, Latency]
     cost_parent: Cost
     cost: Cost
@@ -58,9 +61,11 @@ def gather_evidence(
         files["cut_fp32"] = lowered.fp32
     runtime = runtime_of(target.runtime)
     sessions = {name: runtime.open_session(path, target.threads) for name, path in files.items()}
+    parent = torch_scores(job, job.selected, "accuracy of the parent")
     return Evidence(
         parity=_parity(job, cut.recovered, sessions),
-        accuracy=_accuracy(job, cut, sessions, files),
+        accuracy=_accuracy(job, cut, parent, sessions, files),
+        parent_sums=parent.sums,
         latency=_latency(job, sessions, protocol) if target.is_this_machine() else {},
         cost_parent=_cost(job, job.selected, files["parent"]),
         cost=_cost(job, cut.recovered, lowered.onnx),
@@ -80,28 +85,29 @@ def _parity(job: Job, model: MultiTaskModel, sessions: Mapping[str, Session]) ->
 
 
 def _accuracy(
-    job: Job, cut: Cut, sessions: Mapping[str, Session], files: Mapping[str, Path]
+    job: Job, cut: Cut, parent: Scores, sessions: Mapping[str, Session], files: Mapping[str, Path]
 ) -> Accuracy:
-    parent = torch_accuracy(job, job.selected, "accuracy of the parent")
     before = torch_accuracy(job, cut.compensated, "accuracy before recovery")
     found = {
-        name: session_accuracy(job, sessions[name], files[name], "accuracy of the bundle")
+        name: session_scores(job, sessions[name], files[name], "accuracy of the bundle")
         for name in files
         if name != "parent"
     }
     shipped = found["cut"]
-    result = change(job, parent, shipped)
+    result = change(job, parent.metrics, shipped.metrics)
+    intervals = bootstrap(job.tasks, shipped, parent)
     return Accuracy(
         images=len(job.eval),
-        parent=parent,
+        parent=parent.metrics,
         before_recovery=before,
-        pruned=found.get("cut_fp32"),
-        shipped=shipped,
+        pruned=found["cut_fp32"].metrics if "cut_fp32" in found else None,
+        shipped=shipped.metrics,
         change_percent=dict(result.per_task),
         delta_t=result.mean,
-        delta_t_before_recovery=change(job, parent, before).mean,
+        delta_t_before_recovery=change(job, parent.metrics, before).mean,
         worst_task=result.worst_task,
         too_low=too_low(job, result),
+        intervals=AccuracyIntervals(**intervals.to_json()) if intervals else None,
     )
 
 

@@ -20,13 +20,13 @@ from secateur.core.errors import DeviceError
 from secateur.core.files import write_json
 from secateur.devices.energy import NotMeasurable, find_meter
 from secateur.devices.host import host_facts, library_versions
+from secateur.flow.verify import check_parity
 from secateur.runtimes.base import runtime_of
 
 
 def bench(
     folder: Path,
     *,
-    device: str = "local",
     threads: int | None = None,
     protocol: Protocol | None = None,
 ) -> dict[str, Any]:
@@ -37,19 +37,14 @@ def bench(
     the call alone, or says why it is ``not_measurable``.
 
     Raises:
-        BundleError, VerifyError: the bundle is not whole.
-        DeviceError: ``device`` is not one this version can reach.
+        BundleError, VerifyError: the bundle is not whole, or its outputs here are wrong.
     """
-    if device != "local":
-        raise DeviceError(
-            f"device '{device}' cannot be reached by this version",
-            hint="copy the bundle there and run `secateur bench BUNDLE --device local`",
-        )
     protocol = protocol or Protocol()
     manifest = read_bundle(folder)
     check_files(folder, manifest)
     used = threads or manifest.threads
     session = runtime_of(manifest.runtime).open_session(folder / "model.onnx", used)
+    check_parity(folder, manifest, session)  # what is measured must be right
     runner = Runner(folder, used, manifest.runtime)
     with np.load(folder / CHECK_FILE, allow_pickle=False) as stored:
         image = stored["image"]
@@ -67,7 +62,7 @@ def bench(
         )
     energy = energy_of(lambda: session.run(inputs), EnergyProtocol(seconds=protocol.seconds / 3))
     record = {
-        "device": device,
+        "device": "local",
         "target": manifest.device,
         "precision": manifest.precision,
         "runtime": runtime_of(manifest.runtime).version(),

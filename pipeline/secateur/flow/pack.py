@@ -17,6 +17,7 @@ from secateur.bundle.write import (
     write_bundle,
     write_check,
     write_origin,
+    write_parent,
     write_runner,
 )
 from secateur.core.files import atomic_path, write_json, write_text
@@ -60,6 +61,7 @@ def pack(job: Job, made: Made, folder: Path) -> Manifest:
     write_json(folder / "plan.json", made.planned.plan.to_json())
     write_text(folder / "recipe.yaml", job.recipe.source)
     write_runner(folder)
+    write_parent(folder, made.evidence.parent_sums)
     if made.target.accelerator == "gpu":
         write_builder(folder)
     _write_check(job, made.cut.recovered, folder)

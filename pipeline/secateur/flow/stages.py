@@ -11,11 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from secateur.bench.accuracy import evaluate, evaluate_model
 from secateur.compensate import RefitSettings, refit, views
 from secateur.core.channels import ChannelGroup
 from secateur.core.errors import BuildError, RecipeError
-from secateur.core.files import file_sha256
 from secateur.core.model import ModelInput, MultiTaskModel, evaluating, model_fingerprint
 from secateur.core.plan import PrunePlan
 from secateur.core.task import Task
@@ -24,8 +22,8 @@ from secateur.data.transforms import image_tensor
 from secateur.flow.allocation import searched_plan
 from secateur.flow.cache import StageCache
 from secateur.flow.job import Job
-from secateur.flow.predict import predictor
 from secateur.flow.recovery import forgets_weights, made_worse, recovered
+from secateur.flow.scoring import meaning, session_scores, torch_scores
 from secateur.fusion.scores import NEEDS_AGREEMENT, GroupScores, fuse, rule_of
 from secateur.importance.agreement import agreement
 from secateur.importance.bank import load_scores, save_scores, score_tasks, task_data
@@ -72,7 +70,7 @@ def score_bank(job: Job, tasks: Sequence[str], criterion: str | None = None) -> 
 def score_key(job: Job, tasks: Sequence[Task]) -> tuple[Any, ...]:
     """Return what anything read from the tasks' gradients on the training images depends on."""
     return (model_fingerprint(job.scored), job.train.fingerprint,
-            [_meaning(task) for task in tasks],
+            [meaning(task) for task in tasks],
             job.recipe.prune.images, asdict(job.spec))  # fmt: skip
 
 
@@ -282,29 +280,12 @@ def refit_indices(job: Job) -> list[int]:
 
 def torch_accuracy(job: Job, model: MultiTaskModel, title: str) -> Metrics:
     """Return a torch model's metrics on the evaluation data."""
-    key = (model_fingerprint(model), *_eval_key(job))
-    metrics: Metrics = job.cache.json(
-        "accuracy", key, lambda: evaluate_model(model, job.eval, job.spec, title=title)
-    )
-    return metrics
+    return torch_scores(job, model, title).metrics
 
 
 def session_accuracy(job: Job, session: Session, onnx: Path, title: str) -> Metrics:
     """Return a runtime's metrics on the evaluation data."""
-    metrics: Metrics = job.cache.json(
-        "accuracy", (file_sha256(onnx), *_eval_key(job)),
-        lambda: evaluate(predictor(session), job.tasks, job.eval, job.spec, title=title),
-    )  # fmt: skip
-    return metrics
-
-
-def _eval_key(job: Job) -> tuple[Any, ...]:
-    return (job.eval.fingerprint, asdict(job.spec), [_meaning(task) for task in job.tasks])
-
-
-def _meaning(task: Task) -> dict[str, Any]:
-    """Return what of a task changes its scores and metrics (how much may be lost does not)."""
-    return {k: v for k, v in asdict(task).items() if k not in ("max_drop", "weight")}
+    return session_scores(job, session, onnx, title).metrics
 
 
 def exported(job: Job, model: MultiTaskModel, key: str) -> Path:

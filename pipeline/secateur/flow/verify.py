@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from secateur.bench.accuracy import evaluate
+from secateur.bench.accuracy import Scores, Sums, score
+from secateur.bench.intervals import Intervals, bootstrap
 from secateur.bundle.manifest import Manifest
 from secateur.bundle.read import check_files, read_bundle
 from secateur.bundle.runner import preprocess
-from secateur.bundle.write import CHECK_FILE
+from secateur.bundle.write import CHECK_FILE, PARENT_FILE
 from secateur.core.errors import BuildError, DataError, RecipeError, VerifyError
 from secateur.core.task import Task
 from secateur.data.loading import open_reader
@@ -30,11 +32,16 @@ ROUNDING = 2  # times what a lower precision was off when it was built: other CP
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """``accuracy`` is None, with the reason, where the evaluation data are not at hand."""
+    """``accuracy`` is None, with the reason, where the evaluation data are not at hand.
 
+    ``device`` is where the bundle ran; of a few images only there are no ``intervals``.
+    """
+
+    device: str
     parity: Mapping[str, Parity]
     accuracy: Mapping[str, Mapping[str, float]] | None
     change: Delta | None
+    intervals: Intervals | None
     skipped: str
 
 
@@ -49,14 +56,74 @@ def verify(folder: Path, *, limit: int | None = None) -> VerifyResult:
     check_files(folder, manifest)
     session = runtime_of(manifest.runtime).open_session(folder / "model.onnx", manifest.threads)
     parity = check_parity(folder, manifest, session)
+    return judged(folder, manifest, "local", parity, lambda *_: session, limit)
+
+
+def judged(
+    folder: Path,
+    manifest: Manifest,
+    device: str,
+    parity: Mapping[str, Parity],
+    open_session: Callable[[Recipe, Reader], Session],
+    limit: int | None,
+) -> VerifyResult:
+    """Evaluate what runs on ``device`` and compare it with what the bundle may lose.
+
+    ``open_session`` is given the data, which the session is then shown in order.
+
+    Raises:
+        VerifyError: a task is below its ``max_drop``.
+    """
     try:
-        accuracy = _accuracy(folder, manifest, session, limit)
+        recipe, reader = eval_data(folder, manifest)
+        tasks = [task for task in recipe.all_tasks() if task.name in recipe.kept_names()]
+        predict, spec = predictor(open_session(recipe, reader)), recipe.model.input.model_input()
+        scores = score(predict, tasks, reader, spec, limit=limit, per_image=True)
+        _check_judged(scores, device)
     except (DataError, RecipeError) as error:
-        return VerifyResult(parity, None, None, f"accuracy not checked: {error}")
-    change = delta(manifest.accuracy.parent, accuracy, higher_is_better(manifest))
+        return VerifyResult(device, parity, None, None, None, f"accuracy not checked: {error}")
+    parent = Scores(manifest.accuracy.parent, _parent_sums(folder, manifest, scores.sums))
+    intervals = bootstrap(tasks, scores, parent)
+    change = delta(parent.metrics, scores.metrics, higher_is_better(manifest))
     if limit is None:  # a part of the data says too little to fail a bundle
         _guard(manifest, change)
-    return VerifyResult(parity, accuracy, change, "")
+    return VerifyResult(device, parity, scores.metrics, change, intervals, "")
+
+
+def _check_judged(scores: Scores, device: str) -> None:
+    """Raise where an average would hide what is wrong.
+
+    Raises:
+        VerifyError: an output is not a number.
+        DataError: nothing tells how good a task is.
+    """
+    for task, images in scores.wrong.items():
+        raise VerifyError(
+            f"task '{task}' gives NaN ({device}), in {images} image(s)",
+            hint="run `secateur diagnose`; if the fp32 bundle is right, keep that task's layers in "
+            "fp32",
+        )
+    for task in scores.unlabelled:
+        raise DataError(
+            f"no image that was evaluated has a label for task '{task}'",
+            hint="give data.eval images with labels of every kept task, or a larger --limit",
+        )
+
+
+def _parent_sums(folder: Path, manifest: Manifest, ours: Sums) -> Sums:
+    """Return each image's part in the parent's accuracy; nothing where it was of other images."""
+    if PARENT_FILE not in manifest.files:  # of an older version
+        return {}
+    with np.load(folder / PARENT_FILE, allow_pickle=False) as stored:
+        found = {task: stored[task] for task in ours if task in stored}
+    same = {task: rows.shape for task, rows in found.items()}
+    return found if same == {task: rows.shape for task, rows in ours.items()} else {}
+
+
+def own_image(folder: Path) -> NDArray[np.uint8]:
+    """Return the image (H, W, 3) RGB that the bundle was checked with."""
+    with np.load(folder / CHECK_FILE, allow_pickle=False) as stored:
+        return np.asarray(stored["image"], dtype=np.uint8)
 
 
 def check_parity(folder: Path, manifest: Manifest, session: Session) -> dict[str, Parity]:
@@ -106,16 +173,6 @@ def eval_data(folder: Path, manifest: Manifest) -> tuple[Recipe, Reader]:
             "the evaluation data are not those of the build", hint="point the recipe at the same"
         )
     return recipe, reader
-
-
-def _accuracy(
-    folder: Path, manifest: Manifest, session: Session, limit: int | None
-) -> dict[str, dict[str, float]]:
-    recipe, reader = eval_data(folder, manifest)
-    tasks = [task for task in recipe.all_tasks() if task.name in recipe.kept_names()]
-    return evaluate(
-        predictor(session), tasks, reader, recipe.model.input.model_input(), limit=limit
-    )
 
 
 def higher_is_better(manifest: Manifest) -> dict[str, Mapping[str, bool]]:

@@ -43,15 +43,16 @@ class ClassificationEvaluator:
 
     def __init__(self, ignore_index: int) -> None:
         self.ignore_index = ignore_index
-        self.hits = self.count = 0
+        self.sums = torch.zeros(2, dtype=torch.float64)  # hits, images
 
     def update(self, output: Tensor, target: Tensor) -> None:
         valid = target != self.ignore_index
-        self.hits += int((output.argmax(1) == target)[valid].sum())
-        self.count += int(valid.sum())
+        hits = (output.argmax(1) == target)[valid]
+        self.sums += torch.stack([hits.sum(), valid.sum()]).double().cpu()
 
     def compute(self) -> dict[str, float]:
-        return {"top1": 100 * self.hits / max(self.count, 1)}
+        hits, count = self.sums.tolist()
+        return {"top1": 100 * hits / max(count, 1)}
 
 
 def create(task: Task) -> TaskKind:

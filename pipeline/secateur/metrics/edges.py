@@ -44,18 +44,18 @@ class EdgesEvaluator:
     """Counts pixels at the threshold 0.5 (no matching tolerance)."""
 
     def __init__(self) -> None:
-        self.true_positive = self.said = self.true = 0
+        self.sums = torch.zeros(4, dtype=torch.float64)  # true positive, said, true, all known
 
     def update(self, output: Tensor, target: Tensor) -> None:
         valid = target != UNKNOWN
         said = (resized(output.float(), target)[:, 0] > 0) & valid
         true = (target > 0.5) & valid
-        self.true_positive += int((said & true).sum())
-        self.said += int(said.sum())
-        self.true += int(true.sum())
+        rows = [said & true, said, true, valid]
+        self.sums += torch.stack([row.sum() for row in rows]).double().cpu()
 
     def compute(self) -> dict[str, float]:
-        return {"f1": 100 * 2 * self.true_positive / max(self.said + self.true, 1)}
+        true_positive, said, true, _ = self.sums.tolist()
+        return {"f1": 100 * 2 * true_positive / max(said + true, 1)}
 
 
 def create(task: Task) -> TaskKind:

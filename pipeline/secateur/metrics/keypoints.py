@@ -25,19 +25,18 @@ class KeypointsEvaluator:
     """Sums distances of visible points and counts those within 0.1 of the image size."""
 
     def __init__(self) -> None:
-        self.distance = 0.0
-        self.near = self.count = 0
+        self.sums = torch.zeros(3, dtype=torch.float64)  # distances, near, seen
 
     def update(self, output: Tensor, target: Tensor) -> None:
         distance = (output.reshape(target.shape) - target).norm(dim=-1)
-        seen = distance[torch.isfinite(distance)]
-        self.distance += float(seen.double().sum())
-        self.near += int((seen < 0.1).sum())
-        self.count += seen.numel()
+        seen = distance[torch.isfinite(target).all(-1)]  # a wild output counts, not a hidden point
+        near, count = (seen < 0.1).sum().double(), torch.tensor(float(seen.numel()))
+        self.sums += torch.stack([seen.double().sum().cpu(), near.cpu(), count.double()])
 
     def compute(self) -> dict[str, float]:
-        count = max(self.count, 1)
-        return {"mean_error": self.distance / count, "pck_10": 100 * self.near / count}
+        distance, near, count = self.sums.tolist()
+        count = max(count, 1)
+        return {"mean_error": distance / count, "pck_10": 100 * near / count}
 
 
 def create(task: Task) -> TaskKind:

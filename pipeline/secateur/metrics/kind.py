@@ -15,7 +15,13 @@ from secateur.core.task import Task
 
 
 class Evaluator(Protocol):
-    """Streams over batches and keeps only sums, so memory does not grow with the data."""
+    """Streams over batches and keeps only sums, so memory does not grow with the data.
+
+    ``sums`` (float64, a shape of its own) is all that ``update`` adds to and ``compute`` reads, and
+    zero everywhere until there is a label: the sums of two sets of images add up to those of both.
+    """
+
+    sums: Tensor
 
     def update(self, output: Tensor, target: Tensor) -> None: ...
 

@@ -39,18 +39,18 @@ class MultilabelEvaluator:
     """Counts hits per class at the threshold 0.5."""
 
     def __init__(self, classes: int) -> None:
-        self.counts = torch.zeros(4, classes, dtype=torch.float64)  # tp, fp, fn, tn
+        self.sums = torch.zeros(4, classes, dtype=torch.float64)  # tp, fp, fn, tn
 
     def update(self, output: Tensor, target: Tensor) -> None:
         said, true = (output > 0).cpu(), (target > 0.5).cpu()
         rows = [said & true, said & ~true, ~said & true, ~said & ~true]
-        self.counts += torch.stack([row.double().sum(0) for row in rows])
+        self.sums += torch.stack([row.double().sum(0) for row in rows])
 
     def compute(self) -> dict[str, float]:
-        tp, fp, fn, tn = self.counts
+        tp, fp, fn, tn = self.sums
         f1 = 2 * tp / (2 * tp + fp + fn).clamp(min=1)
         return {
-            "accuracy": float(100 * (tp + tn).sum() / self.counts.sum().clamp(min=1)),
+            "accuracy": float(100 * (tp + tn).sum() / self.sums.sum().clamp(min=1)),
             "macro_f1": float(100 * f1.mean()),
         }
 

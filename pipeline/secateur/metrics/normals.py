@@ -44,25 +44,25 @@ class NormalsEvaluator:
     """Sums angles over valid pixels and keeps their histogram for the median."""
 
     def __init__(self) -> None:
-        self.histogram = torch.zeros(BINS, dtype=torch.float64)
-        self.total_degrees = 0.0
-        self.within = 0
+        # the histogram; then the sum of degrees, and how many are within 11.25
+        self.sums = torch.zeros(BINS + 2, dtype=torch.float64)
 
     def update(self, output: Tensor, target: Tensor) -> None:
         valid = target.square().sum(1) > 0.25
         cosine = functional.cosine_similarity(resized(output.float(), target), target, dim=1)
         angle = torch.rad2deg(torch.acos(cosine[valid].clamp(-1, 1))).cpu()
-        self.histogram += torch.histc(angle, BINS, 0, 180).double()
-        self.total_degrees += float(angle.double().sum())
-        self.within += int((angle < 11.25).sum())
+        self.sums[:BINS] += torch.histc(angle, BINS, 0, 180).double()
+        self.sums[BINS] += angle.double().sum()
+        self.sums[BINS + 1] += (angle < 11.25).sum()
 
     def compute(self) -> dict[str, float]:
-        pixels = max(float(self.histogram.sum()), 1.0)
-        middle = int(torch.searchsorted(self.histogram.cumsum(0), pixels / 2))
+        histogram, (degrees, within) = self.sums[:BINS], self.sums[BINS:].tolist()
+        pixels = max(float(histogram.sum()), 1.0)
+        middle = int(torch.searchsorted(histogram.cumsum(0), pixels / 2))
         return {
-            "mean_angle": self.total_degrees / pixels,
+            "mean_angle": degrees / pixels,
             "median_angle": (min(middle, BINS - 1) + 0.5) * 180 / BINS,
-            "within_11": 100 * self.within / pixels,
+            "within_11": 100 * within / pixels,
         }
 
 

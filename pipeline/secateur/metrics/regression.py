@@ -38,19 +38,19 @@ class RegressionEvaluator:
     """Sums absolute and squared errors over known values."""
 
     def __init__(self) -> None:
-        self.absolute = self.square = 0.0
-        self.count = 0
+        self.sums = torch.zeros(3, dtype=torch.float64)  # absolute, squared, known values
 
     def update(self, output: Tensor, target: Tensor) -> None:
         truth = target.reshape(output.shape)
         error = (output - truth)[torch.isfinite(truth)].double()
-        self.absolute += float(error.abs().sum())
-        self.square += float(error.square().sum())
-        self.count += error.numel()
+        count = torch.tensor(float(error.numel()), dtype=torch.float64)
+        rows = [error.abs().sum().cpu(), error.square().sum().cpu(), count]
+        self.sums += torch.stack(rows)
 
     def compute(self) -> dict[str, float]:
-        count = max(self.count, 1)
-        return {"mae": self.absolute / count, "rmse": (self.square / count) ** 0.5}
+        absolute, square, count = self.sums.tolist()
+        count = max(count, 1)
+        return {"mae": absolute / count, "rmse": (square / count) ** 0.5}
 
 
 def create(task: Task) -> TaskKind:

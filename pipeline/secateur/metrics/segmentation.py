@@ -44,26 +44,26 @@ class Segmentation:
 
 
 class SegmentationEvaluator:
-    """Sums one confusion matrix; IoU is averaged over the classes that occur."""
+    """Sums each class's hits, predicted and true pixels; IoU is averaged over those that occur."""
 
     def __init__(self, classes: int, ignore_index: int) -> None:
         self.classes, self.ignore_index = classes, ignore_index
-        self.confusion = torch.zeros(classes, classes, dtype=torch.int64)
+        self.sums = torch.zeros(3, classes, dtype=torch.float64)
 
     def update(self, output: Tensor, target: Tensor) -> None:
         predicted = resized(output.float(), target).argmax(1)
-        self.confusion += multiclass_confusion_matrix(
+        matrix = multiclass_confusion_matrix(
             predicted.cpu(), target.cpu(), self.classes, ignore_index=self.ignore_index
         )
+        self.sums += torch.stack([matrix.diagonal(), matrix.sum(0), matrix.sum(1)])
 
     def compute(self) -> dict[str, float]:
-        matrix = self.confusion.double()
-        hit = matrix.diagonal()
-        union = matrix.sum(0) + matrix.sum(1) - hit
+        hit, predicted, true = self.sums
+        union = predicted + true - hit
         seen = union > 0
         return {
             "miou": float(100 * (hit[seen] / union[seen]).mean()) if seen.any() else 0.0,
-            "pixel_accuracy": float(100 * hit.sum() / matrix.sum().clamp(min=1)),
+            "pixel_accuracy": float(100 * hit.sum() / true.sum().clamp(min=1)),
         }
 
 
