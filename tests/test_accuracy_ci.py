@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -214,7 +215,6 @@ def test_a_wild_keypoint_counts() -> None:
 
 def test_no_label_is_no_score() -> None:
     """All depths unknown: an error of zero would be perfect."""
-    from dataclasses import replace
 
     class Unlabelled:
         def __init__(self) -> None:
@@ -348,3 +348,36 @@ def test_a_clock_that_changes_mid_run_is_noisy(slower: float, noisy: bool) -> No
     samples = 1 + 0.02 * np.random.default_rng(0).standard_normal(400)
     samples[200:] *= slower
     assert summarise(samples).noisy is noisy
+
+
+def test_an_early_stop_needs_a_label_among_the_held_out() -> None:
+    """A task without labels there says nothing; without any, nothing can be judged."""
+    from types import SimpleNamespace
+
+    from conftest import tiny_model
+    from secateur.core.errors import DataError
+    from secateur.flow.recovery import _validation
+
+    class Partly:
+        """Images whose labels of some tasks are unknown."""
+
+        def __init__(self, unknown: dict[str, float]) -> None:
+            self.source, self.unknown = scenes(4), unknown
+            self.fingerprint, self.label_names = "x", self.source.label_names
+
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, index: int):
+            sample = self.source[index]
+            labels = {name: np.full_like(label, self.unknown[name]) if name in self.unknown
+                      else label for name, label in sample.labels.items()}  # fmt: skip
+            return replace(sample, labels=labels)
+
+    model = tiny_model()
+    job = SimpleNamespace(selected=model, spec=SPEC, tasks=TASKS)
+    change = _validation(job, Partly({"depth": 0}))  # type: ignore[arg-type]
+    assert change(model) == 0
+    everything = Partly({"depth": 0, "segmentation": 255, "room": 255})
+    with pytest.raises(DataError, match="none of the 4 held-out images has a label"):
+        _validation(job, everything)  # type: ignore[arg-type]

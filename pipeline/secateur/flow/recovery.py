@@ -7,8 +7,8 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 
-from secateur.bench.accuracy import evaluate_model
-from secateur.core.errors import RecipeError
+from secateur.bench.accuracy import evaluate_model, score_model
+from secateur.core.errors import DataError, RecipeError
 from secateur.core.files import write_json
 from secateur.core.model import MultiTaskModel
 from secateur.core.plan import PrunePlan
@@ -142,12 +142,21 @@ def _split(job: Job, wanted: RecoverSpec) -> tuple[Reader, Reader | None]:
 
 
 def _validation(job: Job, held_out: Reader) -> Callable[[MultiTaskModel], float]:
-    """Return a function that gives a network's ΔT in percent on ``held_out``."""
-    higher = {task.name: kind_of(task).higher_is_better for task in job.tasks}
-    parent = evaluate_model(job.selected, held_out, job.spec, title="parent on held-out images")
+    """Return a function that gives a network's ΔT in percent on ``held_out``.
+
+    It is of the tasks that have labels there.
+    """
+    found = score_model(job.selected, held_out, job.spec, title="parent on held-out images")
+    known = [task.name for task in job.tasks if task.name not in found.unlabelled]
+    higher = {task.name: kind_of(task).higher_is_better for task in job.tasks if task.name in known}
+    if not known:
+        raise DataError(
+            f"none of the {len(held_out)} held-out images has a label",
+            hint="raise recover.early_stop.images, or leave early_stop out",
+        )
 
     def change(model: MultiTaskModel) -> float:
         metrics = evaluate_model(model, held_out, job.spec, title="held-out images")
-        return delta(parent, metrics, higher).mean
+        return delta(found.metrics, {task: metrics[task] for task in known}, higher).mean
 
     return change
