@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from secateur.bundle.manifest import SCHEMA_VERSION, Manifest
+from secateur.bundle.ncnn_run import NCNN_FILES
 from secateur.core.errors import BundleError, VerifyError
 from secateur.core.files import file_sha256
 
@@ -46,13 +47,18 @@ def read_bundle(folder: Path) -> Manifest:
         ) from error
 
 
+def model_files(manifest: Manifest) -> tuple[str, ...]:
+    """Return the files of the model that the bundle's runtime opens; the last has the weights."""
+    return NCNN_FILES if manifest.runtime == "ncnn" else ("model.onnx",)
+
+
 def check_files(folder: Path, manifest: Manifest) -> None:
     """Compare every file with its digest in the manifest.
 
     Raises:
         VerifyError: a file is missing or its bytes changed, or a name leaves the folder.
     """
-    unlisted = REQUIRED_FILES - manifest.files.keys()
+    unlisted = (REQUIRED_FILES | {*model_files(manifest)}) - manifest.files.keys()
     if unlisted:
         raise VerifyError(
             f"the manifest of {folder} does not list {min(unlisted)}", hint="build it again"

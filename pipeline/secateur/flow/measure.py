@@ -11,12 +11,13 @@ import cv2
 import numpy as np
 
 from secateur.bench.latency import Protocol, measure
-from secateur.bundle.read import check_files, read_bundle
+from secateur.bundle.read import check_files, model_files, read_bundle
 from secateur.bundle.runner import Runner, preprocess, read_rgb
 from secateur.bundle.write import CHECK_FILE
 from secateur.core.errors import DeviceError
 from secateur.core.files import write_json
 from secateur.devices.host import host_facts, library_versions
+from secateur.flow.predict import bundle_session
 from secateur.runtimes.base import runtime_of
 
 
@@ -44,7 +45,7 @@ def bench(
     manifest = read_bundle(folder)
     check_files(folder, manifest)
     used = threads or manifest.threads
-    session = runtime_of(manifest.runtime).open_session(folder / "model.onnx", used)
+    session = bundle_session(folder, manifest, used)
     runner = Runner(folder, used, manifest.runtime)
     with np.load(folder / CHECK_FILE, allow_pickle=False) as stored:
         image = stored["image"]
@@ -66,7 +67,7 @@ def bench(
         "precision": manifest.precision,
         "runtime": runtime_of(manifest.runtime).version(),
         "threads": used,
-        "model_sha256": manifest.files["model.onnx"].sha256,
+        "model_sha256": manifest.files[model_files(manifest)[-1]].sha256,
         "latency": {name: result.to_json() for name, result in results.items()},
         "process_peak_memory_mb": _peak_memory_mb(),
         "host": host_facts(),

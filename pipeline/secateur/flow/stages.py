@@ -30,6 +30,7 @@ from secateur.importance.agreement import agreement
 from secateur.importance.bank import load_scores, save_scores, score_tasks, task_data
 from secateur.lower import export_onnx
 from secateur.lower.export import OPSET
+from secateur.lower.ncnn import weights_file
 from secateur.metrics.delta import Delta, delta
 from secateur.metrics.kind import kind_of
 from secateur.prune import MacsModel, apply_plan, count_macs, find_groups, macs_model, plan_prune
@@ -286,13 +287,20 @@ def torch_accuracy(job: Job, model: MultiTaskModel, title: str) -> Metrics:
     return metrics
 
 
-def session_accuracy(job: Job, session: Session, onnx: Path, title: str) -> Metrics:
-    """Return a runtime's metrics on the evaluation data."""
+def session_accuracy(job: Job, session: Session, model: Path, title: str) -> Metrics:
+    """Return a runtime's metrics on the evaluation data; ``session`` has opened ``model``."""
     metrics: Metrics = job.cache.json(
-        "accuracy", (file_sha256(onnx), *_eval_key(job)),
+        "accuracy", (_model_digest(model), *_eval_key(job)),
         lambda: evaluate(predictor(session), job.tasks, job.eval, job.spec, title=title),
     )  # fmt: skip
     return metrics
+
+
+def _model_digest(model: Path) -> str | list[str]:
+    """Return what tells the bytes of an ONNX file, or of ncnn's two."""
+    if model.suffix == ".onnx":
+        return file_sha256(model)
+    return [file_sha256(file) for file in (model, weights_file(model))]
 
 
 def _eval_key(job: Job) -> tuple[Any, ...]:

@@ -17,12 +17,12 @@ from secateur.core.errors import BuildError, DataError, RecipeError, VerifyError
 from secateur.core.task import Task
 from secateur.data.loading import open_reader
 from secateur.data.sample import Reader
-from secateur.flow.predict import predictor
+from secateur.flow.predict import bundle_session, predictor
 from secateur.flow.recipe import Recipe, parse_recipe
 from secateur.lower import Parity, compare_outputs
 from secateur.metrics.delta import Delta, delta
 from secateur.metrics.kind import kind_of
-from secateur.runtimes.base import Session, runtime_of
+from secateur.runtimes.base import Session
 
 PARITY_TOLERANCE = 1e-3  # of each output's range; other CPUs add in another order
 ROUNDING = 2  # times what a lower precision was off when it was built: other CPUs round otherwise
@@ -47,7 +47,7 @@ def verify(folder: Path, *, limit: int | None = None) -> VerifyResult:
     """
     manifest = read_bundle(folder)
     check_files(folder, manifest)
-    session = runtime_of(manifest.runtime).open_session(folder / "model.onnx", manifest.threads)
+    session = bundle_session(folder, manifest)
     parity = check_parity(folder, manifest, session)
     try:
         accuracy = _accuracy(folder, manifest, session, limit)
