@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
-from timm.layers import Attention
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -16,9 +16,12 @@ class SplitAttention(nn.Module):
     timm cuts one projection into (N, tokens, 3, heads, width), and ncnn's arrays end at four axes.
     """
 
-    def __init__(self, joint: Attention) -> None:
+    def __init__(self, joint: Any) -> None:
         super().__init__()
         self.joint = joint
+        # Releases of timm differ in whether they have these two.
+        self.gate: nn.Module | None = getattr(joint, "gate", None)
+        self.norm: nn.Module = getattr(joint, "norm", nn.Identity())
         bias = joint.qkv.bias
         weights = joint.qkv.weight.detach().chunk(3)
         biases = [None] * 3 if bias is None else bias.detach().chunk(3)
@@ -35,9 +38,10 @@ class SplitAttention(nn.Module):
         y = functional.scaled_dot_product_attention(
             joint.q_norm(q), joint.k_norm(k), v, attn_mask, is_causal=is_causal, scale=joint.scale
         )
-        y = joint.norm(y.transpose(1, 2).reshape(batch, tokens, joint.attn_dim))
-        if joint.gate is not None:
-            y = y * joint.gate(x).sigmoid()
+        width = joint.num_heads * joint.head_dim
+        y = self.norm(y.transpose(1, 2).reshape(batch, tokens, width))
+        if self.gate is not None:
+            y = y * self.gate(x).sigmoid()
         result: Tensor = joint.proj(y)
         return result
 
@@ -53,6 +57,8 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 def split_attention(model: nn.Module) -> nn.Module:
     """Return ``model``, or where it has timm's attention a copy with ``SplitAttention`` instead."""
+    from timm.models.vision_transformer import Attention  # where all releases have it
+
     if not any(type(module) is Attention for module in model.modules()):
         return model
     model = copy.deepcopy(model)
