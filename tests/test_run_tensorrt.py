@@ -120,7 +120,7 @@ def test_one_file_travels_and_old_pythons_read_it(tmp_path: Path) -> None:
                for alias in node.names}  # fmt: skip
     imports |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     others = {name.split(".")[0] for name in imports} - sys.stdlib_module_names
-    assert others == {"cv2", "numpy", "onnxruntime"}
+    assert others == {"cv2", "ncnn", "numpy", "onnxruntime"}
 
 
 # -- refused before the engine is deserialised

@@ -8,12 +8,11 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from secateur.bundle.manifest import SCHEMA_VERSION, Manifest
+from secateur.bundle.ncnn_run import NCNN_FILES
 from secateur.core.errors import BundleError, VerifyError
 from secateur.core.files import file_sha256
 
 REQUIRED_FILES = {"model.onnx", "run.py", "check.npz", "plan.json", "recipe.yaml"}
-RUN_FILES = ("run.py", "manifest.json", "model.onnx")
-"""What has to be on a device to run there."""
 
 
 def read_bundle(folder: Path) -> Manifest:
@@ -48,13 +47,23 @@ def read_bundle(folder: Path) -> Manifest:
         ) from error
 
 
+def model_files(manifest: Manifest) -> tuple[str, ...]:
+    """Return the files of the model that the bundle's runtime opens; the last has the weights."""
+    return NCNN_FILES if manifest.runtime == "ncnn" else ("model.onnx",)
+
+
+def run_files(manifest: Manifest) -> tuple[str, ...]:
+    """Return what has to be on a device to run there."""
+    return ("run.py", "manifest.json", *model_files(manifest))
+
+
 def check_files(folder: Path, manifest: Manifest) -> None:
     """Compare every file with its digest in the manifest.
 
     Raises:
         VerifyError: a file is missing or its bytes changed, or a name leaves the folder.
     """
-    unlisted = REQUIRED_FILES - manifest.files.keys()
+    unlisted = (REQUIRED_FILES | {*model_files(manifest)}) - manifest.files.keys()
     if unlisted:
         raise VerifyError(
             f"the manifest of {folder} does not list {min(unlisted)}", hint="build it again"

@@ -3,9 +3,10 @@
 
     python3 run.py IMAGE [IMAGE ...] [--out DIR] [--full-size] [--json] [--runtime NAME]
 
-Needs numpy, opencv-python-headless and onnxruntime; nothing of Secateur. Writes one .npz per image
-with the network's own outputs; --full-size also decodes them (class maps, metres, unit normals,
-probabilities) at the image's size. As a module: ``Runner(folder).predict(image_rgb)``.
+Needs numpy, opencv-python-headless and the manifest's runtime (onnxruntime or ncnn); nothing of
+Secateur. Writes one .npz per image with the network's own outputs; --full-size also decodes them
+(class maps, metres, unit normals, probabilities) at the image's size. As a module:
+``Runner(folder).predict(image_rgb)``.
 
 Where build_engine.py has built an engine, that runs instead: it needs TensorRT and the CUDA runtime
 (cuda-python, or libcudart), not onnxruntime, and is refused if it does not fit the device.
@@ -29,6 +30,7 @@ except ImportError as error:
 
 from secateur.bundle.engine_errors import EngineProblem
 from secateur.bundle.engine_run import EngineSession, has_engine
+from secateur.bundle.ncnn_run import NcnnProblem, NcnnSession
 
 MANIFEST_SCHEMA = 1
 DENSE_KINDS = ("segmentation", "depth", "normals", "edges")
@@ -70,11 +72,21 @@ def decode(output, task, size):
     return 1 / (1 + np.exp(-output[0])) if kind == "multilabel" else output[0]
 
 
+def checked_onnx(folder, manifest):
+    """The bytes of model.onnx, which must be those of the manifest."""
+    data = (folder / "model.onnx").read_bytes()
+    if hashlib.sha256(data).hexdigest() != manifest["files"]["model.onnx"]["sha256"]:
+        raise BundleMismatch("model.onnx is not the file of this manifest; copy it again")
+    return data
+
+
 class OnnxSession:
     """The bundle's ONNX file on the CPU."""
 
-    def __init__(self, data, input_name, threads):
+    def __init__(self, folder, manifest, threads):
         import onnxruntime
+
+        data = checked_onnx(folder, manifest)
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
@@ -84,7 +96,7 @@ class OnnxSession:
             data, options, providers=["CPUExecutionProvider"],
             disabled_optimizers=["WeightBiasQuantization"],
         )  # fmt: skip
-        self.input_name, self.notes = input_name, []
+        self.input_name, self.notes = manifest["input"]["name"], []
         self.outputs = [output.name for output in self.session.get_outputs()]
 
     def run(self, inputs):
@@ -94,7 +106,8 @@ class OnnxSession:
 class Runner:
     """Loads the bundle in ``folder`` after checking the model against the manifest.
 
-    ``how`` is "onnxruntime" or "tensorrt"; by default an engine that was built here is used.
+    ``how`` is "onnxruntime", "ncnn" or "tensorrt"; by default an engine that was built here is
+    used, else the manifest's runtime.
     """
 
     def __init__(self, folder, threads=None, how=None):
@@ -105,18 +118,15 @@ class Runner:
                 f"manifest schema {self.manifest.get('schema_version')}, this runner reads "
                 f"{MANIFEST_SCHEMA}; use the run.py of the same bundle"
             )
-        model = folder / "model.onnx"
-        data = model.read_bytes()
-        wanted = self.manifest["files"]["model.onnx"]["sha256"]
-        if hashlib.sha256(data).hexdigest() != wanted:
-            raise BundleMismatch("model.onnx is not the file of this manifest; copy it again")
         self.tasks = self.manifest["tasks"]
         self.names = [task["name"] for task in self.tasks]
-        if how == "tensorrt" or (how is None and has_engine(folder)):
+        how = how or ("tensorrt" if has_engine(folder) else self.manifest["runtime"])
+        if how == "tensorrt":
+            checked_onnx(folder, self.manifest)
             self.session = EngineSession(folder)
         else:
-            threads = threads or self.manifest["threads"]
-            self.session = OnnxSession(data, self.manifest["input"]["name"], threads)
+            kind = NcnnSession if how == "ncnn" else OnnxSession
+            self.session = kind(folder, self.manifest, threads or self.manifest["threads"])
         got = self.session.outputs
         if sorted(got) != sorted(self.names):
             raise BundleMismatch(f"the model gives {got}, the manifest says {self.names}")
@@ -156,8 +166,11 @@ def main(arguments=None):
     line.add_argument("images", nargs="+", type=Path)
     line.add_argument("--out", type=Path, default=Path(), help="where the .npz files go")
     line.add_argument("--threads", type=int, help="intra-op threads (default: the manifest's)")
-    line.add_argument("--runtime", choices=("onnxruntime", "tensorrt"),
-                        help="default: tensorrt where an engine was built")  # fmt: skip
+    line.add_argument(
+        "--runtime",
+        choices=("onnxruntime", "ncnn", "tensorrt"),
+        help="default: tensorrt where an engine was built, else the manifest's",
+    )
     line.add_argument("--full-size", action="store_true", help="also decode at the image's size")
     line.add_argument("--json", action="store_true", help="print one JSON line per image")
     options = line.parse_args(arguments)
@@ -179,7 +192,8 @@ def main(arguments=None):
             row = {"image": str(path), "out": str(target), "outputs": shapes,
                    "ms": round(1000 * (time.perf_counter() - start), 2)}  # fmt: skip
             print(json.dumps(row) if options.json else f"{path} -> {target}  {shapes}")
-    except (BundleMismatch, EngineProblem, OSError, ValueError, ImportError, KeyError) as error:
+    except (BundleMismatch, EngineProblem, NcnnProblem, OSError, ValueError, ImportError,
+            KeyError) as error:  # fmt: skip
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from secateur.bundle import build_engine, runner
 from secateur.bundle.manifest import FileRecord, Manifest
+from secateur.bundle.ncnn_run import NCNN_FILES
 from secateur.bundle.read import REQUIRED_FILES
 from secateur.core.files import atomic_path, file_sha256, not_writable, write_json, write_text
 
@@ -59,10 +60,20 @@ def write_origin(folder: Path, fp32: Path, plan: Mapping[str, Any] | None) -> No
     write_json(folder / QUANT_FILE, plan)
 
 
+def write_ncnn(folder: Path, files: Sequence[Path] | None) -> None:
+    """Copy the ncnn form of the model; without one, files of an earlier build are taken away."""
+    for name, source in zip(NCNN_FILES, files or (None, None), strict=True):
+        if source is None:
+            (folder / name).unlink(missing_ok=True)
+            continue
+        with atomic_path(folder / name) as temporary:
+            temporary.write_bytes(source.read_bytes())
+
+
 def file_records(folder: Path) -> dict[str, FileRecord]:
     """Return the digest and size of every file of the bundle, whatever else lies beside them."""
     wanted = [folder / name for name in REQUIRED_FILES]
-    optional = (PARENT_FILE, *BUILDER_FILES, *ORIGIN_FILES)
+    optional = (PARENT_FILE, *BUILDER_FILES, *ORIGIN_FILES, *NCNN_FILES)
     wanted += [folder / name for name in optional if (folder / name).exists()]
     return {
         path.relative_to(folder).as_posix(): FileRecord(

@@ -20,6 +20,8 @@ from secateur.devices.target import load_target, target_names
 from secateur.devices.userland import INSTALL_QEMU, QEMU_NAMES
 
 OPTIONAL = {
+    "ncnn": ("runtime: ncnn", "pip install 'secateur[ncnn]'"),
+    "pnnx": ("runtime: ncnn", "pip install 'secateur[ncnn]'"),
     "h5py": ("official nyu_depth_v2_labeled.mat", "pip install 'secateur[mat]'"),
 }
 

@@ -13,7 +13,7 @@ import psutil
 import secateur
 
 LIBRARIES = ("torch", "timm", "torch-pruning", "onnx", "onnxruntime", "onnxslim", "numpy",
-             "opencv-python-headless", "safetensors", "accelerate")  # fmt: skip
+             "opencv-python-headless", "safetensors", "accelerate", "ncnn", "pnnx")  # fmt: skip
 
 
 def library_versions() -> dict[str, str]:

@@ -250,12 +250,14 @@ def _compile(made: Userland) -> None:
 
     Without it the first start would compile, and its count of instructions would be of that.
     """
-    runtime = made.site / "onnxruntime"  # is not imported: it looks at the host's /proc/cpuinfo
+    # Runtimes are not imported: they look at the host's /proc/cpuinfo.
+    folders = [made.site / name for name in ("onnxruntime", "onnxruntime/capi", "ncnn")]
     script = (
         "import argparse, compileall, hashlib, json, mmap, sys, time, numpy, cv2\n"
         "for folder in sys.argv[1:]: compileall.compile_dir(folder, maxlevels=0, quiet=2)"
     )
-    command = [*made.command(made.system), "-c", script, str(runtime), str(runtime / "capi")]
+    found = [str(folder) for folder in folders if folder.is_dir()]
+    command = [*made.command(made.system), "-c", script, *found]
     _succeed(command, "the byte code of the emulated Python")
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from secateur.bench.latency import Protocol
 from secateur.bundle.manifest import Manifest
 from secateur.bundle.write import prepare_folder
-from secateur.devices.target import load_target
 from secateur.flow.axes import turn_axes
 from secateur.flow.budgets import plan_within
 from secateur.flow.cache import StageCache
@@ -17,6 +16,7 @@ from secateur.flow.entry import add_build
 from secateur.flow.evidence import gather_evidence
 from secateur.flow.inherited import best_start
 from secateur.flow.job import open_job
+from secateur.flow.ncnn import target_of
 from secateur.flow.pack import Made, pack
 from secateur.flow.precision import check_precision, lower_cut
 from secateur.flow.recipe import Recipe
@@ -48,7 +48,7 @@ def build(
         SecateurError: what is wrong; no file of the bundle has been written then.
     """
     clock = _Clock()
-    target = load_target(target_name)
+    target = target_of(recipe, target_name)
     job = open_job(recipe, cache or StageCache())
     check_evaluable(job)
     check_recovery(job)

@@ -13,14 +13,14 @@ from secateur.bench.compare import Ratio, ratio_of_medians, take_turns
 from secateur.bench.latency import Protocol
 from secateur.bench.record import BenchRecord, read_bench
 from secateur.bundle.manifest import Manifest
-from secateur.bundle.read import check_files, read_bundle
+from secateur.bundle.read import check_files, model_files, read_bundle
 from secateur.bundle.runner import preprocess
 from secateur.bundle.write import CHECK_FILE
 from secateur.core.errors import BundleError
 from secateur.devices.target import load_target
+from secateur.flow.predict import bundle_session
 from secateur.flow.verify import higher_is_better
 from secateur.metrics.delta import delta
-from secateur.runtimes.base import runtime_of
 
 Metrics = Mapping[str, float]
 
@@ -130,7 +130,7 @@ def _in_turns(a: _Side, b: _Side, protocol: Protocol | None) -> LatencyChange | 
 
 def _call(folder: Path, manifest: Manifest) -> Callable[[], object]:
     """Return one inference of a bundle, on the image it brings."""
-    session = runtime_of(manifest.runtime).open_session(folder / "model.onnx", manifest.threads)
+    session = bundle_session(folder, manifest)
     with np.load(folder / CHECK_FILE, allow_pickle=False) as stored:
         inputs = preprocess(stored["image"], manifest.input.model_dump())
     return lambda: session.run(inputs)
@@ -167,7 +167,7 @@ def _stored(a: _Side, b: _Side, notes: list[str]) -> LatencyChange | None:
 
 
 def _is_of(bench: BenchRecord, manifest: Manifest) -> bool:
-    return bench.model_sha256 == manifest.files["model.onnx"].sha256
+    return bench.model_sha256 == manifest.files[model_files(manifest)[-1]].sha256
 
 
 def _different(a: BenchRecord, b: BenchRecord) -> list[str]:

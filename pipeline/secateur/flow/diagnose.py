@@ -24,6 +24,7 @@ from secateur.core.errors import BundleError, DataError, RecipeError
 from secateur.core.progress import hidden, track
 from secateur.data.loading import image_batch, spread
 from secateur.data.sample import Reader
+from secateur.flow.ncnn import NCNN
 from secateur.flow.predict import predictor
 from secateur.flow.recipe import Recipe, parse_recipe
 from secateur.flow.trials import Trials, noise_power
@@ -95,6 +96,11 @@ def diagnose(folder: Path, *, limit: int | None = 128) -> Diagnosis:
     """
     manifest = read_bundle(folder)
     check_files(folder, manifest)
+    if manifest.runtime == NCNN:
+        raise BundleError(
+            f"{folder} runs on ncnn, and only ONNX files can be taken apart",
+            hint="build it with runtime: onnxruntime; `secateur verify` compares its outputs",
+        )
     recipe = parse_recipe(manifest.recipe, folder / "recipe.yaml")
     findings = [*_preprocessing(manifest, recipe), *_kernels(folder, manifest)]
     skipped, evaluations = [], 0

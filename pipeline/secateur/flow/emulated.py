@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from secateur.bench.accuracy import evaluate
 from secateur.bundle.manifest import Manifest
-from secateur.bundle.read import RUN_FILES, check_files, read_bundle
+from secateur.bundle.read import check_files, read_bundle, run_files
 from secateur.bundle.runner import preprocess
 from secateur.core.errors import BuildError, DataError, DeviceError, RecipeError, VerifyError
 from secateur.core.progress import track
@@ -31,11 +31,10 @@ from secateur.devices.isa import Int8Form, int8_form
 from secateur.devices.target import load_target, target_names
 from secateur.devices.userland import Userland, find_qemu, prepare_userland
 from secateur.flow.cache import StageCache
-from secateur.flow.predict import predictor
+from secateur.flow.predict import bundle_session, predictor
 from secateur.flow.recipe import Recipe
 from secateur.flow.verify import check_parity, eval_data, own_image
 from secateur.lower import Parity, compare_outputs
-from secateur.runtimes.base import runtime_of
 
 FP32_TOLERANCE = 1e-4  # of each output's range, between this machine and the emulated one
 SAME_CLASS = 0.99  # of decisions, for lower precisions: their rounding differs between CPUs
@@ -126,12 +125,12 @@ def verify_emulated(
     """
     manifest = read_for_arm(folder)
     chosen = list(dict.fromkeys(cpus or (stand_in_of(manifest), *_USUAL)))
-    userland = prepared_userland()
+    userland = prepared_userland(manifest.runtime)
     for cpu in chosen:
         pick_cpu(userland.qemu, (cpu,))
     material = _material(folder, manifest, limit)
     inputs = [preprocess(image, manifest.input.model_dump()) for image in material.images]
-    session = runtime_of(manifest.runtime).open_session(folder / "model.onnx", 1)
+    session = bundle_session(folder, manifest, 1)
     here: list[Outputs] = [dict(session.run(each)) for each in inputs]
     try:
         accuracy_here = _accuracy(material, _Recorded(inputs, here))
@@ -162,13 +161,13 @@ def verify_emulated(
     )
 
 
-def prepared_userland() -> Userland:
-    """Return the userland that has this machine's releases of what the bundle's runner needs."""
+def prepared_userland(runtime: str = "onnxruntime") -> Userland:
+    """Return the userland that has this machine's releases of what a bundle's runner needs."""
     found = library_versions()
     wheels = ["numpy>=1.26,<3"]  # any: the userland's Python may be older than this one
     wheels += [
         f"{name}=={found[name]}" if name in found else name
-        for name in ("opencv-python-headless", "onnxruntime")
+        for name in ("opencv-python-headless", runtime)
     ]
     return prepare_userland(StageCache().root / "userland", wheels)
 
@@ -219,7 +218,7 @@ def _run(
     images: Sequence[NDArray[np.uint8]],
 ) -> list[Outputs]:
     """Run the bundle's ``run.py`` there on images; return its outputs, each (1, ...)."""
-    with placed(connection, folder, images) as (place, names):
+    with placed(connection, folder, manifest, images) as (place, names):
         inside = f"cd {shlex.quote(place)} && exec"
         program = shlex.join([connection.python, "run.py", *names, "--threads", "1"])
         result = connection.run(f"{inside} {program}", seconds=PATIENCE)
@@ -241,12 +240,15 @@ def _run(
 
 @contextmanager
 def placed(
-    connection: EmulatedConnection, folder: Path, images: Sequence[NDArray[np.uint8]]
+    connection: EmulatedConnection,
+    folder: Path,
+    manifest: Manifest,
+    images: Sequence[NDArray[np.uint8]],
 ) -> Iterator[tuple[str, list[str]]]:
     """Copy a bundle and images there; yield the folder they lie in and the images' names."""
     place = secrets.token_hex(16)
     with tempfile.TemporaryDirectory() as scratch:
-        files = {name: folder / name for name in RUN_FILES}
+        files = {name: folder / name for name in run_files(manifest)}
         names = [f"image{number}.png" for number in range(len(images))]
         for name, image in zip(names, images, strict=True):
             files[name] = Path(scratch) / name
@@ -282,7 +284,7 @@ def _agreement(
         raise VerifyError(
             f"task '{task}' differs by {parity.relative:.2e} of its range between this machine and "
             f"an emulated {cpu}, allowed {FP32_TOLERANCE:.0e}",
-            hint="another release of ONNX Runtime may do better on that CPU",
+            hint=f"another release of {manifest.runtime} may do better on that CPU",
         )
     if manifest.precision != "fp32" and same is not None and same < SAME_CLASS:
         raise VerifyError(

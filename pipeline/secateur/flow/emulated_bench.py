@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from secateur.bundle.read import RUN_FILES
+from secateur.bundle.manifest import Manifest
+from secateur.bundle.read import model_files, run_files
 from secateur.core.files import write_json
 from secateur.devices.emulated import EMULATED, EmulatedConnection, Needs
 from secateur.devices.isa import int8_form
@@ -35,10 +36,10 @@ def bench_emulated(folder: Path, cpu: str = "") -> dict[str, Any]:
     """
     manifest = read_for_arm(folder)
     cpu = cpu or stand_in_of(manifest)
-    userland = prepared_userland()
+    userland = prepared_userland(manifest.runtime)
     image = own_image(folder)
     with EmulatedConnection(userland, cpu) as connection:
-        with placed(connection, folder, (image,)) as (place, names):
+        with placed(connection, folder, manifest, (image,)) as (place, names):
             needs = connection.needs(place, names[0], PATIENCE)
         record = {
             "device": EMULATED,
@@ -49,11 +50,11 @@ def bench_emulated(folder: Path, cpu: str = "") -> dict[str, Any]:
             "target": manifest.device,
             "precision": manifest.precision,
             "threads": 1,
-            "model_sha256": manifest.files["model.onnx"].sha256,
+            "model_sha256": manifest.files[model_files(manifest)[-1]].sha256,
             "instructions": _instructions(needs),
             "process_peak_memory_mb": _megabytes(needs.peak_memory),
             "idle_python_peak_memory_mb": _megabytes(connection.idle_memory),
-            "edge_runner": _edge_runner(folder, userland, needs),
+            "edge_runner": _edge_runner(folder, manifest, userland, needs),
             "note": "instructions are no time: caches, memory and the order of execution are not "
             "modelled; both memories have the emulator's own in them",
         }
@@ -74,7 +75,9 @@ def _instructions(needs: Needs) -> dict[str, Any]:
     }
 
 
-def _edge_runner(folder: Path, userland: Userland, needs: Needs) -> dict[str, Any]:
+def _edge_runner(
+    folder: Path, manifest: Manifest, userland: Userland, needs: Needs
+) -> dict[str, Any]:
     """Return what has to be on the board beside Python, and its size unpacked.
 
     A distribution counts where one of its modules was loaded by the run.
@@ -85,7 +88,7 @@ def _edge_runner(folder: Path, userland: Userland, needs: Needs) -> dict[str, An
         if needs.modules & set(row["imports"])
     }
     counted = sum(userland.wheels[name]["bytes"] for name in wheels)
-    bundle = sum((folder / name).stat().st_size for name in RUN_FILES)
+    bundle = sum((folder / name).stat().st_size for name in run_files(manifest))
     return {
         "python": userland.python.name,
         "wheels": wheels,

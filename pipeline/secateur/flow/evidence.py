@@ -15,6 +15,7 @@ from secateur.data.loading import image_batch, spread
 from secateur.devices.target import Target
 from secateur.flow.job import Job
 from secateur.flow.lowering import Lowered
+from secateur.flow.ncnn import NCNN, runnable
 from secateur.flow.scoring import session_scores, torch_scores
 from secateur.flow.stages import (
     Cut,
@@ -27,7 +28,8 @@ from secateur.lower import Parity, compare_outputs
 from secateur.prune import count_macs
 from secateur.runtimes.base import Session, runtime_of
 
-PARITY_TOLERANCE = 1e-4  # of each output's range
+# Of each output's range, where not 1e-4: ncnn's Winograd convolutions round more.
+TOLERANCES = {NCNN: 1e-3}
 PARITY_IMAGES = 8
 
 
@@ -54,31 +56,34 @@ def gather_evidence(
     """Compare, evaluate and time the lowered cut and its parent on the target's runtime.
 
     Raises:
-        BuildError: the parent cannot be exported, or the cut's fp32 ONNX and torch differ.
+        BuildError: the parent cannot be exported, or the cut in fp32 and torch differ.
     """
-    files = {"parent": exported(job, job.selected, job.parent_key), "cut": lowered.onnx}
-    if lowered.onnx != lowered.fp32:
-        files["cut_fp32"] = lowered.fp32
+    parent = runnable(job, job.selected, job.parent_key, target.runtime)
+    files = {"parent": parent, "cut": lowered.opened}
+    if lowered.opened != lowered.opened_fp32:
+        files["cut_fp32"] = lowered.opened_fp32
     runtime = runtime_of(target.runtime)
     sessions = {name: runtime.open_session(path, target.threads) for name, path in files.items()}
-    parent = torch_scores(job, job.selected, "accuracy of the parent")
+    scores = torch_scores(job, job.selected, "accuracy of the parent")
     return Evidence(
-        parity=_parity(job, cut.recovered, sessions),
-        accuracy=_accuracy(job, cut, parent, sessions, files),
-        parent_sums=parent.sums,
+        parity=_parity(job, cut.recovered, sessions, TOLERANCES.get(target.runtime, 1e-4)),
+        accuracy=_accuracy(job, cut, scores, sessions, files),
+        parent_sums=scores.sums,
         latency=_latency(job, sessions, protocol) if target.is_this_machine() else {},
-        cost_parent=_cost(job, job.selected, files["parent"]),
+        cost_parent=_cost(job, job.selected, exported(job, job.selected, job.parent_key)),
         cost=_cost(job, cut.recovered, lowered.onnx),
     )
 
 
-def _parity(job: Job, model: MultiTaskModel, sessions: Mapping[str, Session]) -> dict[str, Parity]:
+def _parity(
+    job: Job, model: MultiTaskModel, sessions: Mapping[str, Session], tolerance: float
+) -> dict[str, Parity]:
     """Compare with torch: fp32 must agree, of a lower precision it is said how far it is off."""
     images = image_batch(job.eval, spread(job.eval, PARITY_IMAGES), job.spec)
     with evaluating(model):
         wanted = {name: tensor.numpy() for name, tensor in model(images).items()}
     exact = sessions.get("cut_fp32", sessions["cut"]).run(images.numpy())
-    parity = compare_outputs(wanted, exact, tolerance=PARITY_TOLERANCE)
+    parity = compare_outputs(wanted, exact, tolerance=tolerance)
     if "cut_fp32" not in sessions:
         return parity
     return compare_outputs(wanted, sessions["cut"].run(images.numpy()))

@@ -68,7 +68,8 @@ class Quantised:
 class Lowered:
     """The cut in the precision that ships, made from the file ``fp32`` (itself in fp32).
 
-    ``change`` is against the parent. ``choice`` says why ``auto`` took this precision.
+    ``change`` is against the parent. ``choice`` says why ``auto`` took this precision. ``ncnn``
+    has the .param files of this precision and of fp32, where ncnn is the runtime.
     """
 
     precision: Precision
@@ -77,6 +78,17 @@ class Lowered:
     change: Delta
     quantised: Quantised | None = None
     choice: Mapping[str, Any] | None = None
+    ncnn: tuple[Path, Path] | None = None
+
+    @property
+    def opened(self) -> Path:
+        """The file that the target's runtime opens."""
+        return self.ncnn[0] if self.ncnn else self.onnx
+
+    @property
+    def opened_fp32(self) -> Path:
+        """The same in fp32."""
+        return self.ncnn[1] if self.ncnn else self.fp32
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,14 @@ import numpy as np
 
 from secateur.bench.energy import EnergyProtocol, measure_energy
 from secateur.bench.latency import Protocol, measure
-from secateur.bundle.read import check_files, read_bundle
+from secateur.bundle.read import check_files, model_files, read_bundle
 from secateur.bundle.runner import Runner, preprocess, read_rgb
 from secateur.bundle.write import CHECK_FILE
 from secateur.core.errors import DeviceError
 from secateur.core.files import write_json
 from secateur.devices.energy import NotMeasurable, find_meter
 from secateur.devices.host import host_facts, library_versions
+from secateur.flow.predict import bundle_session
 from secateur.flow.verify import check_parity
 from secateur.runtimes.base import runtime_of
 
@@ -43,7 +44,7 @@ def bench(
     manifest = read_bundle(folder)
     check_files(folder, manifest)
     used = threads or manifest.threads
-    session = runtime_of(manifest.runtime).open_session(folder / "model.onnx", used)
+    session = bundle_session(folder, manifest, used)
     check_parity(folder, manifest, session)  # what is measured must be right
     runner = Runner(folder, used, manifest.runtime)
     with np.load(folder / CHECK_FILE, allow_pickle=False) as stored:
@@ -67,7 +68,7 @@ def bench(
         "precision": manifest.precision,
         "runtime": runtime_of(manifest.runtime).version(),
         "threads": used,
-        "model_sha256": manifest.files["model.onnx"].sha256,
+        "model_sha256": manifest.files[model_files(manifest)[-1]].sha256,
         "latency": {name: result.to_json() for name, result in results.items()},
         "energy": energy,
         "process_peak_memory_mb": _peak_memory_mb(),

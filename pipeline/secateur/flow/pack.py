@@ -16,6 +16,7 @@ from secateur.bundle.write import (
     write_builder,
     write_bundle,
     write_check,
+    write_ncnn,
     write_origin,
     write_parent,
     write_runner,
@@ -33,6 +34,7 @@ from secateur.flow.lowering import Lowered
 from secateur.flow.stages import Cut, plain_image
 from secateur.flow.warm_start import Planned
 from secateur.lower.export import INPUT_NAME
+from secateur.lower.ncnn import weights_file
 
 SHEET_IMAGES = 6
 
@@ -56,6 +58,8 @@ def pack(job: Job, made: Made, folder: Path) -> Manifest:
     (folder / "manifest.json").unlink(missing_ok=True)  # an older one must not vouch for new files
     with atomic_path(folder / "model.onnx") as temporary:
         temporary.write_bytes(made.lowered.onnx.read_bytes())
+    ncnn = made.lowered.ncnn
+    write_ncnn(folder, (ncnn[0], weights_file(ncnn[0])) if ncnn else None)
     quantised = made.lowered.quantised
     write_origin(folder, made.lowered.fp32, quantised.to_json() if quantised else None)
     write_json(folder / "plan.json", made.planned.plan.to_json())

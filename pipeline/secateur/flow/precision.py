@@ -11,6 +11,7 @@ from secateur.data.loading import image_batch
 from secateur.devices.target import Target
 from secateur.flow.job import Job
 from secateur.flow.lowering import Lowered, Lowering
+from secateur.flow.ncnn import NCNN, NcnnLowering
 from secateur.flow.stages import Cut, too_low
 from secateur.lower.quant import Precision
 from secateur.runtimes.base import runtime_of
@@ -25,7 +26,8 @@ def check_precision(job: Job, target: Target) -> None:
     mode = job.recipe.precision.mode
     if mode != "auto" and mode not in target.precisions:
         raise RecipeError(
-            f"precision.mode: {target.name} has {', '.join(target.precisions)}, got '{mode}'",
+            f"precision.mode: {target.name} has {', '.join(target.precisions)} with "
+            f"{target.runtime}, got '{mode}'",
             hint="choose one of these, or auto",
         )
 
@@ -37,7 +39,7 @@ def lower_cut(job: Job, cut: Cut, target: Target, protocol: Protocol | None = No
         RecipeError: a pin names nothing in the model.
         CalibrationError: the training images cannot be calibrated on.
     """
-    lowering = Lowering(job, cut, target)
+    lowering = (NcnnLowering if target.runtime == NCNN else Lowering)(job, cut, target)
     if job.recipe.precision.mode != "auto":
         return lowering.to(job.recipe.precision.mode)
     here = target.is_this_machine()
@@ -75,7 +77,7 @@ def _medians(
     """Return each form's median latency in ms, the forms taking turns."""
     runtime = runtime_of(target.runtime)
     image = image_batch(job.eval, [0], job.spec).numpy()
-    sessions = {p: runtime.open_session(form.onnx, target.threads) for p, form in forms.items()}
+    sessions = {p: runtime.open_session(form.opened, target.threads) for p, form in forms.items()}
     calls = {str(p): lambda s=session: s.run(image) for p, session in sessions.items()}
     timed = measure(calls, protocol, "measuring precisions")
     return {precision: timed[precision].median_ms for precision in forms}

@@ -169,6 +169,7 @@ class Recipe(_Strict):
     compensate: CompensateSpec | Literal[False] = CompensateSpec()
     recover: RecoverSpec | Literal["none"] = "none"
     precision: PrecisionSpec = PrecisionSpec()
+    runtime: Literal["onnxruntime", "ncnn"] | None = None
     library: LibrarySpec = LibrarySpec()
     source: str = ""
     path: Path = Path()

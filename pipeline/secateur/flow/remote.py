@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from secateur.bench.latency import Latency, Protocol, summarise
 from secateur.bundle.engine_run import has_engine
 from secateur.bundle.manifest import Manifest
-from secateur.bundle.read import RUN_FILES, check_files, read_bundle
+from secateur.bundle.read import check_files, model_files, read_bundle, run_files
 from secateur.core.errors import DeviceError, VerifyError
 from secateur.core.files import file_sha256, write_json
 from secateur.data.sample import Reader
@@ -173,7 +173,7 @@ def bench_on_device(
         "precision": manifest.precision,
         "runtime": told.runtime,
         "threads": used,
-        "model_sha256": manifest.files["model.onnx"].sha256,
+        "model_sha256": manifest.files[model_files(manifest)[-1]].sha256,
         "latency": {name: row.to_json() for name, row in _latencies(told).items()},
         "energy": {"not_measurable": "energy is read on the machine that runs secateur"},
         "process_peak_memory_mb": told.process_peak_memory_mb,
@@ -188,7 +188,7 @@ def bench_on_device(
 def _board(folder: Path, device: str, tell: Tell) -> Iterator[Board]:
     manifest = read_bundle(folder)
     check_files(folder, manifest)
-    files = {name: folder / name for name in RUN_FILES}
+    files = {name: folder / name for name in run_files(manifest)}
     modules = [*_LIBRARIES, manifest.runtime]
     target = load_target(manifest.device) if manifest.device in target_names() else None
     if target is not None and target.engine_runtime:

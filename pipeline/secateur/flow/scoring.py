@@ -17,6 +17,7 @@ from secateur.core.model import MultiTaskModel, model_fingerprint
 from secateur.core.task import Task
 from secateur.flow.job import Job
 from secateur.flow.predict import predictor
+from secateur.lower.ncnn import weights_file
 from secateur.runtimes.base import Session
 
 
@@ -28,14 +29,24 @@ def torch_scores(job: Job, model: MultiTaskModel, title: str) -> Scores:
     )  # fmt: skip
 
 
-def session_scores(job: Job, session: Session, onnx: Path, title: str) -> Scores:
-    """Return a runtime's scores on the evaluation data, made now or found."""
+def session_scores(job: Job, session: Session, model: Path, title: str) -> Scores:
+    """Return a runtime's scores on the evaluation data, made now or found.
+
+    ``session`` has opened ``model``.
+    """
     return _found_or_made(
-        job, file_sha256(onnx),
+        job, _digest(model),
         lambda: score(
             predictor(session), job.tasks, job.eval, job.spec, title=title, per_image=True
         ),
     )  # fmt: skip
+
+
+def _digest(model: Path) -> str | list[str]:
+    """Return what tells the bytes of an ONNX file, or of ncnn's two."""
+    if model.suffix == ".onnx":
+        return file_sha256(model)
+    return [file_sha256(file) for file in (model, weights_file(model))]
 
 
 def meaning(task: Task) -> dict[str, Any]:
@@ -43,7 +54,7 @@ def meaning(task: Task) -> dict[str, Any]:
     return {k: v for k, v in asdict(task).items() if k not in ("max_drop", "weight")}
 
 
-def _found_or_made(job: Job, model_key: str, make: Callable[[], Scores]) -> Scores:
+def _found_or_made(job: Job, model_key: str | list[str], make: Callable[[], Scores]) -> Scores:
     """Look in the cache; what was found has no ``wrong`` and ``unlabelled``, but their NaN."""
     key = (job.eval.fingerprint, asdict(job.spec), [meaning(task) for task in job.tasks])
     folder = job.cache.folder("accuracy", model_key, *key)

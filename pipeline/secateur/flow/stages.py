@@ -283,9 +283,9 @@ def torch_accuracy(job: Job, model: MultiTaskModel, title: str) -> Metrics:
     return torch_scores(job, model, title).metrics
 
 
-def session_accuracy(job: Job, session: Session, onnx: Path, title: str) -> Metrics:
-    """Return a runtime's metrics on the evaluation data."""
-    return session_scores(job, session, onnx, title).metrics
+def session_accuracy(job: Job, session: Session, model: Path, title: str) -> Metrics:
+    """Return a runtime's metrics on the evaluation data; ``session`` has opened ``model``."""
+    return session_scores(job, session, model, title).metrics
 
 
 def exported(job: Job, model: MultiTaskModel, key: str) -> Path:

@@ -27,14 +27,18 @@ SCOPES_KEY = "pkg.torch.onnx.name_scopes"  # where torch writes it
 WRAPPERS = "model.network."  # ours, around the user's module
 
 
-class _TupleOutputs(nn.Module):
-    """The exporter names a tuple's entries in order; a dict's keys it would flatten by itself."""
+class TupleOutputs(nn.Module):
+    """A multi-task model with a tuple of outputs, in the order of its tasks.
 
-    def __init__(self, model: MultiTaskModel) -> None:
+    Exporters name a tuple's entries in order; a dict's keys they would flatten by themselves.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Return one tensor per task for (N, C, H, W) images."""
         return tuple(self.model(image).values())
 
 
@@ -46,10 +50,10 @@ def export_onnx(model: MultiTaskModel, example: Tensor, path: Path) -> None:
     """
     names = [task.name for task in model.tasks]
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
-    wrapped = _TupleOutputs(model).eval()
+    wrapped = TupleOutputs(model).eval()
     two = torch.cat([example[:1]] * 2)  # a batch of one would be taken for a constant
     try:
-        with _silence():
+        with silence():
             program = torch.onnx.export(
                 wrapped,
                 (two,),
@@ -100,8 +104,8 @@ def _name_modules(model: onnx.ModelProto, scopes: dict[str, str]) -> None:
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Keep the exporter's own chatter off the terminal; its errors still come as exceptions."""
+def silence() -> Iterator[None]:
+    """Keep an exporter's own chatter off the terminal; its errors still come as exceptions."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

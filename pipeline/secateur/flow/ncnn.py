@@ -1,0 +1,91 @@
+"""ncnn as the runtime of a build: whether it can be, what it opens, and the cut's forms for it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+from secateur.core.errors import RecipeError
+from secateur.core.model import MultiTaskModel
+from secateur.devices.host import library_versions
+from secateur.devices.target import Target, load_target
+from secateur.flow.job import Job
+from secateur.flow.lowering import Lowered
+from secateur.flow.recipe import Recipe
+from secateur.flow.stages import Cut, change, exported, session_accuracy, torch_accuracy
+from secateur.lower.ncnn import export_ncnn, find_pnnx
+from secateur.lower.quant import Precision
+from secateur.runtimes.base import runtime_of
+
+NCNN = "ncnn"
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16")  # that this version writes
+
+
+def target_of(recipe: Recipe, name: str) -> Target:
+    """Return the target, with the runtime that the recipe asks for.
+
+    Raises:
+        DeviceError: there is no such target.
+        RecipeError: ncnn cannot run it, or not within a budget of the recipe.
+        RuntimeMissing: ncnn or pnnx is not installed.
+    """
+    target = load_target(name)
+    if recipe.runtime not in (None, target.runtime):
+        target = target.model_copy(update={"runtime": recipe.runtime})
+    if target.runtime != NCNN:
+        return target
+    if target.accelerator != "cpu":
+        raise RecipeError(
+            f"runtime: {target.name} computes on its GPU, and ncnn runs on CPUs here",
+            hint="leave runtime out, or choose a CPU target",
+        )
+    if recipe.prune.budget.latency_ms is not None:
+        raise RecipeError(
+            "prune.budget.latency_ms: latency tables are of ONNX Runtime's operators, and the "
+            "runtime is ncnn",
+            hint="give macs instead, or runtime: onnxruntime",
+        )
+    find_pnnx()
+    runtime_of(NCNN).version()
+    able = tuple(each for each in target.precisions if each in PRECISIONS)
+    return target.model_copy(update={"precisions": able})
+
+
+def runnable(
+    job: Job, model: MultiTaskModel, key: str, runtime: str,
+    precision: Literal["fp32", "fp16"] = "fp32",
+) -> Path:  # fmt: skip
+    """Return the file of ``model`` that a runtime opens, made now or found."""
+    if runtime != NCNN:
+        return exported(job, model, key)
+    outputs = [(task.name, task.output) for task in job.tasks]
+    version = library_versions().get("pnnx")
+    folder = job.cache.folder("ncnn", key, outputs, asdict(job.spec), precision, version)
+    path = folder / "model.ncnn.param"
+    if not path.exists():
+        export_ncnn(model, job.example, path, precision)
+    return path
+
+
+class NcnnLowering:
+    """Makes the forms of one cut for ncnn; the ONNX file goes along, in fp32.
+
+    Raises:
+        BuildError: ncnn cannot express the model.
+    """
+
+    def __init__(self, job: Job, cut: Cut, target: Target) -> None:
+        self.job, self.cut, self.target = job, cut, target
+        self.parent = torch_accuracy(job, job.selected, "accuracy of the parent")
+
+    def to(self, precision: Precision) -> Lowered:
+        """Return the cut in fp32 or fp16; a recipe's other wishes were refused before."""
+        job, model, key = self.job, self.cut.recovered, self.cut.key
+        low: Literal["fp32", "fp16"] = "fp16" if precision == "fp16" else "fp32"
+        onnx = exported(job, model, key)
+        exact = runnable(job, model, key, NCNN)
+        path = runnable(job, model, key, NCNN, low)
+        session = runtime_of(NCNN).open_session(path, self.target.threads)
+        metrics = session_accuracy(job, session, path, f"accuracy, ncnn {low}")
+        return Lowered(low, onnx, onnx, change(job, self.parent, metrics), ncnn=(path, exact))
