@@ -325,13 +325,16 @@ def test_the_bundles_runner_gives_on_arm_what_it_gives_here(
     except SecateurError as error:
         pytest.skip(f"no aarch64 userland here: {error}")
     words = ["--device", "emulated:cortex-a72", "--cpu", "cortex-a76", "--limit", "1", "--json"]
-    for mode, here in (("fp32", 1e-4), ("fp16", 1e-2)):
+    for mode in ("fp32", "fp16"):
         lines = f"runtime: ncnn\nprecision: {{mode: {mode}}}"
         folder, manifest = built(project, f"arm-{mode}", lines, "raspberry-pi-5")
         assert manifest["precision"] == mode
         code, out, err = run(capsys, "verify", folder, *words)
         assert code == 0, err
-        for row in json.loads(out)["runs"]:
-            for task in row["against_here"].values():
-                parity = task["parity"]
-                assert parity["max_abs_difference"] <= here * parity["output_range"]
+        found = {
+            row["cpu"]: max(task["parity"]["max_abs_difference"] / task["parity"]["output_range"]
+                            for task in row["against_here"].values())
+            for row in json.loads(out)["runs"]
+        }  # fmt: skip
+        assert found["cortex-a72"] <= 1e-4  # has no fp16 arithmetic
+        assert (found["cortex-a76"] <= 1e-4) == (mode == "fp32")

@@ -14,7 +14,7 @@ from secateur.flow.job import Job
 from secateur.flow.lowering import Lowered
 from secateur.flow.recipe import Recipe
 from secateur.flow.stages import Cut, change, exported, session_accuracy, torch_accuracy
-from secateur.lower.ncnn import export_ncnn, find_pnnx
+from secateur.lower.ncnn import WITHOUT, export_ncnn, find_pnnx
 from secateur.lower.quant import Precision
 from secateur.runtimes.base import runtime_of
 
@@ -61,7 +61,8 @@ def runnable(
         return exported(job, model, key)
     outputs = [(task.name, task.output) for task in job.tasks]
     version = library_versions().get("pnnx")
-    folder = job.cache.folder("ncnn", key, outputs, asdict(job.spec), precision, version)
+    form = precision, WITHOUT[precision], version
+    folder = job.cache.folder("ncnn", key, outputs, asdict(job.spec), form)
     path = folder / "model.ncnn.param"
     if not path.exists():
         export_ncnn(model, job.example, path, precision)

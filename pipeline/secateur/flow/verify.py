@@ -28,7 +28,9 @@ from secateur.metrics.kind import kind_of
 from secateur.runtimes.base import Session
 
 PARITY_TOLERANCE = 1e-3  # of each output's range; other CPUs add in another order
-NCNN_FP16 = 1e-2  # a CPU with fp16 arithmetic computes in it, the machine that built perhaps not
+# Of each output's largest value: a CPU with fp16 arithmetic computes in it under ncnn, and rounds
+# by sizes, not by ranges; the machine that built it perhaps did not.
+NCNN_FP16 = 2e-2  # 3e-3 was seen of a trained network, 1.5e-2 of a random one
 ROUNDING = 2  # times what a lower precision was off when it was built: other CPUs round otherwise
 
 
@@ -146,10 +148,12 @@ def check_parity(folder: Path, manifest: Manifest, session: Session) -> dict[str
         raise VerifyError(
             error.message, hint="this runtime does not reproduce the model"
         ) from error
-    share = NCNN_FP16 if manifest.runtime == NCNN else PARITY_TOLERANCE
     for task, found in parity.items():
         allowed = ROUNDING * manifest.parity[task]["max_abs_difference"]
-        if not found.max_abs_difference <= allowed + share * found.output_range:
+        slack = PARITY_TOLERANCE * found.output_range
+        if manifest.runtime == NCNN:
+            slack = NCNN_FP16 * float(np.abs(wanted[task]).max())
+        if not found.max_abs_difference <= allowed + slack:
             raise VerifyError(
                 f"task '{task}' is off by {found.max_abs_difference:.3g} from fp32, "
                 f"{allowed / ROUNDING:.3g} when it was built",
