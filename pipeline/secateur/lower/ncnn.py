@@ -1,7 +1,7 @@
 """From a torch model to ncnn's two files, through pnnx: layers (.param, text) and weights (.bin).
 
 https://github.com/Tencent/ncnn/wiki/param-and-model-file-structure. pnnx reads TorchScript here:
-on the models of benchmarks/ncnn it converts what it converts from ONNX, in a tenth of the time.
+on the models of benchmarks/ncnn it converts what it converts from ONNX, several times as fast.
 """
 
 from __future__ import annotations
