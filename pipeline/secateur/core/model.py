@@ -135,6 +135,17 @@ def _source_file(kind: type) -> str:
     return file if Path(file).is_file() else ""
 
 
+def output_difference(model: MultiTaskModel, other: MultiTaskModel, images: Tensor) -> float:
+    """Return how far any output of ``other`` is off, as a share of that output's largest value."""
+    with evaluating(model), evaluating(other):
+        wanted, given = model(images), other(images)
+    off = [
+        (wanted[name] - given[name]).abs().max() / wanted[name].abs().max().clamp(min=1e-30)
+        for name in wanted
+    ]
+    return float(torch.stack(off).max())  # NaN where any is
+
+
 def parameter_count(model: nn.Module) -> int:
     """Return the number of trainable and frozen parameters (buffers not counted)."""
     return sum(parameter.numel() for parameter in model.parameters())

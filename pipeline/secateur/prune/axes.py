@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from secateur.core.channels import ChannelGroup, Member
-from secateur.core.model import MultiTaskModel, evaluating
+from secateur.core.model import MultiTaskModel, output_difference
 from secateur.core.norms import following_norms, is_affine_norm, norm_parts, settle_norms
 from secateur.prune.layer_norms import is_normalised, is_plain_norm, kept_ones
 
@@ -40,17 +40,13 @@ def linear_groups(
     Tried, not guessed: a random rotation of the group must leave every output as it was.
     """
     after = _norm_after(model, example[:1])
-    with evaluating(model):
-        wanted = model(example)
     found = []
     for group in groups:
         if not _has_plain_members(model, group, after):
             continue
         turned = copy.deepcopy(model)
         _turn(turned, group, after, _rotation(model, group))
-        with evaluating(turned):
-            given = turned(example)
-        if all(_same(wanted[name], given[name]) for name in wanted):
+        if output_difference(model, turned, example) <= TOLERANCE:
             found.append(group)
     return tuple(found)
 
@@ -183,10 +179,6 @@ def _rotation(model: nn.Module, group: ChannelGroup) -> Matrix:
         return kept_ones(np.linalg.qr(noise)[0] * np.sign(np.linalg.qr(noise)[1][0, 0]))
     rotation: Matrix = np.linalg.qr(noise)[0]
     return rotation
-
-
-def _same(wanted: Tensor, given: Tensor) -> bool:
-    return bool((wanted - given).abs().max() <= TOLERANCE * wanted.abs().max())
 
 
 def _floored(matrix: Matrix, share: float) -> Matrix:

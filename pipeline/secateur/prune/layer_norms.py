@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from secateur.core.channels import ChannelGroup, Member
-from secateur.core.model import MultiTaskModel, evaluating
+from secateur.core.model import MultiTaskModel, evaluating, output_difference
 
 Matrix = NDArray[np.float64]
 TOLERANCE = 1e-3  # of an output's largest value
@@ -39,7 +39,7 @@ def fold_layer_norms(
         folded = copy.deepcopy(model)
         for norm in norms:
             _fold(folded, norm, group, _readers(model, norm, group, example))
-        if _same_outputs(model, folded, example):
+        if output_difference(model, folded, example) <= TOLERANCE:
             model = folded
     return model
 
@@ -162,12 +162,3 @@ def _fold(model: nn.Module, norm: str, group: ChannelGroup, readers: Sequence[Me
     module.weight.fill_(1.0)
     if module.bias is not None:
         module.bias.zero_()
-
-
-def _same_outputs(model: MultiTaskModel, other: MultiTaskModel, example: Tensor) -> bool:
-    with evaluating(model), evaluating(other):
-        wanted, given = model(example), other(example)
-    return all(
-        bool((wanted[name] - given[name]).abs().max() <= TOLERANCE * wanted[name].abs().max())
-        for name in wanted
-    )
