@@ -61,13 +61,21 @@ def table(suite: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
-def fusion_table(suite: dict[str, Any]) -> str:
-    """Return ΔT per method at each budget, best first at 70 % removed."""
+def fusion_table(suite: dict[str, Any], *, parts: bool = False) -> str:
+    """Return ΔT per method at each budget, best first at 70 % removed.
+
+    ``parts``: also of our own cut with a part left out or another rule.
+    """
     parent, recovery = "nyuv2_lite0_96x128", 0.15
     cells = {(row["method"], row["keep"]): row for row in suite["rows"]
              if (row["parent"], row["recovery"]) == (parent, recovery)}  # fmt: skip
+    ours = ("rule ", "cut, ", "tp_group_taylor, ")
     methods = sorted(
-        {method for method, keep in cells if keep < 1},
+        {
+            method
+            for method, keep in cells
+            if keep < 1 and (parts or method == "cut, label-free" or not method.startswith(ours))
+        },
         key=lambda m: -cells[m, 0.3]["delta_t"]["mean"] if (m, 0.3) in cells else 1e9,
     )
     lines = ["", "| MACs removed | 50 % | 70 % | 90 % | 70 %, before recovery | seeds |",
@@ -84,11 +92,15 @@ def fusion_table(suite: dict[str, Any]) -> str:
         "",
         "ΔT in % on the 654 test images, mean ± standard deviation over the seeds;",
         "EfficientNet-Lite0 with segmentation, depth and normals at 96x128; every method",
-        "recovers for 15 % of the parent's steps, with the same loss and rate. A refit leaves",
-        "batch norms that fit the cut network; recovery freezes them half-way (if short, after a",
-        "mild cut, at once), `frozen norms` from the first step (a rival's after re-estimating",
-        "them), `trained norms` never. (+n steps): training that the method's cut takes itself.",
+        "recovers for 15 % of the parent's steps, with the same loss and rate.",
+        "(+n steps): training that the method's cut takes itself.",
     ]
+    if parts:
+        lines += [
+            "A refit leaves batch norms that fit the cut network; recovery freezes them half-way (if",
+            "short, after a mild cut, at once), `frozen norms` from the first step (a rival's after",
+            "re-estimating them), `trained norms` never.",
+        ]
     control = next((c for (_, keep), c in cells.items() if keep == 1.0), None)
     if control:
         lines.append(f"The same recovery without any cut changes the parent by "
@@ -134,7 +146,30 @@ def training_free_table(suite: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
-TABLES = {"fusion": fusion_table, "compensation": training_free_table}
+def merging_table(suite: dict[str, Any]) -> str:
+    """Return ΔT against the experts per merging rule, worst first."""
+    rows = [row for row in suite["rows"] if row["what"] == "summary"]
+    lines = ["", "| three experts in one backbone | merged | recovered | worst task, recovered |",
+             "|---|---|---|---|"]  # fmt: skip
+    for row in sorted(rows, key=lambda row: row["merged_delta_t"]["mean"]):
+        values = [_spread(row[key]) for key in
+                  ("merged_delta_t", "recovered_delta_t", "recovered_worst")]  # fmt: skip
+        lines.append(f"| {row['row']} | {' | '.join(values)} |")
+    merged = next(row for row in suite["rows"] if row["what"] == "merged")
+    lines += [
+        "",
+        "ΔT in % against the single-task experts on the 654 test images, NYUv2 at 96x128,",
+        f"{rows[0]['seeds']} seed(s); {merged['images']} unlabelled images to merge, then the same",
+        f"{merged['recovery_steps']} steps of training for all.",
+    ]
+    return "\n".join([*lines, ""])
+
+
+TABLES = {
+    "fusion": fusion_table,
+    "compensation": training_free_table,
+    "value_fusion": merging_table,
+}
 
 
 def index(suites: dict[str, Any]) -> str:
@@ -155,6 +190,9 @@ def index(suites: dict[str, Any]) -> str:
                 f"| {'yes' if show['ok'] else '**no**'} | `{suite['command']}` |"
             )
     lines += [
+        "",
+        "## Every rule, rival and part of the cut",
+        fusion_table(suites["fusion"], parts=True),
         "",
         "Parents and their cards: `parents/`; trained by `train_parent.py`.",
         "",

@@ -323,7 +323,8 @@ def claims(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Show
                   "every other row": [name for name in names if name != "cut"]}  # fmt: skip
         for whom, rows_of in rivals.items():
             ahead = of["cut"] - max(of[name] for name in rows_of)
-            claim = f"merged by cut ahead of {whom} {when} recovery, points of ΔT"
+            claim = (f"merged by cut ahead of {whom} {when} recovery, points of ΔT, "
+                     f"{means['cut']['seeds']} seed(s)")  # fmt: skip
             shows.append(Show(claim, 0.0, ahead, ">="))
     return shows
 
