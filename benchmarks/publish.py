@@ -97,9 +97,9 @@ def fusion_table(suite: dict[str, Any], *, parts: bool = False) -> str:
     ]
     if parts:
         lines += [
-            "A refit leaves batch norms that fit the cut network; recovery freezes them half-way (if",
-            "short, after a mild cut, at once), `frozen norms` from the first step (a rival's after",
-            "re-estimating them), `trained norms` never.",
+            "A refit leaves batch norms that fit the cut network; recovery freezes them half-way",
+            "(if short, after a mild cut, at once), `frozen norms` from the first step (a rival's",
+            "after re-estimating them), `trained norms` never.",
         ]
     control = next((c for (_, keep), c in cells.items() if keep == 1.0), None)
     if control:
