@@ -129,7 +129,7 @@ def converted(model: MultiTaskModel, images: Tensor, wanted: Outputs, path: Path
             "seconds": seconds,
         }
     except SecateurError as error:
-        return {"fails": error.message}
+        return {"fails": error.message.replace(f"{path.parent}/", "")}
 
 
 def from_onnx(
@@ -151,7 +151,7 @@ def from_onnx(
         named = {task: got[f"out{place}"] for place, task in enumerate(wanted)}
         return {"of_range": parity(wanted, named), "seconds": seconds}
     except (SecateurError, subprocess.CalledProcessError, KeyError) as error:
-        return {"fails": str(error)}
+        return {"fails": str(error).replace(f"{folder}/", "")}
 
 
 def parity(wanted: Outputs, got: Outputs) -> dict[str, float]:
