@@ -31,7 +31,7 @@ def head_groups(model: MultiTaskModel, example: Tensor) -> tuple[ChannelGroup, .
         for name, block in model.named_modules()
         if _is_attention(block)
     ]
-    if _heads_can_go(model, found, example):
+    if not found or _heads_can_go(model, found, example):
         return tuple(found)
     return tuple(group for group in found if _heads_can_go(model, [group], example))
 
@@ -53,6 +53,9 @@ def head_macs(
     model: MultiTaskModel, groups: Sequence[ChannelGroup], example: Tensor
 ) -> dict[str, int]:
     """Return, by block, what one head multiplies beside the projections: q k^T and a v."""
+    groups = [group for group in groups if group.heads_of]
+    if not groups:
+        return {}
     counter = FlopCounterMode(display=False)
     with evaluating(model), counter:
         model(example)
@@ -65,7 +68,6 @@ def head_macs(
         group.heads_of: (macs(group.heads_of) - sum(macs(m.layer) for m in group.members))
         // group.width
         for group in groups
-        if group.heads_of
     }
 
 

@@ -173,12 +173,14 @@ def _mix(tensor: Tensor, at: list[int], matrix: Tensor) -> None:
 
 
 def _rotation(model: nn.Module, group: ChannelGroup) -> Matrix:
+    """Return a random rotation, where layer norms read the group one that keeps all ones."""
     noise = np.random.default_rng(0).standard_normal((group.width, group.width))
-    if is_normalised(model, group):
+    normalised = is_normalised(model, group)
+    if normalised:
         noise[:, 0] = 1  # the mean comes first
-        return kept_ones(np.linalg.qr(noise)[0] * np.sign(np.linalg.qr(noise)[1][0, 0]))
-    rotation: Matrix = np.linalg.qr(noise)[0]
-    return rotation
+    rotation, upper = np.linalg.qr(noise)
+    turned: Matrix = rotation * np.sign(upper[0, 0])
+    return kept_ones(turned) if normalised else turned
 
 
 def _floored(matrix: Matrix, share: float) -> Matrix:
