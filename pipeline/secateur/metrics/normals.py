@@ -24,11 +24,11 @@ class Normals:
     }
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        cosine = functional.cosine_similarity(resized(output, target), target, dim=1)
+        cosine = _cosine(resized(output, target), target)
         return masked_mean(1 - cosine, target.square().sum(1) > 0.25)
 
     def distillation_loss(self, output: Tensor, parent: Tensor) -> Tensor:
-        return (1 - functional.cosine_similarity(output, parent, dim=1)).mean()
+        return (1 - _cosine(output, parent)).mean()
 
     def sample_target(self, parent: Tensor, generator: torch.Generator) -> Tensor:
         """Draw around the parent's direction with a spread of about 10 degrees."""
@@ -49,7 +49,7 @@ class NormalsEvaluator:
 
     def update(self, output: Tensor, target: Tensor) -> None:
         valid = target.square().sum(1) > 0.25
-        cosine = functional.cosine_similarity(resized(output.float(), target), target, dim=1)
+        cosine = _cosine(resized(output.float(), target), target)
         angle = torch.rad2deg(torch.acos(cosine[valid].clamp(-1, 1))).cpu()
         self.sums[:BINS] += torch.histc(angle, BINS, 0, 180).double()
         self.sums[BINS] += angle.double().sum()
@@ -64,6 +64,16 @@ class NormalsEvaluator:
             "median_angle": (min(middle, BINS - 1) + 0.5) * 180 / BINS,
             "within_11": 100 * within / pixels,
         }
+
+
+def _cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Return (N, H, W) cosines of (N, 3, H, W) vectors, 0 where one has no length.
+
+    On CPUs 5 to 18 times as fast, with its gradient, as ``functional.cosine_similarity`` over
+    dimension 1, which cost a tenth of a recovery.
+    """
+    squares = a.square().sum(1) * b.square().sum(1)
+    return (a * b).sum(1) * squares.clamp_min(1e-16).rsqrt()
 
 
 def create(task: Task) -> TaskKind:

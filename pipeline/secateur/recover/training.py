@@ -102,8 +102,9 @@ class _Run:
         self.balance = BALANCES[settings.balance]({task.name: task.weight for task in model.tasks})
         self.balance.to(accelerator.device)
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
-        )
+            self.model.parameters(), lr=settings.learning_rate,
+            weight_decay=settings.weight_decay, fused=True,
+        )  # fmt: skip
         learned = list(self.balance.parameters())
         if learned:
             group = {"params": learned, "weight_decay": 0.0, "rate": BALANCE_RATE}
@@ -137,6 +138,7 @@ class _Run:
         ``done``: the share of the whole schedule that each step finds behind it.
         """
         self.network.train()
+        parameters = list(self.network.parameters())
         sums = [0.0] * (len(self.balance.names) + 1)
         for batch, share in zip(stream, done, strict=True):
             rate = self.settings.learning_rate * _schedule(share, self.settings.warmup)
@@ -144,12 +146,15 @@ class _Run:
                 group["lr"] = rate * group.get("rate", 1.0)
             if share >= self.settings.freeze_norms:
                 _freeze_statistics(self.network)
-            sums = [a + b for a, b in zip(sums, self._step(objective, batch), strict=True)]
+            losses = self._step(objective, batch, parameters)
+            sums = [a + b for a, b in zip(sums, losses, strict=True)]
         means = [value / len(done) for value in sums]
         self.balance.end_epoch(dict(zip(self.balance.names, means[:-1], strict=True)))
         return sum(means)
 
-    def _step(self, objective: Objective, batch: Batch) -> list[float]:
+    def _step(
+        self, objective: Objective, batch: Batch, parameters: Sequence[nn.Parameter]
+    ) -> list[float]:
         """Take one optimiser step and return each task's loss before it, then the features'."""
         losses, shared = objective(self.network, batch)
         extra = shared if shared is not None else torch.zeros(())
@@ -158,7 +163,6 @@ class _Run:
             raise ModelError(
                 f"the training loss became {sum(values)}", hint="lower recover.learning_rate"
             )
-        parameters = list(self.network.parameters())
         self.optimizer.zero_grad()
         self.balance.backward(losses, shared, parameters, self.accelerator.backward)
         self.accelerator.clip_grad_norm_(parameters, 5.0)
