@@ -64,7 +64,8 @@ def main() -> None:
     parser.add_argument("--parent", default=PARENT)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--keep", type=float, nargs="*", help="only these shares of MACs")
-    parser.add_argument("--what", help="only this treatment or selection")
+    parser.add_argument("--what", nargs="*", help="only these treatments or selections")
+    parser.add_argument("--allocation", nargs="*", help="only these")
     parser.add_argument("--quick", action="store_true", help="half the MACs only, ranked only")
     options = parser.parse_args()
     bench = Bench(options.parent)
@@ -72,7 +73,8 @@ def main() -> None:
         for allocation, what, keep, seed in cells(options.seeds):
             if options.quick and (keep != 0.5 or allocation == "search"):
                 continue
-            if (options.keep and keep not in options.keep) or options.what not in (None, what):
+            wanted = ((options.keep, keep), (options.what, what), (options.allocation, allocation))
+            if any(only and value not in only for only, value in wanted):
                 continue
             key = {"parent": bench.name, "allocation": allocation, "what": what, "keep": keep,
                    "seed": seed}  # fmt: skip
