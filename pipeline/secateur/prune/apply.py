@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -12,8 +11,7 @@ from secateur.core.channels import ChannelGroup
 from secateur.core.errors import PlanError
 from secateur.core.model import MultiTaskModel
 from secateur.core.plan import PrunePlan
-from secateur.prune.attention import drop_heads
-from secateur.prune.groups import dependency_graph
+from secateur.prune.narrow import drop_channels
 
 
 def apply_plan(
@@ -30,20 +28,10 @@ def apply_plan(
             "the plan was made for another model: its groups differ",
             hint="plan again for this recipe",
         )
-    doomed: dict[str, list[int]] = defaultdict(list)
     pruned = copy.deepcopy(model)
-    for group in groups:
-        kept = set(planned[group.name].kept)
-        gone = [channel for i, channel in enumerate(group.channels) if i not in kept]
-        if group.heads_of:
-            drop_heads(pruned, group, gone)
-        else:
-            doomed[group.root] += gone
-    graph = dependency_graph(pruned, example)
-    modules = dict(pruned.named_modules())
-    for root, channels in doomed.items():
-        if channels:
-            layer = modules[root]
-            cut = graph.get_pruner_of_module(layer).prune_out_channels
-            graph.get_pruning_group(layer, cut, sorted(channels)).prune()
+    dropped = {
+        name: [channel for channel in range(cut.width) if channel not in set(cut.kept)]
+        for name, cut in planned.items()
+    }
+    drop_channels(pruned, groups, dropped)
     return pruned.eval()

@@ -8,15 +8,14 @@ heads side by side. Whether a block really works so is tried, not guessed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from torch_pruning import prune_linear_in_channels, prune_linear_out_channels
 
 from secateur.core.channels import ChannelGroup, Member
 from secateur.core.model import MultiTaskModel, evaluating, output_difference
+from secateur.prune.narrow import drop_channels
 
 TOLERANCE = 1e-4  # of an output's largest value
 
@@ -34,19 +33,6 @@ def head_groups(model: MultiTaskModel, example: Tensor) -> tuple[ChannelGroup, .
     if not found or _heads_can_go(model, found, example):
         return tuple(found)
     return tuple(group for group in found if _heads_can_go(model, [group], example))
-
-
-def drop_heads(model: nn.Module, group: ChannelGroup, heads: Collection[int]) -> None:
-    """Remove the heads numbered ``heads`` of ``group`` from its block, in place."""
-    prune = {"in": prune_linear_in_channels, "out": prune_linear_out_channels}
-    for member in group.members:
-        gone = [place for head in heads for place in member.indices[head]]
-        prune[member.axis](model.get_submodule(member.layer), gone)
-    block: Any = model.get_submodule(group.heads_of)
-    width = len(group.members[0].indices[0])
-    block.num_heads = group.width - len(heads)
-    if hasattr(block, "attn_dim"):
-        block.attn_dim = block.num_heads * width
 
 
 def head_macs(
@@ -94,7 +80,7 @@ def _heads_can_go(model: MultiTaskModel, groups: Sequence[ChannelGroup], example
     for group in groups:
         proj = group.members[0]
         mute.get_submodule(proj.layer).get_parameter("weight").data[:, list(proj.indices[0])] = 0
-        drop_heads(cut, group, [0])
+        drop_channels(cut, [group], {group.name: [0]})
     try:
         return output_difference(mute, cut, example) <= TOLERANCE
     except RuntimeError:  # the block takes its shape from elsewhere

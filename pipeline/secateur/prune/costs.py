@@ -45,7 +45,7 @@ def layer_widths(
 ) -> dict[str, tuple[Width, Width]]:
     """Return, per layer with a weight, the widths it reads and makes; 1-D weights read one.
 
-    A depth-wise convolution reads one channel for each that it makes.
+    A grouped convolution, depth-wise or not, reads what one of its groups reads.
     """
     of: dict[tuple[str, str], Width] = {}
     for number, group in enumerate(groups):
@@ -60,8 +60,8 @@ def layer_widths(
         if not isinstance(weight, nn.Parameter):
             continue
         own_in = weight.shape[1] if weight.dim() > 1 else 1
-        depthwise = 1 < getattr(module, "groups", 1) == weight.shape[0]
-        read = Width(own_in) if depthwise else Width(own_in) + of.get((name, "in"), Width(0))
+        grouped = getattr(module, "groups", 1) > 1
+        read = Width(own_in) if grouped else Width(own_in) + of.get((name, "in"), Width(0))
         found[name] = (read, Width(weight.shape[0]) + of.get((name, "out"), Width(0)))
     return found
 

@@ -17,6 +17,7 @@ from secateur.core.channels import Axis, ChannelGroup, Member
 from secateur.core.errors import ModelError
 from secateur.core.model import MultiTaskModel
 from secateur.prune.attention import head_groups
+from secateur.prune.conv_groups import conv_groups, is_grouped
 
 ROOT_TYPES = (nn.Conv2d, nn.Linear)
 
@@ -117,14 +118,17 @@ def find_groups(model: MultiTaskModel, example: Tensor) -> tuple[ChannelGroup, .
     graph = dependency_graph(model, example)
     names = {module: name for name, module in model.named_modules()}
     bare = {id(parameter): name for name, parameter in model.named_parameters()}
-    fixed = _attention_layers(model, heads) + _grouped_layers(model) + _uncounted_layers(model)
-    by_head = [model.get_submodule(group.root) for group in heads]  # not row by row
-    protected = output_layers(model, example) + fixed + by_head
-    found = list(heads)
+    fixed = {*_attention_layers(model, heads), *_uncounted_layers(model)}
+    by_head = {model.get_submodule(group.root) for group in heads}  # not row by row
+    protected = [*output_layers(model, example), *fixed, *by_head]
+    plain: list[Group] = []
+    coupled: list[Group] = []
     for group in graph.get_all_groups(ignored_layers=protected, root_module_types=list(ROOT_TYPES)):
-        if not _touches(group, set(fixed)):
-            found.extend(_split(group, names, bare))
-    return tuple(found)
+        if not _touches(group, fixed):
+            grouped = any(is_grouped(item.dep.target.module) for item in group)
+            (coupled if grouped else plain).append(group)
+    own = [part for group in plain for part in _split(group, names, bare)]
+    return (*heads, *own, *conv_groups(coupled, names))
 
 
 def _attention_layers(model: nn.Module, heads: Sequence[ChannelGroup]) -> list[nn.Module]:
@@ -136,15 +140,6 @@ def _attention_layers(model: nn.Module, heads: Sequence[ChannelGroup]) -> list[n
         if name not in known and (hasattr(module, "qkv") or hasattr(module, "in_proj_weight"))
         for layer in module.modules()
         if isinstance(layer, ROOT_TYPES)
-    ]
-
-
-def _grouped_layers(model: nn.Module) -> list[nn.Module]:
-    """Return grouped, not depth-wise, convolutions: their groups must stay equally wide."""
-    return [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.Conv2d) and module.groups > 1 and not _is_depthwise(module)
     ]
 
 

@@ -1,9 +1,9 @@
 """MACs: counted on the model, and predicted for any cut before it is made.
 
 The counter is ``torch.utils.flop_counter`` halved, everywhere. The prediction is exact: each
-convolution and linear layer costs ``positions * kernel * c_in / groups * c_out``, both widths
-follow from the groups, each head of attention costs the same, and whatever else the counter sees
-is constant.
+convolution and linear layer costs ``positions * kernel * c_in * c_out``, both widths follow from
+the groups (a grouped convolution reads the ``c_in`` of one of its groups, whatever is cut), each
+head of attention costs the same, and whatever else the counter sees is constant.
 """
 
 from __future__ import annotations
@@ -71,12 +71,10 @@ def macs_model(model: MultiTaskModel, groups: Sequence[ChannelGroup], example: T
     for row, (module, positions) in enumerate(layers.values()):
         full_out[row], channels_in = module.weight.shape[:2]
         kernel = module.weight[0, 0].numel()
-        grouped = getattr(module, "groups", 1)
-        depthwise = 1 < grouped == full_out[row]
-        full_in[row] = 1 if depthwise else channels_in * grouped
-        unit[row] = positions * kernel / (1 if depthwise else grouped)
-        if depthwise:
-            of["in"][row] = 0  # each output channel reads its own input only
+        full_in[row] = channels_in
+        unit[row] = positions * kernel
+        if getattr(module, "groups", 1) > 1:
+            of["in"][row] = 0  # each group, or depth-wise channel, reads its own inputs only
     widths = np.array([group.width for group in groups], np.float64)
     for name, row in blocks.items():
         unit[row], full_in[row], full_out[row] = per_head[name], 1, of["out"][row] @ widths
