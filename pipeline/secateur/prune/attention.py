@@ -2,37 +2,30 @@
 
 A block is taken as timm, and much code after it, writes it: one ``qkv`` layer whose rows are
 (query | key | value, head, head's channels), ``num_heads``, and a ``proj`` layer that reads the
-heads side by side. Whether a block really works so is tried, not guessed.
+heads side by side.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from secateur.core.channels import ChannelGroup, Member
-from secateur.core.model import MultiTaskModel, evaluating, output_difference
-from secateur.prune.narrow import drop_channels
-
-TOLERANCE = 1e-4  # of an output's largest value
+from secateur.core.model import MultiTaskModel, evaluating
 
 
-def head_groups(model: MultiTaskModel, example: Tensor) -> tuple[ChannelGroup, ...]:
-    """Return the heads of each block from which some can go so that the rest computes what it did.
+def head_groups(model: MultiTaskModel) -> tuple[ChannelGroup, ...]:
+    """Return the heads of each block that looks like one; ``trial`` finds whether they can go.
 
     A group's channels are the heads of one block, ``heads_of``; each is many positions wide.
     """
-    found = [
+    return tuple(
         _group(name, block.num_heads, block.proj.in_features // block.num_heads)
         for name, block in model.named_modules()
         if _is_attention(block)
-    ]
-    if not found or _heads_can_go(model, found, example):
-        return tuple(found)
-    return tuple(group for group in found if _heads_can_go(model, [group], example))
+    )
 
 
 def head_macs(
@@ -72,16 +65,3 @@ def _group(block: str, heads: int, width: int) -> ChannelGroup:
     members = (Member(f"{block}.proj", "in", read), Member(f"{block}.qkv", "out", made))
     name = f"{block.removeprefix('network.')}.heads"
     return ChannelGroup(name, f"{block}.qkv", tuple(range(heads)), members, heads_of=block)
-
-
-def _heads_can_go(model: MultiTaskModel, groups: Sequence[ChannelGroup], example: Tensor) -> bool:
-    """Say whether blocks without their first head equal blocks whose first head is not read."""
-    mute, cut = copy.deepcopy(model), copy.deepcopy(model)
-    for group in groups:
-        proj = group.members[0]
-        mute.get_submodule(proj.layer).get_parameter("weight").data[:, list(proj.indices[0])] = 0
-        drop_channels(cut, [group], {group.name: [0]})
-    try:
-        return output_difference(mute, cut, example) <= TOLERANCE
-    except RuntimeError:  # the block takes its shape from elsewhere
-        return False

@@ -18,6 +18,7 @@ from secateur.core.errors import ModelError
 from secateur.core.model import MultiTaskModel
 from secateur.prune.attention import head_groups
 from secateur.prune.conv_groups import conv_groups, is_grouped
+from secateur.prune.trial import removable
 
 ROOT_TYPES = (nn.Conv2d, nn.Linear)
 
@@ -114,11 +115,11 @@ def find_groups(model: MultiTaskModel, example: Tensor) -> tuple[ChannelGroup, .
     Raises:
         ModelError: the model cannot be traced.
     """
-    heads = head_groups(model, example)
+    heads = head_groups(model)
     graph = dependency_graph(model, example)
     names = {module: name for name, module in model.named_modules()}
     bare = {id(parameter): name for name, parameter in model.named_parameters()}
-    fixed = {*_attention_layers(model, heads), *_uncounted_layers(model)}
+    fixed = set(_uncounted_layers(model))
     by_head = {model.get_submodule(group.root) for group in heads}  # not row by row
     protected = [*output_layers(model, example), *fixed, *by_head]
     plain: list[Group] = []
@@ -128,19 +129,7 @@ def find_groups(model: MultiTaskModel, example: Tensor) -> tuple[ChannelGroup, .
             grouped = any(is_grouped(item.dep.target.module) for item in group)
             (coupled if grouped else plain).append(group)
     own = [part for group in plain for part in _split(group, names, bare)]
-    return (*heads, *own, *conv_groups(coupled, names))
-
-
-def _attention_layers(model: nn.Module, heads: Sequence[ChannelGroup]) -> list[nn.Module]:
-    """Return the projections of other attention blocks; their head structure fixes their widths."""
-    known = {group.heads_of for group in heads}
-    return [
-        layer
-        for name, module in model.named_modules()
-        if name not in known and (hasattr(module, "qkv") or hasattr(module, "in_proj_weight"))
-        for layer in module.modules()
-        if isinstance(layer, ROOT_TYPES)
-    ]
+    return removable(model, (*heads, *own, *conv_groups(coupled, names)), example)
 
 
 def _uncounted_layers(model: nn.Module) -> list[nn.Module]:
