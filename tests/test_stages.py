@@ -186,7 +186,11 @@ def test_onnx_equals_torch_at_any_batch(tmp_path: Path) -> None:
 
 def test_zoo_heads_have_the_stride_and_channels_asked_for() -> None:
     heads = {"seg": zoo.HeadSpec("segmentation", 5), "vector": zoo.HeadSpec("regression", 2)}
-    for backbone, options in (("resnet18", {}), ("vit_tiny_patch16_224", {"img_size": (64, 96)})):
+    for backbone, options in (
+        ("resnet18", {}),
+        ("vit_tiny_patch16_224", {"img_size": (64, 96)}),
+        ("mambaout_femto", {}),  # channels last
+    ):
         outputs = zoo.compose(backbone, heads, **options)(torch.randn(2, 3, 64, 96))
         assert outputs["seg"].shape == (2, 5, 16, 24)
         assert outputs["vector"].shape == (2, 2)

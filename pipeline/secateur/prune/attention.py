@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from secateur.core.channels import ChannelGroup, Member
-from secateur.core.model import MultiTaskModel, evaluating
+from secateur.core.model import MultiTaskModel
+from secateur.prune.flops import counted
 
 
 def head_groups(model: MultiTaskModel) -> tuple[ChannelGroup, ...]:
@@ -35,10 +35,7 @@ def head_macs(
     groups = [group for group in groups if group.heads_of]
     if not groups:
         return {}
-    counter = FlopCounterMode(display=False)
-    with evaluating(model), counter:
-        model(example)
-    counts = counter.get_flop_counts()
+    counts = counted(model, example).get_flop_counts()
 
     def macs(name: str) -> int:
         return sum(counts[f"{type(model).__name__}.{name}"].values()) // 2 // example.shape[0]

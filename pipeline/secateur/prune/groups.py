@@ -40,7 +40,7 @@ def dependency_graph(model: MultiTaskModel, example: Tensor) -> torch_pruning.De
                 example_inputs=(example,),  # a bare tensor it would unpack, image by image
                 verbose=False,
             )
-    except (RuntimeError, IndexError, ValueError, TypeError, AttributeError, KeyError) as error:
+    except Exception as error:  # torch-pruning and the model may raise anything
         raise ModelError(
             f"the dependency graph of the model cannot be traced: {error}",
             hint="forward must be made of differentiable torch calls on module parameters",
@@ -124,12 +124,32 @@ def find_groups(model: MultiTaskModel, example: Tensor) -> tuple[ChannelGroup, .
     protected = [*output_layers(model, example), *fixed, *by_head]
     plain: list[Group] = []
     coupled: list[Group] = []
-    for group in graph.get_all_groups(ignored_layers=protected, root_module_types=list(ROOT_TYPES)):
+    for group in _coupled_sets(graph, protected):
         if not _touches(group, fixed):
             grouped = any(is_grouped(item.dep.target.module) for item in group)
             (coupled if grouped else plain).append(group)
     own = [part for group in plain for part in _split(group, names, bare)]
     return removable(model, (*heads, *own, *conv_groups(coupled, names)), example)
+
+
+def _coupled_sets(
+    graph: torch_pruning.DependencyGraph, protected: Sequence[nn.Module]
+) -> list[Group]:
+    """Return torch-pruning's groups; a layer from which it cannot follow its channels has none."""
+    ignored, started = list(protected), list[nn.Module]()
+    follow = graph.get_pruning_group
+
+    def noted(root: nn.Module, *rest: Any) -> Group:
+        started.append(root)
+        return follow(root, *rest)
+
+    graph.get_pruning_group = noted
+    while True:
+        every = graph.get_all_groups(ignored_layers=ignored, root_module_types=list(ROOT_TYPES))
+        try:
+            return list(every)
+        except (IndexError, RuntimeError, ValueError, TypeError, AttributeError, KeyError):
+            ignored.append(started[-1])
 
 
 def _uncounted_layers(model: nn.Module) -> list[nn.Module]:
@@ -150,8 +170,11 @@ def _touches(group: Group, fixed: set[nn.Module]) -> bool:
     all of them and nothing else, along its last axis.
     """
     width = len(group[0].idxs)
-    for dependency, indices in group:
+    for item in group:
+        dependency, indices = item
         target = dependency.target.module
+        if None in item.root_idxs:  # torch-pruning lost track of which channel is which
+            return True
         if isinstance(target, nn.Parameter):
             if list(indices) != list(range(width)) or target.shape[-1] != width:
                 return True

@@ -15,19 +15,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from secateur.core.channels import Axis, ChannelGroup
 from secateur.core.model import MultiTaskModel, evaluating
 from secateur.prune.attention import head_macs
+from secateur.prune.flops import counted
 
 
 def count_macs(model: nn.Module, example: Tensor) -> int:
     """Return the multiply-accumulates of one forward pass per image of ``example``."""
-    counter = FlopCounterMode(display=False)
-    with evaluating(model), counter:
-        model(example)
-    return int(counter.get_total_flops()) // 2 // example.shape[0]
+    return int(counted(model, example).get_total_flops()) // 2 // example.shape[0]
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,24 @@
 """Whether channels can go is tried, not guessed.
 
 A dependency graph knows layers; a model may also reshape by numbers it was built with, split,
-shuffle or multiply channels. So a channel of every group is removed for trial: the network must
-still run, and compute what it computes when nobody reads that channel. One channel at a time: two
-might come from two heads of attention and leave them equally wide by chance. Groups that do not
-pass stay whole.
+shuffle or multiply channels. So channels of every group are removed for trial: the network must
+still run, and compute what it computes when nobody reads them. Single ones first: two might come
+from two heads of attention and leave them equally wide by chance. Groups that do not pass stay
+whole.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from secateur.core.channels import ChannelGroup
 from secateur.core.model import MultiTaskModel, evaluating, output_difference
+from secateur.core.progress import track
 from secateur.prune.narrow import drop_channels
 
 TOLERANCE = 1e-4  # of an output's largest value
@@ -31,16 +33,26 @@ def removable(
     any cut. One trial if all pass, else groups that do not are found by halving.
     """
     scales = _norm_scales(model, example)
+    if _passes(model, groups, example, scales):
+        return tuple(groups)
+    known: list[ChannelGroup] = []
+    undecided = [list(groups)]
 
-    def passing(known: list[ChannelGroup], more: Sequence[ChannelGroup]) -> list[ChannelGroup]:
-        if not more or _passes(model, [*known, *more], example, scales):
-            return [*known, *more]
-        if len(more) == 1:
-            return known
-        half = len(more) // 2
-        return passing(passing(known, more[:half]), more[half:])
+    def decided() -> Iterator[ChannelGroup]:
+        while undecided:
+            more = undecided.pop()
+            if _passes(model, [*known, *more], example, scales):
+                known.extend(more)
+                yield from more
+            elif len(more) == 1:
+                yield from more
+            else:
+                half = len(more) // 2
+                undecided.extend([more[half:], more[:half]])
 
-    return tuple(passing([], groups))
+    for _ in track(decided(), "trying what can go", len(groups)):
+        pass
+    return tuple(known)
 
 
 def _passes(
@@ -49,10 +61,20 @@ def _passes(
     example: Tensor,
     scales: Mapping[str, float],
 ) -> bool:
-    """Try to remove every group's first channel, then every group's last."""
-    ends = ({g.name: [end % g.width] for g in groups if g.width > 1} for end in (0, -1))
+    """Try to remove every group's first channel, then its last, then some at random.
+
+    The numbers drawn differ, and so find groups that only go together, equally many of each.
+    """
+    wide = [group for group in groups if group.width > 1]
+    rng = np.random.default_rng(0)
+    drawn = {g.name: rng.permutation(g.width)[: rng.integers(1, g.width)].tolist() for g in wide}
+    tries: tuple[dict[str, list[int]], ...] = (
+        {group.name: [0] for group in wide},
+        {group.name: [group.width - 1] for group in wide},
+        drawn,
+    )
     try:
-        return all(_can_go(model, groups, one, example, scales) for one in ends)
+        return all(_can_go(model, groups, gone, example, scales) for gone in tries)
     except Exception:  # whatever the user's forward raises, the answer is no
         return False
 
@@ -60,7 +82,7 @@ def _passes(
 def _can_go(
     model: MultiTaskModel,
     groups: Sequence[ChannelGroup],
-    gone: Mapping[str, Sequence[int]],
+    gone: Mapping[str, list[int]],
     example: Tensor,
     scales: Mapping[str, float],
 ) -> bool:

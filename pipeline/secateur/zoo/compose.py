@@ -34,10 +34,13 @@ class ComposedModel(nn.Module):
     def __init__(self, backbone: nn.Module, heads: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.backbone = backbone
+        self.channels_last = getattr(backbone, "output_fmt", None) == "NHWC"  # Swin and its kin
         self.heads = nn.ModuleDict(heads)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         features = self.backbone(images)
+        if self.channels_last:
+            features = [feature.permute(0, 3, 1, 2) for feature in features]
         return {name: head(features) for name, head in self.heads.items()}
 
     def select_outputs(self, names: Collection[str]) -> ComposedModel:
