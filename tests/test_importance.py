@@ -23,7 +23,7 @@ from secateur.importance.criterion import TaskBatch, TaskData, criterion_of
 from secateur.importance.passes import gate_pass, weight_pass
 from secateur.importance.places import gates
 from secateur.prune import find_groups
-from secateur.prune.groups import dependency_graph
+from secateur.prune.tracing import dependency_graph
 from torch import nn
 from torch_pruning.pruner.importance import GroupTaylorImportance, LAMPImportance
 

@@ -69,6 +69,25 @@ class Net(nn.Module):
         return {"room": self.last(x.mean(1))}
 
 
+class Split(nn.Module):
+    """CSPDarknet's: half of the channels goes by, the other half through a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.deep, self.last = (
+            nn.Conv2d(8, 16, 1),
+            nn.Conv2d(8, 8, 1),
+            nn.Conv2d(16, 8, 1),
+        )
+        self.classes = nn.Linear(8, 3)
+        self.stem = nn.Conv2d(3, 8, 4, stride=4)
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        a, b = self.both(torch.relu(self.stem(image))).split(8, dim=1)
+        x = torch.relu(self.last(torch.cat([a, torch.relu(self.deep(b))], 1)))
+        return {"room": self.classes(x.mean((2, 3)))}
+
+
 def cut_of(model: MultiTaskModel) -> tuple[MultiTaskModel, float]:
     """A cut to 0.8 of the MACs, and how far it is from its masked parent."""
     groups = find_groups(model, EXAMPLE)
@@ -95,6 +114,13 @@ def test_what_a_reshape_or_a_slice_fixes_stays_and_the_rest_is_cut(
     assert not found & whole and "before" in found
     _, difference = cut_of(model)
     assert difference <= 1e-5
+
+
+def test_a_split_does_not_hide_the_channels_beside_it() -> None:
+    torch.manual_seed(0)
+    model = MultiTaskModel(Split(), (ROOM,)).eval()
+    assert {"last", "stem"} <= names(model)
+    assert cut_of(model)[1] <= 1e-5
 
 
 def test_a_norm_that_measures_over_channels_does_not_keep_them() -> None:

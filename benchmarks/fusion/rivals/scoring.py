@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from secateur.core.channels import ChannelGroup, Member
 from secateur.core.model import MultiTaskModel
 from secateur.data.loading import Batch
-from secateur.prune.groups import dependency_graph
+from secateur.prune.tracing import dependency_graph
 from secateur.tasks import decompose
 from torch import Tensor, nn
 

@@ -1,72 +1,20 @@
-"""Find channel groups with torch-pruning's dependency graph (DepGraph, arXiv 2301.12900)."""
+"""Find the groups of channels that can only go together."""
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch_pruning
 from torch import Tensor, nn
-from torch_pruning import ops
 from torch_pruning.dependency import Group
-from torch_pruning.dependency.index_mapping import update_index_mapping
 
 from secateur.core.channels import Axis, ChannelGroup, Member
-from secateur.core.errors import ModelError
 from secateur.core.model import MultiTaskModel
 from secateur.prune.attention import head_groups
 from secateur.prune.conv_groups import conv_groups, is_grouped
+from secateur.prune.tracing import ROOT_TYPES, coupled_sets, dependency_graph
 from secateur.prune.trial import removable
-
-ROOT_TYPES = (nn.Conv2d, nn.Linear)
-
-
-def dependency_graph(model: MultiTaskModel, example: Tensor) -> torch_pruning.DependencyGraph:
-    """Trace ``model`` on ``example`` and return torch-pruning's graph of it.
-
-    Raises:
-        ModelError: the model cannot be traced.
-    """
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)  # the graph is read off autograd
-    model.eval()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch-pruning warns of each unwrapped parameter
-            graph = torch_pruning.DependencyGraph().build_dependency(
-                model,
-                example_inputs=(example,),  # a bare tensor it would unpack, image by image
-                verbose=False,
-            )
-    except Exception as error:  # torch-pruning and the model may raise anything
-        raise ModelError(
-            f"the dependency graph of the model cannot be traced: {error}",
-            hint="forward must be made of differentiable torch calls on module parameters",
-        ) from error
-    _map_concats(graph)
-    return graph
-
-
-def _map_concats(graph: torch_pruning.DependencyGraph) -> None:
-    """Give every concat its channel offsets back.
-
-    torch-pruning 1.6 switches them off for each concat downstream of a 3-D parameter (a position
-    embedding), although only the concat with the class token needs that.
-    """
-    bare = (ops.OPTYPE.PARAMETER, ops.OPTYPE.EXPAND)
-    switched_off = [
-        node
-        for node in graph.module2node.values()
-        if node.type == ops.OPTYPE.CONCAT
-        and not node.enable_index_mapping
-        and not any(source.type in bare for source in node.inputs)
-    ]
-    for node in switched_off:
-        node.enable_index_mapping = True
-    if switched_off:
-        update_index_mapping(graph)
 
 
 def output_layers(model: MultiTaskModel, example: Tensor) -> list[nn.Module]:
@@ -124,32 +72,12 @@ def find_groups(model: MultiTaskModel, example: Tensor) -> tuple[ChannelGroup, .
     protected = [*output_layers(model, example), *fixed, *by_head]
     plain: list[Group] = []
     coupled: list[Group] = []
-    for group in _coupled_sets(graph, protected):
+    for group in coupled_sets(graph, protected):
         if not _touches(group, fixed):
             grouped = any(is_grouped(item.dep.target.module) for item in group)
             (coupled if grouped else plain).append(group)
     own = [part for group in plain for part in _split(group, names, bare)]
     return removable(model, (*heads, *own, *conv_groups(coupled, names)), example)
-
-
-def _coupled_sets(
-    graph: torch_pruning.DependencyGraph, protected: Sequence[nn.Module]
-) -> list[Group]:
-    """Return torch-pruning's groups; a layer from which it cannot follow its channels has none."""
-    ignored, started = list(protected), list[nn.Module]()
-    follow = graph.get_pruning_group
-
-    def noted(root: nn.Module, *rest: Any) -> Group:
-        started.append(root)
-        return follow(root, *rest)
-
-    graph.get_pruning_group = noted
-    while True:
-        every = graph.get_all_groups(ignored_layers=ignored, root_module_types=list(ROOT_TYPES))
-        try:
-            return list(every)
-        except (IndexError, RuntimeError, ValueError, TypeError, AttributeError, KeyError):
-            ignored.append(started[-1])
 
 
 def _uncounted_layers(model: nn.Module) -> list[nn.Module]:
