@@ -22,9 +22,9 @@ from secateur.core.progress import track
 from secateur.devices.latency_table import LatencyTable, Point, Run
 from secateur.devices.operators import Operators
 
-OFFSETS = (1, 2, 4, 6, 8, 12, 16, 24, 32)  # channels above a multiple of BLOCK that the stairs are seen at
+OFFSETS = (2, 4, 6, 8, 12, 16, 24, 32)  # channels above a multiple of BLOCK that the stairs are seen at
 BLOCK = 32
-LEAST_RUNS = 16  # before a table predicts anything
+LEAST_RUNS = 24  # before a table predicts anything
 
 
 class Times(Protocol):
@@ -61,7 +61,7 @@ class Sampling:
     At least ``fewest`` batches and at most ``most`` are measured.
     """
 
-    rounds: int = 24
+    rounds: int = 16
     batch: int = 8
     fewest: int = 5
     most: int = 10

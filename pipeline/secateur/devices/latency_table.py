@@ -18,9 +18,10 @@ from secateur.devices.operators import OperatorKind
 
 Floats = NDArray[np.float64]
 SCHEMA = 2
-STEPS = (2, 4, 8, 16, 32)  # of channels, that kernels may work in
+STEPS = (4, 8, 16, 32)  # of channels, that kernels may work in
 BASE = 64  # channels, about, that a scan starts from
-FLAT = 0.25  # of what a share of channels should cost: below, they came for (almost) nothing
+FLAT = 0.5  # of what a share of channels should cost: below, they came for (almost) nothing
+BLOCK = 16  # channels: a vector of AVX-512, a block of ONNX Runtime's NCHWc
 LENGTHS = (0.2, 0.5, 1.5)  # of widths' logarithms, over which deviations from a plane are alike
 NOISES = (0.1, 1.0, 10.0)  # variance of single measurements, relative to that of deviations
 
@@ -97,7 +98,7 @@ class LatencyTable:
                 f"{kind.said()} are there",
                 hint="finish it by running the same `secateur profile` again",
             )
-        found = Surface(points, channel_grid(self))
+        found = Surface(points)
         self._surfaces[kind] = found
         return found
 
@@ -148,18 +149,17 @@ class LatencyTable:
 class Surface:
     """Times over (c_in, c_out), through noisy points anywhere: a Gaussian process.
 
-    Its mean is ``a + b c_in + c c_out + d c_in c_out``; what deviates from it, relative to it, is
-    alike for widths of like logarithms (Rasmussen and Williams, 2006, algorithm 2.1). Lengths and
-    noise, and whether widths count as the next multiple of ``step``, are those that predict each
-    point best from the others (equation 5.12).
+    Its mean is linear in both widths and their product, and in what of each is left over when
+    vectors of ``BLOCK`` channels are full: kernels compute that as if it were a whole vector, or in
+    a slower way. What deviates from the mean, relative to it, is alike for widths of like
+    logarithms and like rests (Rasmussen and Williams, 2006, algorithm 2.1). Length and noise are
+    those that predict each point best from the others (equation 5.12).
     """
 
-    def __init__(self, points: Sequence[Point], step: int = 1) -> None:
+    def __init__(self, points: Sequence[Point]) -> None:
         widths = np.array([(p.c_in, p.c_out) for p in points], np.float64)
         times = np.array([p.microseconds for p in points], np.float64)
-        self._least = float(times.min()) / 2
-        fits = [_Fit(widths, times, each) for each in sorted({1, step})] if times.any() else []
-        self._fit = min(fits, key=lambda fit: fit.wrong, default=None)
+        self._fit = _Fit(widths, times) if times.any() else None
 
     def at(self, c_in: int, c_out: int) -> float:
         """Return microseconds at one pair of widths."""
@@ -171,52 +171,55 @@ class Surface:
         if self._fit is None:
             return np.zeros(shape)
         pairs = np.stack(np.meshgrid(c_in, c_out, indexing="ij"), axis=-1).reshape(-1, 2)
-        times = self._fit.at(pairs.astype(np.float64)).reshape(shape)
-        return np.maximum(times, self._least)
+        return self._fit.at(pairs.astype(np.float64)).reshape(shape)
 
 
 class _Fit:
-    """The process with one step; ``wrong`` is its mean squared relative error, each left out."""
+    """The process through (n, 2) widths and their (n,) times, not all of them zero."""
 
-    def __init__(self, widths: Floats, times: Floats, step: int) -> None:
-        self._step = step
+    def __init__(self, widths: Floats, times: Floats) -> None:
         self._least = float(times[times > 0].min()) / 2
-        features = self._features(widths)
-        self._most = np.abs(features).max(axis=0)
+        features = _features(widths)
+        self._most = np.maximum(np.abs(features).max(axis=0), 1)
         weights = 1 / np.maximum(times, self._least)
         scaled = features / self._most * weights[:, None]
         self._plane, *_ = np.linalg.lstsq(scaled, times * weights, rcond=1e-6)
-        self._at = self._logarithms(widths)
-        deviations = times / self._mean(features) - 1
+        self._places = _places(widths)
+        deviations = times / self._mean(widths) - 1
         fits = [self._fitted(deviations, length, noise) for length in LENGTHS for noise in NOISES]
-        self.wrong, self._length, self._shares = min(fits, key=lambda fit: fit[0])
+        _, self._length, self._shares = min(fits, key=lambda fit: fit[0])
 
     def at(self, widths: Floats) -> Floats:
         """Return (n,) microseconds at (n, 2) widths."""
-        alike = _alike(self._logarithms(widths), self._at, self._length)
-        times: Floats = self._mean(self._features(widths)) * (1 + alike @ self._shares)
-        return times
+        alike = _alike(_places(widths), self._places, self._length)
+        return np.maximum(self._mean(widths) * (1 + alike @ self._shares), self._least)
 
-    def _fitted(self, deviations: Floats, length: float, noise: float) -> tuple[float, float, Floats]:
-        among = _alike(self._at, self._at, length) + noise * np.eye(len(deviations))
+    def _fitted(
+        self, deviations: Floats, length: float, noise: float
+    ) -> tuple[float, float, Floats]:
+        """Return the mean squared error of points left out, the length and the points' shares."""
+        among = _alike(self._places, self._places, length) + noise * np.eye(len(deviations))
         inverse = np.linalg.inv(among)
         shares = inverse @ deviations
-        left_out = shares / np.diag(inverse)
-        return float(np.mean(left_out**2)), length, shares
+        return float(np.mean((shares / np.diag(inverse)) ** 2)), length, shares
 
-    def _stepped(self, widths: Floats) -> Floats:
-        return np.ceil(widths / self._step) * self._step
-
-    def _features(self, widths: Floats) -> Floats:
-        read, made = self._stepped(widths).T
-        return np.stack([np.ones_like(read), read, made, read * made], axis=1)
-
-    def _logarithms(self, widths: Floats) -> Floats:
-        return np.log(np.maximum(self._stepped(widths), 1))
-
-    def _mean(self, features: Floats) -> Floats:
-        means: Floats = np.maximum(features / self._most @ self._plane, self._least)
+    def _mean(self, widths: Floats) -> Floats:
+        means: Floats = np.maximum(_features(widths) / self._most @ self._plane, self._least)
         return means
+
+
+def _features(widths: Floats) -> Floats:
+    read, made = widths.T
+    read_rest, made_rest = (widths % BLOCK).T
+    one = np.ones_like(read)
+    sides = np.stack([one, read, made, read * made], axis=1)
+    rests = np.stack([read_rest, made_rest, read * made_rest, made * read_rest], axis=1)
+    return np.concatenate([sides, rests], axis=1)
+
+
+def _places(widths: Floats) -> Floats:
+    """Return (n, 4) coordinates in which what is near is alike."""
+    return np.concatenate([np.log(np.maximum(widths, 1)), widths % BLOCK / BLOCK], axis=1)
 
 
 def _alike(these: Floats, those: Floats, length: float) -> Floats:

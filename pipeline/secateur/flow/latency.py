@@ -29,7 +29,7 @@ from secateur.prune.problem import Limit, PairCost, Term, product
 from secateur.runtimes import onnxruntime as measured_runtime
 
 LEAST_SHARE = 0.1  # of a group's channels: what the table reaches down to
-ROUNDS = 24  # of each network
+SAMPLING = Sampling()
 SEEN = 4  # images of noise that int8 ranges are read from: they matter to no time
 KEY = "prune.budget.latency_ms"
 
@@ -67,7 +67,7 @@ def profile_job(
         ),
         replace(_start(target, out), scale=1.0),
         partial(save_table, out),
-        Sampling(rounds=ROUNDS),
+        SAMPLING,
     )
 
 

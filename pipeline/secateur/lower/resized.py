@@ -61,6 +61,8 @@ class Resized:
         del rest.graph.value_info[:]
         for value in rest.graph.output:
             value.type.tensor_type.ClearField("shape")
+        # Runtimes fold more where the batch is known, and what ships leaves it open.
+        rest.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch"
         return rest
 
     def _cut_operands(self, node: NodeProto) -> None:
@@ -117,6 +119,9 @@ class Resized:
                 next(a for a in node.attribute if a.name == "group").i = made(kept)
         elif node.op_type == "Reshape" and any(dim.of for dim in dims[0]):
             sizes = [dim(kept) for dim in dims[0]]
+            if node.input[1] in self._values:
+                before = self._values[node.input[1]].tolist()
+                sizes = [o if o <= 0 else n for o, n in zip(before, sizes, strict=True)]
             node.input[1] = _sizes(graph, node, sizes)
         elif node.op_type == "Split" and len(node.input) > 1:
             axis = attributes_of(node).get("axis", 0)

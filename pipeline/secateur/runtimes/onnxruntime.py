@@ -133,9 +133,12 @@ def _opened(model: bytes, options: onnxruntime.SessionOptions) -> onnxruntime.In
 
 
 def _random_feeds(session: onnxruntime.InferenceSession) -> dict[str, NDArray[np.float32]]:
+    """Return noise for every input; a size that is open is 1."""
     rng = np.random.default_rng(0)
     return {
-        value.name: rng.standard_normal(value.shape).astype(np.float32)
+        value.name: rng.standard_normal(
+            [size if isinstance(size, int) else 1 for size in value.shape]
+        ).astype(np.float32)
         for value in session.get_inputs()
     }
 
