@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,11 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
-BENCHMARKS = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(BENCHMARKS))
 from safetensors.torch import load_file
 from secateur import zoo
+from secateur.core.channels import ChannelGroup
 from secateur.core.files import atomic_path
 from secateur.core.model import ModelInput, MultiTaskModel
 from secateur.core.task import Task
@@ -30,6 +27,7 @@ from secateur.prune.plan import Budget
 from secateur.zoo.compose import HeadSpec, compose
 from torch import nn
 
+BENCHMARKS = Path(__file__).resolve().parents[1]
 WORK = BENCHMARKS.parent / "out" / "budget"
 TARGET = load_target("x86-64-cpu")
 GRID = 8
@@ -51,7 +49,7 @@ DENSE = (*TASKS[:2], Task("normals", "normals", "normals", "normals"))
 
 @dataclass(frozen=True)
 class Case:
-    """A network and its input's height and width; ``trained`` says whether its norms are settled."""
+    """A network, its input's height and width, and whether its batch norms are settled."""
 
     name: str
     make: Callable[[], nn.Module]
@@ -96,7 +94,7 @@ class Network:
         return model.eval()
 
     @cached_property
-    def groups(self):
+    def groups(self) -> tuple[ChannelGroup, ...]:
         return find_groups(self.model, self.spec.example())
 
     @property

@@ -22,8 +22,8 @@ from secateur.core.progress import track
 from secateur.devices.latency_table import LatencyTable, Point, Run
 from secateur.devices.operators import Operators
 
-OFFSETS = (2, 4, 6, 8, 12, 16, 24, 32)  # channels above a multiple of BLOCK that the stairs are seen at
 BLOCK = 32
+OFFSETS = (2, 4, 6, 8, 12, 16, 24, 32)  # channels above a multiple of it: where stairs show
 LEAST_RUNS = 24  # before a table predicts anything
 
 
@@ -31,10 +31,12 @@ class Times(Protocol):
     """Microseconds of (rounds,) runs: the whole run, and of each place."""
 
     @property
-    def run_us(self) -> NDArray[np.float64]: ...
+    def run_us(self) -> NDArray[np.float64]:
+        """The whole run."""
 
     @property
-    def places_us(self) -> Mapping[str, NDArray[np.float64]]: ...
+    def places_us(self) -> Mapping[str, NDArray[np.float64]]:
+        """The kernels of each place."""
 
 
 Timer = Callable[[Sequence[bytes], int], Sequence[Times]]
@@ -96,9 +98,7 @@ def measure_table(
     return table
 
 
-def _with_stairs(
-    network: Narrowed, timer: Timer, table: LatencyTable, rounds: int
-) -> LatencyTable:
+def _with_stairs(network: Narrowed, timer: Timer, table: LatencyTable, rounds: int) -> LatencyTable:
     """Add what the network takes a few channels above the middle of every group's range."""
     middles = [full // 2 // BLOCK * BLOCK for full in network.full]
     networks = [
@@ -117,7 +117,7 @@ def _drawn(network: Narrowed, number: int, sampling: Sampling) -> list[tuple[int
     rng = np.random.default_rng((sampling.seed, number))
     columns = []
     for least, full, step in zip(network.least, network.full, network.steps, strict=True):
-        shares = (rng.permutation(sampling.batch) + rng.uniform(size=sampling.batch))
+        shares = rng.permutation(sampling.batch) + rng.uniform(size=sampling.batch)
         widths = least + shares / sampling.batch * (full - least)
         on_grid = np.clip(np.rint(widths / step) * step, least, full)
         columns.append([int(width) for width in on_grid])

@@ -149,11 +149,11 @@ class LatencyTable:
 class Surface:
     """Times over (c_in, c_out), through noisy points anywhere: a Gaussian process.
 
-    Its mean is linear in both widths and their product, and in what of each is left over when
-    vectors of ``BLOCK`` channels are full: kernels compute that as if it were a whole vector, or in
-    a slower way. What deviates from the mean, relative to it, is alike for widths of like
-    logarithms and like rests (Rasmussen and Williams, 2006, algorithm 2.1). Length and noise are
-    those that predict each point best from the others (equation 5.12).
+    Its mean is linear in both widths and their product, and in what each lacks to a multiple of
+    ``BLOCK``: kernels compute the last vector of channels as if it were full, or in a slower way.
+    What deviates from the mean, relative to it, is alike for widths of like logarithms that lack
+    alike (Rasmussen and Williams, 2006, algorithm 2.1). Length and noise are those that predict
+    each point best from the others (equation 5.12).
     """
 
     def __init__(self, points: Sequence[Point]) -> None:
@@ -178,7 +178,7 @@ class _Fit:
     """The process through (n, 2) widths and their (n,) times, not all of them zero."""
 
     def __init__(self, widths: Floats, times: Floats) -> None:
-        self._least = float(times[times > 0].min()) / 2
+        self._least = float(times[times > 0].min()) / 10
         features = _features(widths)
         self._most = np.maximum(np.abs(features).max(axis=0), 1)
         weights = 1 / np.maximum(times, self._least)
@@ -210,16 +210,16 @@ class _Fit:
 
 def _features(widths: Floats) -> Floats:
     read, made = widths.T
-    read_rest, made_rest = (widths % BLOCK).T
+    read_lack, made_lack = (-widths % BLOCK).T
     one = np.ones_like(read)
     sides = np.stack([one, read, made, read * made], axis=1)
-    rests = np.stack([read_rest, made_rest, read * made_rest, made * read_rest], axis=1)
-    return np.concatenate([sides, rests], axis=1)
+    lacks = np.stack([read_lack, made_lack, read * made_lack, made * read_lack], axis=1)
+    return np.concatenate([sides, lacks], axis=1)
 
 
 def _places(widths: Floats) -> Floats:
     """Return (n, 4) coordinates in which what is near is alike."""
-    return np.concatenate([np.log(np.maximum(widths, 1)), widths % BLOCK / BLOCK], axis=1)
+    return np.concatenate([np.log(np.maximum(widths, 1)), -widths % BLOCK / BLOCK], axis=1)
 
 
 def _alike(these: Floats, those: Floats, length: float) -> Floats:
@@ -241,9 +241,8 @@ def channel_grid(table: LatencyTable) -> int:
             (line[high] - line[low]) / line[high] / ((high - low) / (BASE + high))
             for low, high in raised
         ]
-        if not paid or float(np.mean(paid)) > FLAT:
-            break
-        found = step
+        if paid and float(np.mean(paid)) <= FLAT:
+            found = step
     return found
 
 

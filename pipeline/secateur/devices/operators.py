@@ -70,9 +70,10 @@ class PlacedOperator:
 class Operators:
     """``timed`` are those whose time a cut may change, ``bare`` counts the other nodes that run.
 
-    ``places`` gives the place of a timed operator by each name that a runtime may know it by: its
-    node's, its result's, and those of an activation that is part of it. ``live`` are, per node in order, the activations alive then: each as (first, second, bytes),
-    bytes for each product of the two widths.
+    ``live`` are, per node in order, the activations alive then: each as (first, second, bytes),
+    bytes for each product of the two widths. ``places`` gives the place of a timed operator by each
+    name that a runtime may know it by: its node's, its result's, and those of an activation that is
+    part of it.
     """
 
     timed: tuple[PlacedOperator, ...]

@@ -42,9 +42,7 @@ def network_operators(
     return list_operators(onnx, layer_widths(job.selected, groups))
 
 
-def profile_job(
-    job: Job, target: Target, out: Path, precision: Precision = "fp32"
-) -> LatencyTable:
+def profile_job(job: Job, target: Target, out: Path, precision: Precision = "fp32") -> LatencyTable:
     """Measure the recipe's operators on this machine into ``out``; what it has is kept.
 
     Raises:

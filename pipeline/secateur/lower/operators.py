@@ -16,8 +16,8 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from secateur.core.widths import Width
-from secateur.lower.export import MODULE_KEY
 from secateur.devices.operators import OperatorKind, Operators, PlacedOperator
+from secateur.lower.export import MODULE_KEY
 
 FUSED = frozenset({"Relu", "Clip", "Sigmoid", "HardSigmoid", "HardSwish", "LeakyRelu", "Tanh"})
 WEIGHTED = frozenset({"Conv", "Gemm", "MatMul"})
@@ -81,6 +81,7 @@ class WidthWalk:
         self._fused: set[str] = set()
 
     def step(self, node: NodeProto) -> None:
+        """Add one node."""
         for name in node.output:
             self.dims[name] = self._dims(node, name)
         if node.op_type == "Concat":
@@ -136,8 +137,8 @@ class WidthWalk:
             own = self.dims.get(name, ())
             if len(own) != len(dims) or len(dims) < 2:
                 continue
-            joined = tuple(mine if place == axis else other
-                           for place, (mine, other) in enumerate(zip(own, dims, strict=True)))  # fmt: skip
+            pairs = enumerate(zip(own, dims, strict=True))
+            joined = tuple(mine if place == axis else other for place, (mine, other) in pairs)
             while joined != self.dims[name]:
                 self.dims[name] = joined
                 maker = self.producer.get(name)
@@ -263,10 +264,14 @@ def _regrouped(dims: Dims, before: Sequence[int], after: Sequence[int]) -> Dims:
 
 
 def _divide(whole: Width, after: Sequence[int], places: range, result: list[Width]) -> None:
-    """Give one of the sizes that ``whole`` falls apart into its groups: the coarsest that can."""
-    for place in sorted(places, key=lambda at: after[at]):
+    """Give one of the sizes that ``whole`` falls apart into its groups: the least that can be cut.
+
+    Of (query | key | value, heads, a head's channels) that is the heads.
+    """
+    for place in sorted(places, key=lambda at: (after[at], -at)):
         rest = int(np.prod([after[other] for other in places if other != place]))
-        if after[place] > 1 and all(part % rest == 0 for part in (whole.fixed, *dict(whole.of).values())):
+        parts = (whole.fixed, *(times for _, times in whole.of))
+        if after[place] > 1 and all(part % rest == 0 for part in parts):
             result[place] = Width(whole.fixed // rest, tuple((g, t // rest) for g, t in whole.of))
             return
 

@@ -1,4 +1,4 @@
-"""An exported model at other widths, to time it: its weights are cut anywhere, its answers are wrong.
+"""An exported model at other widths, to time it: cut anywhere, so that its answers are wrong.
 
 How long a network takes depends on its widths alone, and cutting its file takes milliseconds where
 cutting and exporting the model takes many seconds.
