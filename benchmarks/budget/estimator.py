@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import spearmanr
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from networks import CASES, GRID, TARGET, WORK, Network
+from budget.networks import CASES, GRID, TARGET, WORK, Network
 from secateur.bench.estimate import table_estimate
 from secateur.bench.latency import Protocol, measure
 from secateur.bench.profile import Sampling, measure_table
@@ -33,6 +33,7 @@ from secateur.devices.target import Precision
 from secateur.flow.latency import narrowed
 from secateur.runtimes import onnxruntime
 from suite import RESULTS, Show, append_row, exit_status, read_rows, write_suite
+from torchmetrics.functional import spearman_corrcoef
 
 CELLS = RESULTS / "budget_estimator.cells.jsonl"
 PRECISIONS: tuple[Precision, ...] = ("fp32", "int8")
@@ -117,7 +118,7 @@ def profiled(network: Network, precision: Precision) -> tuple[LatencyTable, floa
     job = narrowed(network.model, network.groups, parent, GRID)
     known = (
         load_table(path) if path.exists()
-        else LatencyTable(onnxruntime.version(), TARGET.threads, host_facts(), {})
+        else LatencyTable(onnxruntime.version(), TARGET.threads, host_facts(), {}, precision)
     )  # fmt: skip
 
     def keep(table: LatencyTable) -> None:
@@ -139,7 +140,8 @@ def mape(cells: Sequence[Sequence[dict[str, Any]]]) -> float:
 def rank(cells: Sequence[Sequence[dict[str, Any]]]) -> float:
     """Return Spearman's correlation of estimated and measured shares."""
     pairs = [(cut["estimated_share"], cut["share"]) for cuts in cells for cut in cuts]
-    return float(spearmanr(*zip(*pairs, strict=True)).statistic)
+    estimated, wanted = torch.tensor(pairs, dtype=torch.float64).T
+    return float(spearman_corrcoef(estimated, wanted))
 
 
 def claims(rows: Sequence[dict[str, Any]]) -> list[Show]:

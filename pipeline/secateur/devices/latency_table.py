@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from secateur.core.errors import DeviceError
 from secateur.core.files import write_json
 from secateur.devices.operators import OperatorKind
+from secateur.devices.target import Precision
 
 Floats = NDArray[np.float64]
 SCHEMA = 2
@@ -56,6 +57,7 @@ class Run:
 class LatencyTable:
     """``points`` per kind of operator, measured with ``runtime`` (name and version) on ``host``.
 
+    The network was in ``precision``: nodes of other precisions are among those of an int8 one.
     ``runs`` are the networks they come from, in order: each kind has one point of each. All are
     relative to one minute, in which the parent took ``parent_ms``. ``stairs`` are (channels more,
     ms) of networks whose groups are that much wider than multiples of 32. ``scale`` multiplies
@@ -66,6 +68,7 @@ class LatencyTable:
     threads: int
     host: Mapping[str, Any]
     points: Mapping[OperatorKind, tuple[Point, ...]]
+    precision: Precision = "fp32"
     runs: tuple[Run, ...] = ()
     stairs: tuple[tuple[int, float], ...] = ()
     parent_ms: float = 0.0
@@ -141,7 +144,7 @@ class LatencyTable:
             for kind, points in sorted(self.points.items())
         ]
         rest = {key: getattr(self, key) for key in
-                ("runtime", "threads", "host", "parent_ms", "scale")}  # fmt: skip
+                ("runtime", "threads", "host", "precision", "parent_ms", "scale")}  # fmt: skip
         runs = [asdict(run) for run in self.runs]
         return {"schema": SCHEMA, **rest, "stairs": self.stairs, "runs": runs, "entries": entries}
 
@@ -160,6 +163,11 @@ class Surface:
         widths = np.array([(p.c_in, p.c_out) for p in points], np.float64)
         times = np.array([p.microseconds for p in points], np.float64)
         self._fit = _Fit(widths, times) if times.any() else None
+
+    @property
+    def takes_time(self) -> bool:
+        """Whether the operator runs by itself: one that is part of another does not."""
+        return self._fit is not None
 
     def at(self, c_in: int, c_out: int) -> float:
         """Return microseconds at one pair of widths."""

@@ -63,7 +63,7 @@ def profile_job(job: Job, target: Target, out: Path, precision: Precision = "fp3
         lambda models, rounds: measured_runtime.network_times(
             models, places, target.threads, rounds
         ),
-        replace(_start(target, out), scale=1.0),
+        replace(_start(target, out, precision), scale=1.0),
         partial(save_table, out),
         SAMPLING,
     )
@@ -99,18 +99,19 @@ def _least(width: int, step: int) -> int:
     return min(width, max(1, round(LEAST_SHARE * width / step)) * step)
 
 
-def _start(target: Target, out: Path) -> LatencyTable:
-    if out.exists():
-        table = load_table(out)
-        table.check_runtime(measured_runtime.version())
-        if table.threads != target.threads:
-            raise DeviceError(
-                f"{out} was measured with {table.threads} threads, {target.name} has "
-                f"{target.threads}",
-                hint="give another --out, or remove that file",
-            )
-        return table
-    return LatencyTable(measured_runtime.version(), target.threads, host_facts(), {})
+def _start(target: Target, out: Path, precision: Precision) -> LatencyTable:
+    version = measured_runtime.version()
+    if not out.exists():
+        return LatencyTable(version, target.threads, host_facts(), {}, precision)
+    table = load_table(out)
+    table.check_runtime(version)
+    if (table.threads, table.precision) != (target.threads, precision):
+        raise DeviceError(
+            f"{out} was measured in {table.precision} with {table.threads} threads, wanted are "
+            f"{precision} and the {target.threads} of {target.name}",
+            hint="give another --out, or remove that file",
+        )
+    return table
 
 
 def latency_limit(operators: Operators, table: LatencyTable, most_ms: float) -> Limit:
@@ -120,8 +121,11 @@ def latency_limit(operators: Operators, table: LatencyTable, most_ms: float) -> 
         DeviceError: the table lacks an operator, or has holes.
     """
     scale = table.scale / 1000
+    timed = [(p, table.surface(p.kind)) for p in operators.timed]
     terms = tuple(
-        Term(p.read, p.made, _milliseconds(table.surface(p.kind), scale)) for p in operators.timed
+        Term(p.read, p.made, _milliseconds(surface, scale))
+        for p, surface in timed
+        if surface.takes_time
     )
     return Limit("latency", most_ms, terms, table.fixed_us * scale, "ms", key=KEY)
 
