@@ -42,10 +42,9 @@ class Point:
 
 @dataclass(frozen=True)
 class Run:
-    """One network that was measured: what its groups kept, its milliseconds and the parent's.
+    """One network that was measured: what its groups kept, and its milliseconds.
 
-    The parent's are of the same minute. ``predicted_ms`` is what the networks before it say of
-    it, None where they were too few.
+    ``predicted_ms`` is what the networks before it say of it, None where they were too few.
     """
 
     kept: tuple[int, ...]
