@@ -38,22 +38,17 @@ class Estimate:
 def table_estimate(operators: Operators, table: LatencyTable, kept: Sequence[int]) -> Estimate:
     """Return the latency of a network whose group ``g`` keeps ``kept[g]`` channels.
 
-    The error bar is the table's relative error on held-out points.
+    The error bar is the table's relative error on networks that it predicted before they ran.
 
     Raises:
         DeviceError: the table lacks an operator, or has holes.
     """
-    total = fixed_microseconds(operators, table)
+    total = table.fixed_us
     for placed in operators.timed:
         total += table.surface(placed.kind).at(placed.read(kept), placed.made(kept))
     error = table.error()
     ms = total * table.scale / 1000
     return Estimate(ms, ms * (0.0 if np.isnan(error) else error), "table")
-
-
-def fixed_microseconds(operators: Operators, table: LatencyTable) -> float:
-    """Return the time beside the kernels, which no cut changes, before the table's scale."""
-    return table.per_run_us + table.per_node_us * (len(operators.timed) + operators.bare)
 
 
 def roofline(

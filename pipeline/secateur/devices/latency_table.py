@@ -1,4 +1,4 @@
-"""Milliseconds of single operators as measured on one machine's runtime, over their widths."""
+"""Times of a network's operators as measured on one machine's runtime, over their widths."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,49 +17,67 @@ from secateur.core.files import write_json
 from secateur.devices.operators import OperatorKind
 from secateur.devices.target import Precision
 
-SCHEMA = 1
-Use = Literal["grid", "trial", "held_out", "scan"]
-MULTIPLES = (1, 2, 4, 8, 16, 32, 64)  # of channels, that kernels may work in
-FLAT = 0.04  # a share of the time that widening to the next multiple may cost
+Floats = NDArray[np.float64]
+SCHEMA = 2
+STEPS = (4, 8, 16, 32)  # of channels, that kernels may work in
+BASE = 64  # channels, about, that a scan starts from
+FLAT = 0.5  # of what a share of channels should cost: below, they came for (almost) nothing
+BLOCK = 16  # channels: a vector of AVX-512, a block of ONNX Runtime's NCHWc
+LENGTHS = (0.2, 0.5, 1.5)  # of widths' logarithms, over which deviations from a plane are alike
+NOISES = (0.1, 1.0, 10.0)  # variance of single measurements, relative to that of deviations
 
 
 @dataclass(frozen=True, order=True)
 class Point:
-    """The median time of one operator that reads ``c_in`` channels and makes ``c_out``.
+    """The time of one operator that reads ``c_in`` channels and makes ``c_out``.
 
-    ``spread`` is half the distance of the quartiles relative to the median. ``grid`` points are
-    interpolated between, ``held_out`` ones judge that, ``scan`` ones show the runtime's steps;
-    ``trial`` points said whether the grid was fine enough.
+    ``spread`` is half the distance of the quartiles of its runs relative to it.
     """
 
     c_in: int
     c_out: int
     microseconds: float
     spread: float = 0.0
-    use: Use = "grid"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One network that was measured: what its groups kept, and its milliseconds.
+
+    ``predicted_ms`` is what the networks before it say of it, None where they were too few.
+    """
+
+    kept: tuple[int, ...]
+    ms: float
+    predicted_ms: float | None = None
 
 
 @dataclass(frozen=True)
 class LatencyTable:
     """``points`` per kind of operator, measured with ``runtime`` (name and version) on ``host``.
 
-    Time beside the kernels is ``per_node_us`` for each node and ``per_run_us`` for each run.
-    ``scale`` multiplies every prediction: what whole networks take relative to their parts.
+    The network was in ``precision``: nodes of other precisions are among those of an int8 one.
+    ``runs`` are the networks they come from, in order: each kind has one point of each. All are
+    relative to one minute, in which the parent took ``parent_ms``. ``stairs`` are (channels more,
+    ms) of networks whose groups are that much wider than multiples of 32. ``scale`` multiplies
+    every prediction: what whole networks take now relative to then.
     """
 
     runtime: str
     threads: int
     host: Mapping[str, Any]
     points: Mapping[OperatorKind, tuple[Point, ...]]
-    per_node_us: float = 0.0
-    per_run_us: float = 0.0
+    precision: Precision = "fp32"
+    runs: tuple[Run, ...] = ()
+    stairs: tuple[tuple[int, float], ...] = ()
+    parent_ms: float = 0.0
     scale: float = 1.0
 
     def surface(self, kind: OperatorKind) -> Surface:
         """Return the kind's times as a surface over both widths.
 
         Raises:
-            DeviceError: the kind was not measured, or its grid has holes.
+            DeviceError: the kind was not measured, or its points have holes.
         """
         return self._surfaces[kind] if kind in self._surfaces else self._make_surface(kind)
 
@@ -75,24 +93,32 @@ class LatencyTable:
                 f"{', '.join(sorted(near)[:3]) or 'none'}",
                 hint="measure the operators of this recipe with `secateur profile RECIPE`",
             )
-        found = surface_of(kind, self.points[kind], self._steps[kind.precision])
+        points = self.points[kind]
+        if not points or len(points) != len(self.runs):
+            raise DeviceError(
+                f"the latency table has holes: {len(points)} of {len(self.runs)} points of "
+                f"{kind.said()} are there",
+                hint="finish it by running the same `secateur profile` again",
+            )
+        found = Surface(points)
         self._surfaces[kind] = found
         return found
 
     @cached_property
-    def _steps(self) -> dict[Precision, tuple[int, int]]:
-        return {kind.precision: steps(self, kind.precision) for kind in self.points}
+    def fixed_us(self) -> float:
+        """Microseconds of a run that no cut changes, before the scale.
+
+        What the runs took beside their operators: dispatch and small nodes, less what measuring
+        added to each operator.
+        """
+        beside = [1000 * run.ms - sum(points[at].microseconds for points in self.points.values())
+                  for at, run in enumerate(self.runs)]  # fmt: skip
+        return float(np.median(beside)) if beside else 0.0
 
     def error(self) -> float:
-        """Return the mean relative error on held-out points, weighted by their times."""
-        wrong, total = 0.0, 0.0
-        for kind, points in self.points.items():
-            for point in points:
-                if point.use == "held_out":
-                    predicted = self.surface(kind).at(point.c_in, point.c_out)
-                    wrong += abs(predicted - point.microseconds)
-                    total += point.microseconds
-        return wrong / total if total else float("nan")
+        """Return the mean relative error on the networks predicted before they were measured."""
+        wrong = [abs(run.predicted_ms / run.ms - 1) for run in self.runs if run.predicted_ms]
+        return float(np.mean(wrong)) if wrong else float("nan")
 
     def check_runtime(self, runtime: str) -> None:
         """Refuse a runtime that the table was not measured with.
@@ -113,30 +139,34 @@ class LatencyTable:
     def to_json(self) -> dict[str, Any]:
         """Return the table as JSON-like data."""
         entries = [
-            {"kind": asdict(kind), "points": [asdict(point) for point in sorted(points)]}
+            {"kind": asdict(kind), "points": [asdict(point) for point in points]}
             for kind, points in sorted(self.points.items())
         ]
         rest = {key: getattr(self, key) for key in
-                ("runtime", "threads", "host", "per_node_us", "per_run_us", "scale")}  # fmt: skip
-        return {"schema": SCHEMA, **rest, "entries": entries}
+                ("runtime", "threads", "host", "precision", "parent_ms", "scale")}  # fmt: skip
+        runs = [asdict(run) for run in self.runs]
+        return {"schema": SCHEMA, **rest, "stairs": self.stairs, "runs": runs, "entries": entries}
 
 
 class Surface:
-    """Times over a full grid of (c_in, c_out): bilinear between, exact on the grid's points.
+    """Times over (c_in, c_out), through noisy points anywhere: a Gaussian process.
 
-    A width between two measured ones counts as the next multiple of the runtime's ``steps``.
-    Beyond the grid the nearest cell is continued.
+    Its mean is linear in both widths and their product, and in what each lacks to a multiple of
+    ``BLOCK``: kernels compute the last vector of channels as if it were full, or in a slower way.
+    What deviates from the mean, relative to it, is alike for widths of like logarithms that lack
+    alike (Rasmussen and Williams, 2006, algorithm 2.1). Length and noise are those that predict
+    each point best from the others (equation 5.12).
     """
 
-    def __init__(
-        self,
-        inputs: Sequence[int],
-        outputs: Sequence[int],
-        times: NDArray[np.float64],
-        steps: tuple[int, int] = (1, 1),
-    ) -> None:
-        self._inputs, self._outputs = np.array(inputs), np.array(outputs)
-        self._times, self._steps = times, steps
+    def __init__(self, points: Sequence[Point]) -> None:
+        widths = np.array([(p.c_in, p.c_out) for p in points], np.float64)
+        times = np.array([p.microseconds for p in points], np.float64)
+        self._fit = _Fit(widths, times) if times.any() else None
+
+    @property
+    def takes_time(self) -> bool:
+        """Whether the operator runs by itself: one that is part of another does not."""
+        return self._fit is not None
 
     def at(self, c_in: int, c_out: int) -> float:
         """Return microseconds at one pair of widths."""
@@ -144,89 +174,82 @@ class Surface:
 
     def table(self, c_in: NDArray[np.int64], c_out: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return (n, m) microseconds for (n,) widths read and (m,) widths made."""
-        left = _weights(c_in, self._inputs, self._steps[0])
-        right = _weights(c_out, self._outputs, self._steps[1])
-        times: NDArray[np.float64] = np.maximum(left @ self._times @ right.T, 0.0)
-        return times
+        shape = len(c_in), len(c_out)
+        if self._fit is None:
+            return np.zeros(shape)
+        pairs = np.stack(np.meshgrid(c_in, c_out, indexing="ij"), axis=-1).reshape(-1, 2)
+        return self._fit.at(pairs.astype(np.float64)).reshape(shape)
 
 
-def _weights(widths: NDArray[np.int64], known: NDArray[np.int64], step: int) -> NDArray[np.float64]:
-    """Return (n, k): how much of each known width's time counts for each width asked for."""
-    weights = np.zeros((len(widths), len(known)))
-    if len(known) == 1:
-        weights[:, 0] = 1.0
-        return weights
-    for row, width in enumerate(widths):
-        after = int(np.clip(np.searchsorted(known, width), 1, len(known) - 1))
-        low, high = known[after - 1], known[after]
-        stepped = width
-        if low < width < high:
-            stepped = min(-(-width // step) * step, high)
-        share = (stepped - low) / (high - low)
-        weights[row, after - 1], weights[row, after] = 1 - share, share
-    return weights
+class _Fit:
+    """The process through (n, 2) widths and their (n,) times, not all of them zero."""
+
+    def __init__(self, widths: Floats, times: Floats) -> None:
+        self._least = float(times[times > 0].min()) / 10
+        features = _features(widths)
+        self._most = np.maximum(np.abs(features).max(axis=0), 1)
+        weights = 1 / np.maximum(times, self._least)
+        scaled = features / self._most * weights[:, None]
+        self._plane, *_ = np.linalg.lstsq(scaled, times * weights, rcond=1e-6)
+        self._places = _places(widths)
+        deviations = times / self._mean(widths) - 1
+        fits = [self._fitted(deviations, length, noise) for length in LENGTHS for noise in NOISES]
+        _, self._length, self._shares = min(fits, key=lambda fit: fit[0])
+
+    def at(self, widths: Floats) -> Floats:
+        """Return (n,) microseconds at (n, 2) widths."""
+        alike = _alike(_places(widths), self._places, self._length)
+        return np.maximum(self._mean(widths) * (1 + alike @ self._shares), self._least)
+
+    def _fitted(
+        self, deviations: Floats, length: float, noise: float
+    ) -> tuple[float, float, Floats]:
+        """Return the mean squared error of points left out, the length and the points' shares."""
+        among = _alike(self._places, self._places, length) + noise * np.eye(len(deviations))
+        inverse = np.linalg.inv(among)
+        shares = inverse @ deviations
+        return float(np.mean((shares / np.diag(inverse)) ** 2)), length, shares
+
+    def _mean(self, widths: Floats) -> Floats:
+        means: Floats = np.maximum(_features(widths) / self._most @ self._plane, self._least)
+        return means
 
 
-def surface_of(
-    kind: OperatorKind, points: Sequence[Point], steps: tuple[int, int] = (1, 1)
-) -> Surface:
-    """Return the surface through a kind's grid points.
+def _features(widths: Floats) -> Floats:
+    read, made = widths.T
+    read_lack, made_lack = (-widths % BLOCK).T
+    one = np.ones_like(read)
+    sides = np.stack([one, read, made, read * made], axis=1)
+    lacks = np.stack([read_lack, made_lack, read * made_lack, made * read_lack], axis=1)
+    return np.concatenate([sides, lacks], axis=1)
 
-    Raises:
-        DeviceError: a combination of the widths measured is missing.
+
+def _places(widths: Floats) -> Floats:
+    """Return (n, 4) coordinates in which what is near is alike."""
+    return np.concatenate([np.log(np.maximum(widths, 1)), -widths % BLOCK / BLOCK], axis=1)
+
+
+def _alike(these: Floats, those: Floats, length: float) -> Floats:
+    squares = ((these[:, None] - those[None]) ** 2).sum(axis=-1)
+    alike: Floats = np.exp(-squares / (2 * length**2))
+    return alike
+
+
+def channel_grid(table: LatencyTable) -> int:
+    """Return the multiple to keep channel counts at: the runtime's own step.
+
+    It is the largest to which widths can be raised for a small part of what they should cost.
     """
-    grid = {(p.c_in, p.c_out): p.microseconds for p in points if p.use == "grid"}
-    inputs, outputs = (sorted({pair[axis] for pair in grid}) for axis in (0, 1))
-    if kind.square and grid:
-        return Surface(inputs[:1], outputs, np.array([[grid[c, c] for c in outputs]]), steps)
-    holes = [(a, b) for a in inputs for b in outputs if (a, b) not in grid]
-    if holes or not grid:
-        missing = f"{len(holes)} of {len(inputs) * len(outputs)}" if grid else "all"
-        first = f", the first at {holes[0][0]} -> {holes[0][1]} channels" if holes else ""
-        raise DeviceError(
-            f"the latency table has holes: {missing} points of {kind.said()} are missing{first}",
-            hint="finish it by running the same `secateur profile` again",
-        )
-    times = np.array([[grid[a, b] for b in outputs] for a in inputs])
-    return Surface(inputs, outputs, times, steps)
-
-
-def steps(table: LatencyTable, precision: Precision) -> tuple[int, int]:
-    """Return the multiples of channels read and made in which the runtime's time moves."""
-    lines: tuple[list[dict[int, float]], ...] = ([], [])
-    for kind, points in table.points.items():
-        if kind.precision != precision:
-            continue
-        scans = [p for p in points if p.use == "scan"]
-        for axis in (0, 1):
-            by_other: dict[int, dict[int, float]] = {}
-            for p in scans:
-                own, other = (p.c_in, p.c_out) if axis == 0 else (p.c_out, p.c_in)
-                by_other.setdefault(other, {})[own] = p.microseconds
-            lines[axis].extend(line for line in by_other.values() if len(line) > 2)
-    return _step_of(lines[0]), _step_of(lines[1])
-
-
-def channel_grid(table: LatencyTable, precision: Precision = "fp32") -> int:
-    """Return the multiple to keep channel counts at: the larger step of the two sides."""
-    return max(steps(table, precision))
-
-
-def _step_of(lines: Sequence[Mapping[int, float]]) -> int:
-    """Return the largest multiple to which any width can be widened for (almost) nothing."""
-    found = 1
-    for multiple in MULTIPLES:
-        shortfalls = [
-            max(0.0, 1 - time / line[-(-width // multiple) * multiple])
-            for line in lines
-            for width, time in line.items()
-            if -(-width // multiple) * multiple in line and width % multiple
+    line, found = dict(table.stairs), 1
+    for step in STEPS:
+        raised = [(low, low + step // 2) for low in line
+                  if low % step == step // 2 and low + step // 2 in line]  # fmt: skip
+        paid = [
+            (line[high] - line[low]) / line[high] / ((high - low) / (BASE + high))
+            for low, high in raised
         ]
-        if not shortfalls:
-            continue
-        if float(np.mean(shortfalls)) > FLAT:
-            break
-        found = multiple
+        if paid and float(np.mean(paid)) <= FLAT:
+            found = step
     return found
 
 
@@ -259,8 +282,10 @@ def load_table(path: Path) -> LatencyTable:
             _kind(entry["kind"]): tuple(Point(**point) for point in entry["points"])
             for entry in data["entries"]
         }
-        rest = {k: v for k, v in data.items() if k not in ("schema", "entries")}
-        return LatencyTable(points=points, **rest)
+        runs = tuple(Run(**{**run, "kept": tuple(run["kept"])}) for run in data["runs"])
+        stairs = tuple((int(more), float(ms)) for more, ms in data["stairs"])
+        rest = {k: v for k, v in data.items() if k not in ("schema", "entries", "runs", "stairs")}
+        return LatencyTable(points=points, runs=runs, stairs=stairs, **rest)
     except (KeyError, TypeError, AttributeError) as error:
         raise DeviceError(
             f"{path} is not a whole latency table: {error!r}",

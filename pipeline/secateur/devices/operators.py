@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from secateur.core.widths import Width
 from secateur.devices.target import Precision
@@ -15,7 +16,8 @@ class OperatorKind:
     ``operator`` is ONNX's; ``detail`` the activation that a runtime fuses into it, or the mode of a
     Resize. ``height`` and ``width`` are those of the input, ``out_height`` and ``out_width`` of the
     output; a linear layer has its rows (tokens) as ``height``. ``groups`` is 0 for a depth-wise
-    convolution, 1 for a dense one; a Concat has the number of its inputs there.
+    convolution, 1 for a dense one; a Concat has the number of its inputs there. ``place`` is its
+    node's name in the network: what a runtime makes of an operator depends on its neighbours.
     """
 
     operator: str
@@ -28,6 +30,7 @@ class OperatorKind:
     groups: int = 1
     detail: str = ""
     precision: Precision = "fp32"
+    place: str = ""
 
     def said(self) -> str:
         """Return the kind in a few words."""
@@ -37,11 +40,6 @@ class OperatorKind:
         wide = " depth-wise" if self.groups == 0 else ""
         more = f"+{self.detail}" if self.detail else ""
         return f"{self.operator}{more}{shape}{wide} at {self.height}x{self.width} {self.precision}"
-
-    @property
-    def square(self) -> bool:
-        """Whether its time depends on the width that it makes alone."""
-        return self.operator not in ("Conv", "Gemm", "MatMul") or self.groups == 0
 
     def macs(self, c_in: int, c_out: int) -> int:
         """Return the multiply-accumulates of one image, 0 for an operator without weights."""
@@ -70,12 +68,15 @@ class PlacedOperator:
 
 @dataclass(frozen=True)
 class Operators:
-    """``timed`` are those a table can hold, ``bare`` counts the other nodes that run.
+    """``timed`` are those whose time a cut may change, ``bare`` counts the other nodes that run.
 
     ``live`` are, per node in order, the activations alive then: each as (first, second, bytes),
-    bytes for each product of the two widths.
+    bytes for each product of the two widths. ``places`` gives the place of a timed operator by each
+    name that a runtime may know it by: its node's, its result's, and those of an activation that is
+    part of it.
     """
 
     timed: tuple[PlacedOperator, ...]
     bare: int
     live: tuple[tuple[tuple[Width, Width, int], ...], ...]
+    places: Mapping[str, str] = field(default_factory=dict)

@@ -8,36 +8,41 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from secateur.bench.estimate import fixed_microseconds, table_estimate
-from secateur.bench.latency import Protocol, measure
-from secateur.bench.profile import Sampling, demands_of, measure_table
+from secateur.bench.profile import Narrowed, Sampling, measure_table
 from secateur.core.channels import ChannelGroup
 from secateur.core.errors import DeviceError
+from secateur.core.files import file_sha256
+from secateur.core.model import MultiTaskModel
 from secateur.devices.host import host_facts
 from secateur.devices.latency_table import LatencyTable, Surface, load_table, save_table
 from secateur.devices.operators import Operators
-from secateur.devices.target import Target
+from secateur.devices.target import Precision, Target
 from secateur.flow.job import Job
 from secateur.flow.stages import exported
+from secateur.flow.trials import dialect_of
 from secateur.lower.operators import list_operators
+from secateur.lower.quant import calibrate, emit, plan_quant
+from secateur.lower.resized import Resized
 from secateur.prune import find_groups
 from secateur.prune.costs import layer_widths
 from secateur.prune.problem import Limit, PairCost, Term, product
 from secateur.runtimes import onnxruntime as measured_runtime
 
 LEAST_SHARE = 0.1  # of a group's channels: what the table reaches down to
-ROUNDS = 30  # of each point
-WHOLE = Protocol(seconds=1.5)
+SAMPLING = Sampling()
+SEEN = 4  # images of noise that int8 ranges are read from: they matter to no time
 KEY = "prune.budget.latency_ms"
 
 
-def network_operators(job: Job, groups: Sequence[ChannelGroup]) -> Operators:
-    """Return the operators of the selected model, their widths by ``groups``."""
-    onnx = exported(job, job.selected, job.parent_key)
+def network_operators(
+    job: Job, groups: Sequence[ChannelGroup], file: Path | None = None
+) -> Operators:
+    """Return the operators of the selected model, or of a ``file`` of it, by its ``groups``."""
+    onnx = file or exported(job, job.selected, job.parent_key)
     return list_operators(onnx, layer_widths(job.selected, groups))
 
 
-def profile_job(job: Job, target: Target, out: Path) -> LatencyTable:
+def profile_job(job: Job, target: Target, out: Path, precision: Precision = "fp32") -> LatencyTable:
     """Measure the recipe's operators on this machine into ``out``; what it has is kept.
 
     Raises:
@@ -50,57 +55,63 @@ def profile_job(job: Job, target: Target, out: Path) -> LatencyTable:
             hint="run `secateur profile` on the device itself",
         )
     groups = find_groups(job.selected, job.example)
-    operators = network_operators(job, groups)
-    start = _start(target, out)
-    full = [group.width for group in groups]
-    sampling = Sampling(rounds=ROUNDS, multiple=job.grid(target))
-    least = [_least(width, sampling.multiple) for width in full]
-    demands = demands_of(
-        (p.kind, (p.read(least), p.read(full)), (p.made(least), p.made(full)))
-        for p in operators.timed
-    )
-    table = measure_table(
-        demands,
-        lambda models, rounds: measured_runtime.kernel_times(models, target.threads, rounds),
-        replace(start, scale=1.0),
+    file = timed_file(job, target, precision)
+    network = narrowed(job.selected, groups, file, job.grid(target))
+    places = network.operators.places
+    return measure_table(
+        network,
+        lambda models, rounds: measured_runtime.network_times(
+            models, places, target.threads, rounds
+        ),
+        replace(_start(target, out, precision), scale=1.0),
         partial(save_table, out),
-        sampling,
+        SAMPLING,
     )
-    predicted = table_estimate(operators, table, full).ms
-    table = corrected(table, predicted, _parent_ms(job, target))
-    save_table(out, table)
-    return table
 
 
-def _parent_ms(job: Job, target: Target) -> float:
-    """Return the median time of the whole parent, its reorderings of memory and caches included."""
-    session = measured_runtime.open_session(
-        exported(job, job.selected, job.parent_key), target.threads
-    )
-    image = job.example[:1].numpy()
-    return measure({"parent": lambda: session.run(image)}, WHOLE)["parent"].median_ms
+def timed_file(job: Job, target: Target, precision: Precision) -> Path:
+    """Return the selected model's file in a precision; int8 ranges fit noise, not images."""
+    fp32 = exported(job, job.selected, job.parent_key)
+    if precision == "fp32":
+        return fp32
+    dialect = dialect_of(target)
+    path = job.cache.folder("timed", file_sha256(fp32), precision, dialect.mark()) / "model.onnx"
+    if not path.exists():
+        seen = job.spec.example(SEEN).numpy()
+        ranges = calibrate(fp32, lambda: [seen], "minmax")
+        emit(fp32, plan_quant(fp32, ranges, {}, default=precision), dialect, path)
+    return path
 
 
-def _least(width: int, multiple: int) -> int:
+def narrowed(
+    model: MultiTaskModel, groups: Sequence[ChannelGroup], file: Path, grid: int
+) -> Narrowed:
+    """Return the model in ``file`` at any widths on the grid."""
+    widths, full = layer_widths(model, groups), [group.width for group in groups]
+    steps = [min(group.step(grid), group.width) for group in groups]
+    least = [_least(width, step) for width, step in zip(full, steps, strict=True)]
+    to = Resized(file, widths, full).to
+    return Narrowed(list_operators(file, widths), to, least, full, steps)
+
+
+def _least(width: int, step: int) -> int:
     """Return the narrowest that a plan would make a group of that width."""
-    return min(width, max(1, round(LEAST_SHARE * width / multiple)) * multiple)
+    return min(width, max(1, round(LEAST_SHARE * width / step)) * step)
 
 
-def _start(target: Target, out: Path) -> LatencyTable:
-    if out.exists():
-        table = load_table(out)
-        table.check_runtime(measured_runtime.version())
-        if table.threads != target.threads:
-            raise DeviceError(
-                f"{out} was measured with {table.threads} threads, {target.name} has "
-                f"{target.threads}",
-                hint="give another --out, or remove that file",
-            )
-        return table
-    per_node, per_run = measured_runtime.overheads(target.threads)
-    return LatencyTable(
-        measured_runtime.version(), target.threads, host_facts(), {}, per_node, per_run
-    )
+def _start(target: Target, out: Path, precision: Precision) -> LatencyTable:
+    version = measured_runtime.version()
+    if not out.exists():
+        return LatencyTable(version, target.threads, host_facts(), {}, precision)
+    table = load_table(out)
+    table.check_runtime(version)
+    if (table.threads, table.precision) != (target.threads, precision):
+        raise DeviceError(
+            f"{out} was measured in {table.precision} with {table.threads} threads, wanted are "
+            f"{precision} and the {target.threads} of {target.name}",
+            hint="give another --out, or remove that file",
+        )
+    return table
 
 
 def latency_limit(operators: Operators, table: LatencyTable, most_ms: float) -> Limit:
@@ -110,11 +121,13 @@ def latency_limit(operators: Operators, table: LatencyTable, most_ms: float) -> 
         DeviceError: the table lacks an operator, or has holes.
     """
     scale = table.scale / 1000
+    timed = [(p, table.surface(p.kind)) for p in operators.timed]
     terms = tuple(
-        Term(p.read, p.made, _milliseconds(table.surface(p.kind), scale)) for p in operators.timed
+        Term(p.read, p.made, _milliseconds(surface, scale))
+        for p, surface in timed
+        if surface.takes_time
     )
-    fixed = fixed_microseconds(operators, table) * scale
-    return Limit("latency", most_ms, terms, fixed, "ms", key=KEY)
+    return Limit("latency", most_ms, terms, table.fixed_us * scale, "ms", key=KEY)
 
 
 def _milliseconds(surface: Surface, scale: float) -> PairCost:

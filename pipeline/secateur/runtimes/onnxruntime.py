@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
@@ -19,7 +21,9 @@ from secateur.core.errors import BundleError, first_line
 # that wants integer biases has them.
 DISABLED = ["WeightBiasQuantization"]
 WARM_UP = 3  # runs that are thrown away
-CHAINS = (8, 64)  # nodes of the networks that overheads are read from
+KERNEL = "_kernel_time"
+# What it adds to the name of a node, or of its result, that it writes anew.
+ADDED = re.compile(r"(/.*|_nchwc|_token_\d+)+$")
 
 
 class OnnxRuntimeSession:
@@ -58,45 +62,47 @@ def version() -> str:
     return f"onnxruntime {onnxruntime.__version__}"
 
 
-def kernel_times(models: Sequence[bytes], threads: int, rounds: int) -> list[NDArray[np.float64]]:
-    """Return, per model, (rounds,) microseconds within its kernels, the models taking turns.
+@dataclass(frozen=True)
+class NetworkTimes:
+    """Microseconds of (rounds,) runs: the whole run, and the kernels of each place.
 
-    Read from ONNX Runtime's own profile. What only changes the memory layout (Reorder*) does not
-    count: within a network neighbours mostly share a layout.
+    Those that belong to no place are part of the run alone.
+    """
+
+    run_us: NDArray[np.float64]
+    places_us: Mapping[str, NDArray[np.float64]]
+
+
+def network_times(
+    models: Sequence[bytes], places: Mapping[str, str], threads: int, rounds: int
+) -> list[NetworkTimes]:
+    """Return how long serialised models take, the models taking turns.
+
+    ``places`` gives the place of an operator by the names of its node and its results. Kernels
+    are read from ONNX Runtime's own profile, in a session beside the one whose runs are timed.
+    What it inserts (Reorder*, Transpose, a second DequantizeLinear) counts to the operator whose
+    result it takes.
 
     Raises:
         BundleError: ONNX Runtime cannot run a model.
     """
     with tempfile.TemporaryDirectory() as folder:
-        sessions = [_profiled(model, threads, f"{folder}/{i}") for i, model in enumerate(models)]
-        feeds = [_random_feeds(session) for session in sessions]
+        plain = [_opened(model, _options(threads)) for model in models]
+        traced = [_opened(model, _traced(threads, f"{folder}/{i}"))
+                  for i, model in enumerate(models)]  # fmt: skip
+        feeds = [_random_feeds(session) for session in plain]
+        spent: list[list[float]] = [[] for _ in models]
         for _ in range(rounds + WARM_UP):
-            for session, feed in zip(sessions, feeds, strict=True):
+            for session, other, feed, own in zip(plain, traced, feeds, spent, strict=True):
+                start = time.perf_counter()
                 session.run(None, feed)
-        files = [Path(session.end_profiling()) for session in sessions]
-        return [_kernel_sums(file)[WARM_UP:] for file in files]
-
-
-def overheads(threads: int, rounds: int = 60) -> tuple[float, float]:
-    """Return the microseconds beside the kernels, per node and per run.
-
-    From chains of a few and of many tiny sums: a line through both times.
-    """
-    times = []
-    for nodes in CHAINS:
-        model = _chain(nodes)
-        session = onnxruntime.InferenceSession(
-            model, _options(threads), providers=["CPUExecutionProvider"]
-        )
-        feed = _random_feeds(session)
-        spent = []
-        for _ in range(rounds):
-            start = time.perf_counter()
-            session.run(None, feed)
-            spent.append(1e6 * (time.perf_counter() - start))
-        times.append(float(np.median(spent)))
-    per_node = max(0.0, (times[1] - times[0]) / (CHAINS[1] - CHAINS[0]))
-    return per_node, max(0.0, times[0] - CHAINS[0] * per_node)
+                own.append(1e6 * (time.perf_counter() - start))
+                other.run(None, feed)
+        files = [Path(session.end_profiling()) for session in traced]
+        return [
+            NetworkTimes(np.array(own[WARM_UP:]), _by_place(file, places))
+            for own, file in zip(spent, files, strict=True)
+        ]
 
 
 def _options(threads: int) -> onnxruntime.SessionOptions:
@@ -107,46 +113,57 @@ def _options(threads: int) -> onnxruntime.SessionOptions:
     return options
 
 
-def _profiled(model: bytes, threads: int, prefix: str) -> onnxruntime.InferenceSession:
+def _traced(threads: int, prefix: str) -> onnxruntime.SessionOptions:
     options = _options(threads)
     options.enable_profiling = True
     options.profile_file_prefix = prefix
+    return options
+
+
+def _opened(model: bytes, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
     try:
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(
+            model, options, providers=["CPUExecutionProvider"], disabled_optimizers=DISABLED
+        )
     except Exception as error:  # onnxruntime's own exception types share no base
         raise BundleError(
-            f"ONNX Runtime cannot load a model of one operator: {first_line(error)}",
-            hint="report this with the recipe",
+            f"ONNX Runtime cannot load the model at other widths: {first_line(error)}",
+            hint="report this with the recipe; budgets in MACs need no such model",
         ) from error
 
 
 def _random_feeds(session: onnxruntime.InferenceSession) -> dict[str, NDArray[np.float32]]:
+    """Return noise for every input; a size that is open is 1."""
     rng = np.random.default_rng(0)
     return {
-        value.name: rng.standard_normal(value.shape).astype(np.float32)
+        value.name: rng.standard_normal(
+            [size if isinstance(size, int) else 1 for size in value.shape]
+        ).astype(np.float32)
         for value in session.get_inputs()
     }
 
 
-def _kernel_sums(profile: Path) -> NDArray[np.float64]:
-    """Return (runs,) microseconds of the kernels that compute something."""
-    by_node: dict[str, list[float]] = {}
+def _by_place(profile: Path, places: Mapping[str, str]) -> dict[str, NDArray[np.float64]]:
+    """Return (rounds,) microseconds of the kernels of each place."""
+    nodes: dict[str, list[dict[str, Any]]] = {}
     for event in json.loads(profile.read_text(encoding="utf-8")):
-        name = event["name"]
-        if event.get("cat") != "Node" or not name.endswith("_kernel_time"):
-            continue
-        if not event["args"]["op_name"].startswith("Reorder"):
-            by_node.setdefault(name, []).append(float(event["dur"]))
-    total: NDArray[np.float64] = np.array(list(by_node.values())).sum(axis=0)
-    return total
+        if event.get("cat") == "Node" and event["name"].endswith(KERNEL):
+            nodes.setdefault(event["name"].removesuffix(KERNEL), []).append(event)
+    sums: dict[str, NDArray[np.float64]] = {}
+    results: list[tuple[object, str]] = []  # of earlier nodes: shape and place
+    for name, events in nodes.items():
+        reads, makes = (events[0]["args"][f"{side}_type_shape"] for side in ("input", "output"))
+        place = places.get(name) or places.get(ADDED.sub("", name))
+        if place is None:
+            sources = [_shape(each) for each in reads[:1]]
+            place = next((p for shape, p in reversed(results) if shape in sources), None)
+        if place is not None:
+            times = np.array([event["dur"] for event in events[WARM_UP:]], np.float64)
+            sums[place] = sums.get(place, 0.0) + times
+            results += [(_shape(each), place) for each in makes]
+    return sums
 
 
-def _chain(nodes: int) -> bytes:
-    value = onnx.helper.make_tensor_value_info
-    steps = [onnx.helper.make_node("Neg", [f"t{i}"], [f"t{i + 1}"]) for i in range(nodes)]
-    graph = onnx.helper.make_graph(
-        steps, "chain", [value("t0", 1, [1])], [value(f"t{nodes}", 1, [1])]
-    )
-    opset = onnx.helper.make_opsetid("", 17)
-    model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8)
-    return bytes(model.SerializeToString())
+def _shape(typed: Mapping[str, list[int]]) -> list[int]:
+    """Return the shape in an entry {type: shape} of a profile."""
+    return next(iter(typed.values()), [])
