@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import onnx
 import pytest
 import torch
 from conftest import SPEC
@@ -12,9 +15,13 @@ from secateur.core.model import MultiTaskModel, output_difference
 from secateur.core.task import Task
 from secateur.data.loading import Batch
 from secateur.importance.bank import score_tasks
+from secateur.lower import export_onnx
+from secateur.lower.operators import list_operators
+from secateur.lower.resized import Resized
 from secateur.prune import apply_plan, count_macs, find_groups, macs_model, plan_widths
-from secateur.prune.costs import params_limit
+from secateur.prune.costs import layer_widths, params_limit
 from secateur.prune.plan import Budget
+from secateur.runtimes.base import runtime_of
 from test_prune import masked, random_plan
 from torch import Tensor, nn
 
@@ -138,3 +145,27 @@ def test_refit_mends_the_loss_of_whole_groups() -> None:
     cut = apply_plan(model, groups, plan, EXAMPLE)
     fitted = refit(model, cut, groups, plan, images)
     assert output_difference(model, fitted, images) < output_difference(model, cut, images)
+
+
+def test_an_exported_file_narrows_as_the_network_does(tmp_path: Path) -> None:
+    model = settled(Bottlenecks())
+    groups = find_groups(model, EXAMPLE)
+    export_onnx(model, EXAMPLE[:1], tmp_path / "whole.onnx")
+    full = [group.width for group in groups]
+    widths = layer_widths(model, groups)
+    counts = [{"grouped.0.groups": 3, "grouped.1.groups": 1}.get(g.name, g.width) for g in groups]
+    (tmp_path / "cut.onnx").write_bytes(Resized(tmp_path / "whole.onnx", widths, full).to(counts))
+    scores = {group.name: np.ones(group.width) for group in groups}
+    plan = plan_widths(
+        groups, macs_model(model, groups, EXAMPLE), scores, counts, Budget(1.0),
+        per_task={}, criterion="-", fusion="-",
+    )  # fmt: skip
+    export_onnx(apply_plan(model, groups, plan, EXAMPLE), EXAMPLE[:1], tmp_path / "wanted.onnx")
+    shapes = [sorted(tuple(t.dims) for t in onnx.load(tmp_path / f"{name}.onnx").graph.initializer
+                     if len(t.dims) == 4) for name in ("cut", "wanted")]  # fmt: skip
+    assert shapes[0] == shapes[1]
+    session = runtime_of("onnxruntime").open_session(tmp_path / "cut.onnx", 1)
+    assert session.run(EXAMPLE[:1].numpy())["room"].shape == (1, 3)
+    operators = list_operators(tmp_path / "whole.onnx", widths).timed
+    heavy = sum(p.kind.macs(p.read(counts), p.made(counts)) for p in operators)
+    assert heavy == plan.macs_after

@@ -101,7 +101,7 @@ def measured(network: Network, precision: Precision) -> dict[str, Any]:
 def measured_ms(network: Network, files: Mapping[str, Path]) -> dict[str, float]:
     """Return each file's p50, all taking turns: the middle one of several sessions.
 
-    Where a session's memory happens to lie changes its time by one or two per cent.
+    A session takes one or two per cent more or less each time that it is opened.
     """
     image = network.spec.example().numpy()
     found: dict[str, list[float]] = {name: [] for name in files}

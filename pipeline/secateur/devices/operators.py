@@ -45,7 +45,7 @@ class OperatorKind:
         """Return the multiply-accumulates of one image, 0 for an operator without weights."""
         if self.operator not in ("Conv", "Gemm", "MatMul"):
             return 0
-        read = 1 if self.groups == 0 else c_in // self.groups
+        read = 1 if self.groups == 0 else c_in  # of one group, where there are several
         kernel = self.kernel[0] * self.kernel[1]
         return self.out_height * self.out_width * kernel * read * c_out
 

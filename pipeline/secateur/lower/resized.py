@@ -114,9 +114,9 @@ class Resized:
         """Set what a node says of widths beside its operands."""
         dims = [self._walk.dims.get(name, ()) for name in node.output]
         if node.op_type == "Conv" and attributes_of(node).get("group", 1) > 1:
-            made = dims[0][1]
-            if attributes_of(node)["group"] == made(self._full):
-                next(a for a in node.attribute if a.name == "group").i = made(kept)
+            made, attribute = dims[0][1], next(a for a in node.attribute if a.name == "group")
+            per_group = made(self._full) // attribute.i
+            attribute.i = made(kept) // per_group
         elif node.op_type == "Reshape" and any(dim.of for dim in dims[0]):
             sizes = [dim(kept) for dim in dims[0]]
             if node.input[1] in self._values:
