@@ -24,7 +24,9 @@ class PrunePlan:
     """A cut that can be printed, compared and stored; applying it is another step.
 
     ``lost`` is, per task, the share of its importance that goes (0..1). ``macs_*`` are
-    multiply-accumulates of one image.
+    multiply-accumulates of one image. ``solver`` chose the widths ("exact", "greedy" or "search");
+    no choice of widths within the budgets loses less fused score than this one's times 1 - ``gap``
+    (None where that is not known).
     """
 
     cuts: tuple[GroupCut, ...]
@@ -35,6 +37,8 @@ class PrunePlan:
     criterion: str
     fusion: str
     lost: Mapping[str, float]
+    solver: str = ""
+    gap: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON-like data."""
