@@ -9,6 +9,8 @@ from typing import Any
 from secateur.core.channels import Axis, ChannelGroup
 from secateur.core.errors import PlanError
 
+OF_SOLVER = ("solver", "gap")
+
 
 @dataclass(frozen=True)
 class GroupCut:
@@ -41,8 +43,9 @@ class PrunePlan:
     gap: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the plan as JSON-like data."""
-        return asdict(self)
+        """Return the plan as JSON-like data; one that does not know its solver as it always was."""
+        known = asdict(self)
+        return known if self.solver else {k: v for k, v in known.items() if k not in OF_SOLVER}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> PrunePlan:
