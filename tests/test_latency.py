@@ -357,5 +357,6 @@ def test_plans_keep_every_budget_of_the_recipe_and_correct_a_missed_latency(
     assert params.total(counts) <= 0.9 * params.total(full)
     assert max(limit.total(counts) for limit in peak_limits(operators, 0)) <= 0.12e6
     monkeypatch.setattr(budgets, "_measured_ms", lambda *_: 0.1001)
+    job = replace(job, cache=StageCache(tmp_path / "d"))  # with no earlier measure
     with pytest.raises(PlanError, match=r"no plan met the budget of 0\.1 ms in 4 tries"):
         budgets.plan_within(job, target)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from secateur.core.channels import Axis, ChannelGroup
@@ -49,7 +49,7 @@ class PrunePlan:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> PrunePlan:
-        """Read what ``to_json`` wrote.
+        """Read what ``to_json`` wrote; what ``secateur plan --json`` says beside it is passed over.
 
         Raises:
             PlanError: a field is missing or has another form.
@@ -59,7 +59,8 @@ class PrunePlan:
                 GroupCut(cut["name"], int(cut["width"]), tuple(int(c) for c in cut["kept"]))
                 for cut in data["cuts"]
             )
-            rest = {key: value for key, value in data.items() if key != "cuts"}
+            own = [field.name for field in fields(PrunePlan) if field.name != "cuts"]
+            rest = {key: data[key] for key in own if key in data}
             return PrunePlan(cuts=cuts, **rest)
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(

@@ -77,9 +77,13 @@ class BudgetSpec(_Strict):
 
     @model_validator(mode="after")
     def _has_one(self) -> BudgetSpec:
-        if not self.model_fields_set:
+        if not self.given():
             raise ValueError(f"give at least one of {', '.join(type(self).model_fields)}")
         return self
+
+    def given(self) -> dict[str, float]:
+        """Return the budgets that there are, by their keys."""
+        return self.model_dump(exclude_none=True)
 
 
 class SearchSpec(_Strict):
