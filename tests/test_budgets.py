@@ -101,17 +101,22 @@ def test_a_latency_budget_is_planned_on_the_tables_grid_and_measured_once(
     again = budgets.plan_within(job, X86)
     assert again.plan == planned.plan and len(measured) == 1  # resumed, and the same plan
 
-    def evidence(median: float) -> SimpleNamespace:
-        samples = np.random.default_rng(0).normal(median, 0.002, 300)
-        cost = Cost(macs=1, params=1, onnx_bytes=1)
-        return SimpleNamespace(latency={"cut": summarise(samples)}, cost=cost, cost_parent=cost)
+    monkeypatch.setattr(budgets, "parent_ms", lambda *_: 0.6)
+
+    def evidence(cut: float, parent: float = 0.6) -> SimpleNamespace:
+        rng, cost = np.random.default_rng(0), Cost(macs=1, params=1, onnx_bytes=1)
+        latency = {name: summarise(rng.normal(median, 0.002, 300))
+                   for name, median in (("parent", parent), ("cut", cut))}  # fmt: skip
+        return SimpleNamespace(latency=latency, cost=cost, cost_parent=cost)
 
     kept = budgets.settle(job, X86, planned, evidence(0.29))
     assert kept["latency_ms"].met and kept["latency_ms"].shipped == pytest.approx(0.29, abs=1e-3)
     noise = budgets.settle(job, X86, planned, evidence(0.30005))
     assert noise["latency_ms"].met
+    slow = budgets.settle(job, X86, planned, evidence(0.34, 0.7))["latency_ms"]
+    assert slow.met and slow.shipped == pytest.approx(0.34, abs=1e-3)  # so is the parent
     over = budgets.settle(job, X86, planned, evidence(0.32))["latency_ms"]
-    assert over.met is False and "; shipped 0.3198; missed" in budget_line("latency_ms", over)
+    assert over.met is False and "; shipped 0.32; missed" in budget_line("latency_ms", over)
     later = budgets.plan_within(job, X86)  # what was missed is corrected
     assert later.plan.cuts != planned.plan.cuts and len(measured) == 2
 

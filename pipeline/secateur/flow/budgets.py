@@ -7,7 +7,7 @@ ships is measured beside the parent at the end of a build, and judged by ``settl
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from secateur.bench.compare import ratio_of_medians
+from secateur.bench.compare import Ratio, ratio_of_medians
 from secateur.bench.estimate import table_estimate
 from secateur.bench.latency import Latency, Protocol, measure
 from secateur.bundle.manifest import BudgetRecord
@@ -192,10 +192,11 @@ def settle(
 ) -> dict[str, BudgetRecord]:
     """Return the plan's budgets with what ships: what it spends there, and whether that is met.
 
-    Milliseconds are missed where the median is above the budget beyond the noise of its run. Then
-    what was measured takes the place of the plan's own measure, so that the next build corrects it.
+    Milliseconds are missed where the median is above the budget beyond the noise of its run, and
+    not because the parent beside it is slower, too, than when the plan was made. Then what was
+    measured takes the place of the plan's own measure, so that the next build corrects it.
     """
-    parent, cut, timed = evidence.cost_parent, evidence.cost, evidence.latency.get("cut")
+    parent, cut = evidence.cost_parent, evidence.cost
     shipped = {
         "macs": cut.macs / parent.macs,
         "params": cut.params / parent.params,
@@ -208,20 +209,25 @@ def settle(
             update = {"shipped": shipped[key], "met": shipped[key] <= record.wanted}
         elif key == "latency_ms":
             update = {"met": None}
-            if timed is not None and record.how == "measured":
-                update = {"shipped": timed.median_ms, "met": not _is_over(timed, record.wanted)}
+            if evidence.latency and record.how == "measured":
+                update = _settled_latency(job, target, planned, evidence.latency)
         settled[key] = record.model_copy(update=update)
-        if key == "latency_ms" and timed is not None and update["met"] is False:
-            key_of = _measure_key(job, target, _counts(planned.plan))
-            kept = job.cache.folder("planned_latency", *key_of) / "value.json"
-            write_json(kept, timed.median_ms)
     return settled
 
 
-def _is_over(timed: Latency, most_ms: float) -> bool:
-    """Say whether a latency's median is above ``most_ms`` beyond its noise."""
+def _settled_latency(
+    job: Job, target: Target, planned: Planned, latency: Mapping[str, Latency]
+) -> dict[str, Any]:
+    wanted = planned.budgets["latency_ms"].wanted
+    timed, usual, ratio = latency["cut"], parent_ms(job, target), _ratio(latency)
     medians = np.array(timed.block_medians_ms)
-    return ratio_of_medians(np.array([most_ms]), medians, paired=False).verdict == "slower"
+    over = ratio_of_medians(np.array([wanted]), medians, paired=False).verdict == "slower"
+    missed = over and ratio.low * usual > wanted
+    if missed:
+        key = _measure_key(job, target, _counts(planned.plan))
+        path = job.cache.folder("planned_latency", *key) / "value.json"
+        write_json(path, usual * ratio.value)
+    return {"shipped": timed.median_ms, "met": not missed}
 
 
 def load_table_of(target: Target, path: Path) -> LatencyTable:
@@ -268,12 +274,37 @@ def _folder(job: Job, target: Target) -> Path:
     return job.cache.folder("latency", *_key(job, target), job.grid(target))
 
 
+def parent_ms(job: Job, target: Target, protocol: Protocol | None = None) -> float:
+    """Return the median time of the parent with the kept tasks, measured once.
+
+    Later measures are scaled by the parent's beside them, so that a machine whose clock has
+    changed, or that is busy, does not change the plan.
+    """
+
+    def measured() -> float:
+        call = _call(job, target, job.selected, job.parent_key)
+        return measure({"parent": call}, protocol, "measuring the parent")["parent"].median_ms
+
+    return float(job.cache.json("parent_latency", _key(job, target), measured))
+
+
 def _measured_ms(job: Job, target: Target, planned: Planned, protocol: Protocol | None) -> float:
     """Return the median time of the planned cut on the target's runtime."""
+    usual = parent_ms(job, target, protocol)
     cut: MultiTaskModel = apply_plan(job.selected, planned.scored.groups, planned.plan, job.example)
-    path = exported(job, cut, model_fingerprint(cut))
-    session = runtime_of(target.runtime).open_session(path, target.threads)
-    image = job.example[:1].numpy()
-    return measure({"cut": lambda: session.run(image)}, protocol, "measuring the plan")[
-        "cut"
-    ].median_ms
+    calls = {
+        "parent": _call(job, target, job.selected, job.parent_key),
+        "cut": _call(job, target, cut, model_fingerprint(cut)),
+    }
+    return usual * _ratio(measure(calls, protocol, "measuring the plan")).value
+
+
+def _call(job: Job, target: Target, model: MultiTaskModel, key: str) -> Callable[[], object]:
+    session = runtime_of(target.runtime).open_session(exported(job, model, key), target.threads)
+    return partial(session.run, job.example[:1].numpy())
+
+
+def _ratio(latency: Mapping[str, Latency]) -> Ratio:
+    """Return the cut's latency over that of the parent, which took turns with it."""
+    parent, cut = (np.array(latency[name].block_medians_ms) for name in ("parent", "cut"))
+    return ratio_of_medians(parent, cut, paired=True)
