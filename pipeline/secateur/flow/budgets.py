@@ -91,15 +91,15 @@ def _measured_plan(
     job: Job, target: Target, basis: Basis, table: LatencyTable, protocol: Protocol | None
 ) -> Planned:
     """Plan, measure the cut and correct the table, until the measure lies within the budget."""
-    most = job.recipe.prune.budget.latency_ms or 0.0
+    most, usual = job.recipe.prune.budget.latency_ms or 0.0, parent_ms(job, target, protocol)
     best: tuple[float, Planned] | None = None
     missed = []
     for _ in range(TRIES):
         planned = _planned(job, target, basis, table)
         counts = _counts(planned.plan)
         key = _measure_key(job, target, counts)
-        measured = partial(_measured_ms, job, target, planned, protocol)
-        took = float(job.cache.json("planned_latency", key, measured))
+        measured = partial(_measured_share, job, target, planned, protocol)
+        took = usual * float(job.cache.json("planned_latency", key, measured))
         missed.append(took)
         if took <= most and (best is None or took > best[0]):
             best = took, planned
@@ -194,7 +194,8 @@ def settle(
 
     Milliseconds are missed where the median is above the budget beyond the noise of its run, and
     not because the parent beside it is slower, too, than when the plan was made. Then what was
-    measured takes the place of the plan's own measure, so that the next build corrects it.
+    measured takes the place of the plan's own measure, so that the next build corrects it; so does
+    the parent's time where it is much less than it was.
     """
     parent, cut = evidence.cost_parent, evidence.cost
     shipped = {
@@ -225,8 +226,10 @@ def _settled_latency(
     missed = over and ratio.low * usual > wanted
     if missed:
         key = _measure_key(job, target, _counts(planned.plan))
-        path = job.cache.folder("planned_latency", *key) / "value.json"
-        write_json(path, usual * ratio.value)
+        write_json(job.cache.folder("planned_latency", *key) / "value.json", ratio.value)
+    parent = latency["parent"].median_ms
+    if parent < LEAST_USED * usual:  # something else ran when it was measured first
+        write_json(job.cache.folder("parent_latency", *_key(job, target)) / "value.json", parent)
     return {"shipped": timed.median_ms, "met": not missed}
 
 
@@ -288,15 +291,14 @@ def parent_ms(job: Job, target: Target, protocol: Protocol | None = None) -> flo
     return float(job.cache.json("parent_latency", _key(job, target), measured))
 
 
-def _measured_ms(job: Job, target: Target, planned: Planned, protocol: Protocol | None) -> float:
-    """Return the median time of the planned cut on the target's runtime."""
-    usual = parent_ms(job, target, protocol)
+def _measured_share(job: Job, target: Target, planned: Planned, protocol: Protocol | None) -> float:
+    """Return the latency of the planned cut on the target's runtime, over the parent's."""
     cut: MultiTaskModel = apply_plan(job.selected, planned.scored.groups, planned.plan, job.example)
     calls = {
         "parent": _call(job, target, job.selected, job.parent_key),
         "cut": _call(job, target, cut, model_fingerprint(cut)),
     }
-    return usual * _ratio(measure(calls, protocol, "measuring the plan")).value
+    return _ratio(measure(calls, protocol, "measuring the plan")).value
 
 
 def _call(job: Job, target: Target, model: MultiTaskModel, key: str) -> Callable[[], object]:
