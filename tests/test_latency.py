@@ -399,18 +399,20 @@ def test_plans_keep_every_budget_of_the_recipe_and_correct_a_missed_latency(
     table = table.scaled(0.12 / table_estimate(operators, table, full).ms)
 
     def machine(job, target, planned, protocol) -> float:
-        """A machine that takes 1.3 times as long as the table says."""
+        """A machine that takes 1.3 times as long as the table says, and a ms for the parent."""
         counts = [len(cut.kept) for cut in planned.plan.cuts]
         return 1.3 * table_estimate(operators, table, counts).ms
 
     monkeypatch.setattr(budgets, "profile_job", lambda *_: table)
-    monkeypatch.setattr(budgets, "_measured_ms", machine)
+    monkeypatch.setattr(budgets, "parent_ms", lambda *_: 1.0)
+    monkeypatch.setattr(budgets, "_measured_share", machine)
     planned = budgets.plan_within(job, target)
     counts = [len(cut.kept) for cut in planned.plan.cuts]
     assert 0.7 * 0.1 <= machine(job, target, planned, None) <= 0.1
     params = params_limit(job.selected, groups, 0)
     assert params.total(counts) <= 0.9 * params.total(full)
     assert max(limit.total(counts) for limit in peak_limits(operators, 0)) <= 0.12e6
-    monkeypatch.setattr(budgets, "_measured_ms", lambda *_: 0.1001)
+    monkeypatch.setattr(budgets, "_measured_share", lambda *_: 0.1001)
+    job = replace(job, cache=StageCache(tmp_path / "d"))  # with no earlier measure
     with pytest.raises(PlanError, match=r"no plan met the budget of 0\.1 ms in 4 tries"):
         budgets.plan_within(job, target)

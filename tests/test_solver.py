@@ -7,17 +7,20 @@ import itertools
 import numpy as np
 import pytest
 from conftest import SPEC, tiny_model
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from secateur.core.channels import ChannelGroup
 from secateur.core.errors import PlanError
 from secateur.core.model import parameter_count
+from secateur.core.plan import PrunePlan
 from secateur.core.widths import Width
-from secateur.prune import apply_plan, count_macs, find_groups, macs_model, plan_widths
+from secateur.prune import apply_plan, count_macs, find_groups, macs_model, plan_prune, plan_widths
 from secateur.prune.costs import macs_limit, params_limit, task_limits, width_problem
 from secateur.prune.elimination import Elimination
 from secateur.prune.exact import solve_exact, solve_greedy
+from secateur.prune.macs import MacsModel
 from secateur.prune.plan import Budget
-from secateur.prune.problem import ONE, Limit, Problem, Term, by_count, product
+from secateur.prune.problem import ONE, Limit, Problem, Term, Totals, by_count, product
 
 EXAMPLE = SPEC.example()
 
@@ -79,6 +82,8 @@ def brute_force(problem: Problem) -> float | None:
 
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10_000), share=st.floats(0.05, 1.0))
+@example(seed=400, share=0.75)  # the best choice spends a limit to the last bit
+@example(seed=1, share=0.9999999999999999)  # the parent passes its limits by one bit
 def test_nothing_beats_the_exact_choice(seed: int, share: float) -> None:
     problem = random_problem(seed, share)
     wanted = brute_force(problem)
@@ -89,7 +94,7 @@ def test_nothing_beats_the_exact_choice(seed: int, share: float) -> None:
     found = solve_exact(problem)
     assert found.objective == pytest.approx(wanted, rel=1e-6, abs=1e-6)
     assert found.bound <= wanted + 1e-9
-    assert found.gap <= 1e-6
+    assert found.gap is not None and found.gap <= 1e-6
     for limit in problem.limits:
         assert found.spent[limit.name] == limit.total(found.counts) <= limit.most
 
@@ -167,6 +172,74 @@ def test_the_limits_of_a_net_count_what_the_cut_net_has(seed: int) -> None:
     ordered = [scores[group.name] for group in groups]
     (floor,) = task_limits(ordered, {"any": ordered}, {"any": 0.3})
     assert floor.total(counts) == pytest.approx(plan.lost["any"]) and floor.most == 0.7
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_running_totals_are_those_of_the_limits(seed: int) -> None:
+    problem, rng = random_problem(seed, 0.5), np.random.default_rng(seed)
+    totals = Totals(problem)
+    for _ in range(10):
+        at = [int(rng.integers(len(widths))) for widths in problem.widths]
+        counts = problem.counts(at)
+        assert totals(at) == [limit.total(counts) for limit in problem.limits]
+
+
+def two_task_net() -> tuple[tuple[ChannelGroup, ...], MacsModel, dict, dict]:
+    """A net, and scores by which "loud" needs what "quiet" does not."""
+    model = tiny_model(width=32)
+    groups = find_groups(model, EXAMPLE)
+    rng = np.random.default_rng(0)
+    loud = {group.name: np.sort(rng.lognormal(size=group.width)) for group in groups}
+    quiet = {name: values[::-1] for name, values in loud.items()}
+    fused = {name: loud[name] + 0.01 * quiet[name] for name in loud}
+    return groups, macs_model(model, groups, EXAMPLE), fused, {"loud": loud, "quiet": quiet}
+
+
+def test_a_tasks_floor_binds_and_costs_the_others() -> None:
+    groups, cost, fused, per_task = two_task_net()
+
+    def planned(floors: dict[str, float]) -> PrunePlan:
+        return plan_prune(groups, cost, fused, per_task, Budget(0.4, 4, 0.1), criterion="-",
+                          fusion="-", floors=floors)  # fmt: skip
+
+    free, held = planned({"loud": 0.01}), planned({"quiet": 0.8})
+    assert free.lost["quiet"] > 0.2 >= held.lost["quiet"]
+    assert held.lost["loud"] > free.lost["loud"] and held.solver == "exact"
+    assert held.macs_after <= held.budget_macs
+    assert planned({"quiet": 0.8}) == held
+    with pytest.raises(PlanError, match=r"no choice of widths was found for all: MACs <= .*"
+                       r"importance of task 'quiet' lost <= 1 %"):  # fmt: skip
+        planned({"quiet": 0.99})
+
+
+def test_the_greedy_baseline_keeps_a_floor() -> None:
+    groups, cost, fused, per_task = two_task_net()
+    ordered = {task: [own[g.name] for g in groups] for task, own in per_task.items()}
+    scores = [fused[group.name] for group in groups]
+    limits = [macs_limit(cost, cost.macs([g.width for g in groups]) // 2),
+              *task_limits(scores, ordered, {"quiet": 0.3})]  # fmt: skip
+    problem = width_problem(scores, [4] * len(groups), 0.1, limits)
+    baseline = solve_greedy(problem)
+    assert all(baseline.spent[limit.name] <= limit.most for limit in limits)
+    assert solve_exact(problem).objective <= baseline.objective
+
+
+def test_a_plan_says_who_made_it_and_how_far_from_the_best_it_may_be() -> None:
+    groups, cost, fused, per_task = two_task_net()
+
+    def planned(**options) -> PrunePlan:
+        return plan_prune(groups, cost, fused, per_task, Budget(0.4, 4, 0.1), criterion="-",
+                          fusion="-", **options)  # fmt: skip
+
+    exact = planned(limits=[macs_limit(cost, planned().budget_macs)])
+    greedy = planned(bounded=True)
+    assert exact.solver == "exact" and exact.gap == pytest.approx(0, abs=1e-6)
+    assert greedy.solver == "greedy" and 0 < greedy.gap < 1
+    assert planned().gap is None  # without being asked
+    assert PrunePlan.from_json(greedy.to_json()) == greedy
+    older = {k: v for k, v in greedy.to_json().items() if k not in ("solver", "gap")}
+    assert PrunePlan.from_json(older).gap is None
 
 
 def test_a_real_net_is_planned_to_proven_optimality_and_better_than_greedily() -> None:

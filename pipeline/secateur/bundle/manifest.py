@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -87,6 +87,24 @@ class Cost(_Strict):
     onnx_bytes: int
 
 
+class BudgetRecord(_Strict):
+    """One budget of the recipe; ``wanted`` is the most, or the least, of ``unit``.
+
+    ``planned`` is what the plan spends: counted, or of milliseconds ``measured`` on the cut before
+    its recovery, or predicted by a latency ``table`` of another machine. ``shipped`` is what the
+    bundle spends (its latency beside the parent's), None where it was not measured, and ``met``
+    whether that is within what was wanted, None where that is not known.
+    """
+
+    wanted: float
+    unit: str
+    planned: float
+    how: Literal["counted", "measured", "table"]
+    sense: Literal["most", "least"] = "most"
+    shipped: float | None = None
+    met: bool | None = None
+
+
 class Manifest(_Strict):
     """``manifest.json``."""
 
@@ -104,6 +122,7 @@ class Manifest(_Strict):
     plan: dict[str, Any]
     cost_parent: Cost
     cost: Cost
+    budgets: dict[str, BudgetRecord] = {}
     accuracy: Accuracy
     parity: dict[str, dict[str, float]]
     quantisation: dict[str, Any] | None = None  # what stayed in high precision, and why

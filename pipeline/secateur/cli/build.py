@@ -19,12 +19,13 @@ from secateur.cli.options import (
     DeviceOption,
     JsonOption,
     RecipeArgument,
+    TableOption,
     teller,
 )
 from secateur.core.progress import shown
 
 if TYPE_CHECKING:
-    from secateur.bundle.manifest import AccuracyIntervals, Manifest
+    from secateur.bundle.manifest import AccuracyIntervals, BudgetRecord, Manifest
     from secateur.flow.build import BuildResult
 
 
@@ -35,6 +36,7 @@ def build(
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the bundles go.")] = Path("out"),
     device: DeviceOption = None,
+    table: TableOption = None,
     cache: CacheOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -42,7 +44,8 @@ def build(
 
     With --device, the target's engine is then built on that device and brought into the bundle.
 
-    Exits 1 when a task lost more than its max_drop (the bundle is written and says so).
+    Exits 1 when a task lost more than its max_drop, or a budget was missed (the bundle is written
+    and says so).
 
     Example: secateur build examples/scenes.yaml --target x86-64-cpu --out out
     """
@@ -61,7 +64,8 @@ def build(
             check_device(name, device)  # before the long work
     for name in names:
         with shown(quiet=as_json):
-            results.append(run_build(loaded, name, out, cache=StageCache(cache), command=command))
+            results.append(run_build(loaded, name, out, cache=StageCache(cache), table=table,
+                                     command=command))  # fmt: skip
         if device:
             tell = teller(quiet=as_json)
             engines.append(engine_on_device(results[-1].folder, device, tell))
@@ -76,8 +80,13 @@ def build(
             if device:
                 file = result.folder / "model.engine"
                 Console().print(f"engine    {file}", soft_wrap=True, highlight=False)
-    if any(result.manifest.accuracy.too_low for result in results):
+    if any(result.manifest.accuracy.too_low or missed(result.manifest) for result in results):
         raise typer.Exit(1)
+
+
+def missed(manifest: Manifest) -> list[str]:
+    """Return the budgets that the bundle does not keep."""
+    return [name for name, budget in manifest.budgets.items() if budget.met is False]
 
 
 def result_json(result: BuildResult) -> dict[str, object]:
@@ -91,6 +100,11 @@ def print_result(result: BuildResult, console: Console) -> None:
     manifest = result.manifest
     console.print(_accuracy_table(manifest))
     console.print(_cost_table(manifest))
+    for name, budget in manifest.budgets.items():
+        line = f"budget    {budget_line(name, budget)}"
+        console.print(line, style="bold red" if budget.met is False else None, highlight=False)
+    solved = solver_line(manifest.plan["solver"], manifest.plan["gap"])
+    console.print(f"plan      {solved}", highlight=False)
     accuracy = manifest.accuracy
     console.print(
         f"ΔT {accuracy.delta_t:+.2f} %{_range(accuracy.intervals)} "
@@ -117,6 +131,23 @@ def print_result(result: BuildResult, console: Console) -> None:
     for picture in ("contact_sheet.png", "savings.png"):
         console.print(f"pictures  {folder / 'pictures' / picture}", soft_wrap=True, highlight=False)
     console.print(f"run it    python3 {folder / 'run.py'} IMAGE", soft_wrap=True, highlight=False)
+
+
+def budget_line(name: str, budget: BudgetRecord) -> str:
+    """Return in words what was wanted and what is spent, or kept."""
+    how = {"counted": "", "measured": ", measured", "table": ", by the latency table"}[budget.how]
+    said = (
+        f"{name}: at {budget.sense} {budget.wanted:g} {budget.unit}; plan {budget.planned:.4g}{how}"
+    )
+    if budget.shipped is not None:
+        said += f"; shipped {budget.shipped:.4g}"
+    return said + ("; missed" if budget.met is False else "")
+
+
+def solver_line(solver: str, gap: float | None) -> str:
+    """Return who chose the widths, and how far from the best choice that may be."""
+    said = f"widths by {solver}"
+    return said if gap is None else f"{said}; optimality gap {100 * gap:.3g} % of the score lost"
 
 
 def _range(intervals: AccuracyIntervals | None) -> str:

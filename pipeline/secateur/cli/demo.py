@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from secateur.cli.build import print_result
+from secateur.cli.build import missed, print_result
 from secateur.cli.options import DEFAULT_TARGET, CacheOption, JsonOption
 from secateur.core.errors import BundleError
 from secateur.core.progress import shown
@@ -89,7 +89,7 @@ def _build(out: Path, cache: Path | None, as_json: bool) -> None:
         typer.echo(json.dumps(result_json(result), indent=2))
     else:
         print_result(result, Console())
-    if result.manifest.accuracy.too_low:
+    if result.manifest.accuracy.too_low or missed(result.manifest):
         raise typer.Exit(1)
 
 

@@ -11,17 +11,20 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from secateur.cli.build import budget_line, solver_line
 from secateur.cli.options import (
     DEFAULT_TARGET,
     CacheOption,
     JsonOption,
     RecipeArgument,
+    TableOption,
     TargetOption,
 )
 from secateur.core.progress import shown
 
 if TYPE_CHECKING:
-    from secateur.flow.warm_start import Vote
+    from secateur.flow.estimates import PlanEstimate
+    from secateur.flow.warm_start import Planned, Vote
     from secateur.tasks import TaskUse
 
 
@@ -163,38 +166,49 @@ def score(recipe: RecipeArgument, cache: CacheOption = None, as_json: JsonOption
 def plan(
     recipe: RecipeArgument,
     target: TargetOption = DEFAULT_TARGET,
+    table: TableOption = None,
     cache: CacheOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """The cut as data: what each group keeps and what each task loses; touches no weight.
+    """The cut as data: what each group keeps, what each task loses, what every budget comes to.
+
+    Touches no weight. Latency is measured where the budget asks for it on this machine, else
+    estimated: by --table, or from the target's profile.
 
     Example: secateur plan examples/scenes.yaml --target x86-64-cpu
     """
+    from secateur.core.errors import DeviceError
     from secateur.devices.target import load_target
     from secateur.flow.axes import turn_axes
     from secateur.flow.budgets import plan_within
     from secateur.flow.cache import StageCache
+    from secateur.flow.estimates import estimate_plan
     from secateur.flow.job import open_job
     from secateur.flow.recipe import load_recipe
 
     profile = load_target(target)
     with shown(quiet=as_json):
         job = turn_axes(open_job(load_recipe(recipe), StageCache(cache)))
-        planned = plan_within(job, profile)
-    decided, vote = planned.plan, planned.vote
+        planned = plan_within(job, profile, table_file=table)
+        estimate: PlanEstimate | str = ""
+        if not any(budget.how == "measured" for budget in planned.budgets.values()):
+            try:
+                estimate = estimate_plan(job, profile, planned, table)
+            except DeviceError as error:  # a plan needs no latency
+                estimate = error.message
     if as_json:
-        asked = {} if vote is None else {"warm_start": vote.to_json()}
-        typer.echo(json.dumps({**decided.to_json(), **asked}, indent=2))
+        typer.echo(json.dumps(_plan_json(planned, estimate), indent=2))
         return
+    decided, vote = planned.plan, planned.vote
     console = Console()
     voted = {}
     if vote is not None and not vote.cold:
         voted = {"confidence": vote.confidence, "IoU with own": vote.iou}
-    table = Table("group", "kept", "of", *voted)
+    rows = Table("group", "kept", "of", *voted)
     for cut in decided.cuts:
         said = [f"{numbers.get(cut.name, 0.0):.2f}" for numbers in voted.values()]
-        table.add_row(cut.name, str(len(cut.kept)), str(cut.width), *said)
-    console.print(table)
+        rows.add_row(cut.name, str(len(cut.kept)), str(cut.width), *said)
+    console.print(rows)
     if vote is not None:
         _print_vote(vote, console)
     share = decided.macs_after / decided.macs_before
@@ -202,6 +216,23 @@ def plan(
                   f"({share:.4f}; budget {decided.budget_macs / 1e6:.2f} M)")  # fmt: skip
     for task, lost in decided.lost.items():
         console.print(f"{task}: {100 * lost:.1f} % of its importance goes")
+    for name, budget in planned.budgets.items():
+        console.print(f"budget {budget_line(name, budget)}", soft_wrap=True, highlight=False)
+    console.print(solver_line(decided.solver, decided.gap), soft_wrap=True, highlight=False)
+    if estimate:
+        latency = f"not estimated: {estimate}" if isinstance(estimate, str) else estimate.said()
+        console.print(f"latency {latency}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _plan_json(planned: Planned, estimate: PlanEstimate | str) -> dict[str, object]:
+    vote = planned.vote
+    asked = {} if vote is None else {"warm_start": vote.to_json()}
+    budgets = {name: budget.model_dump(mode="json") for name, budget in planned.budgets.items()}
+    if estimate:
+        asked["latency_estimate"] = (
+            {"unknown": estimate} if isinstance(estimate, str) else estimate.to_json()
+        )
+    return {**planned.plan.to_json(), "budgets": budgets, **asked}
 
 
 def _print_vote(vote: Vote, console: Console) -> None:

@@ -18,6 +18,12 @@ CacheOption = Annotated[
     Path | None,
     typer.Option("--cache", help="Folder of finished stages (default: $SECATEUR_CACHE)."),
 ]
+TableOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="A latency table of the target (`secateur profile`); default: measured here."
+    ),
+]
 DeviceOption = Annotated[
     str | None,
     typer.Option(help="A device: local, or ssh://[user@]host[:port][?python=/path/to/python3]."),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from secateur.core.channels import Axis, ChannelGroup
 from secateur.core.errors import PlanError
+
+OF_SOLVER = ("solver", "gap")
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,9 @@ class PrunePlan:
     """A cut that can be printed, compared and stored; applying it is another step.
 
     ``lost`` is, per task, the share of its importance that goes (0..1). ``macs_*`` are
-    multiply-accumulates of one image.
+    multiply-accumulates of one image. ``solver`` chose the widths ("exact", "greedy" or "search");
+    no choice of widths within the budgets loses less fused score than this one's times 1 - ``gap``
+    (None where that is not known).
     """
 
     cuts: tuple[GroupCut, ...]
@@ -35,14 +39,17 @@ class PrunePlan:
     criterion: str
     fusion: str
     lost: Mapping[str, float]
+    solver: str = ""
+    gap: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the plan as JSON-like data."""
-        return asdict(self)
+        """Return the plan as JSON-like data; one that does not know its solver as it always was."""
+        known = asdict(self)
+        return known if self.solver else {k: v for k, v in known.items() if k not in OF_SOLVER}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> PrunePlan:
-        """Read what ``to_json`` wrote.
+        """Read what ``to_json`` wrote; what ``secateur plan --json`` says beside it is passed over.
 
         Raises:
             PlanError: a field is missing or has another form.
@@ -52,7 +59,8 @@ class PrunePlan:
                 GroupCut(cut["name"], int(cut["width"]), tuple(int(c) for c in cut["kept"]))
                 for cut in data["cuts"]
             )
-            rest = {key: value for key, value in data.items() if key != "cuts"}
+            own = [field.name for field in fields(PrunePlan) if field.name != "cuts"]
+            rest = {key: data[key] for key in own if key in data}
             return PrunePlan(cuts=cuts, **rest)
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(

@@ -88,7 +88,7 @@ def plan_by_search(
         rungs, cost, int(budget.macs * cost.macs([g.width for g in groups])), starts, judge,
         tries=settings.tries, seed=seed,
     )  # fmt: skip
-    return planned(found.counts)
+    return replace(planned(found.counts), solver="search")
 
 
 def _starts(

@@ -1,24 +1,34 @@
 """Every budget of a recipe as limits of the plan; milliseconds are measured and met.
 
 A cut's latency does not depend on its weights, so a plan is measured as soon as it is made. Where
-it misses its budget, the table is corrected by what was measured, and the plan made again.
+it misses its budget, the table is corrected by what was measured, and the plan made again. What
+ships is measured beside the parent at the end of a build, and judged by ``settle``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from secateur.bench.compare import Ratio, ratio_of_medians
 from secateur.bench.estimate import table_estimate
-from secateur.bench.latency import Protocol, measure
+from secateur.bench.latency import Latency, Protocol, measure
+from secateur.bundle.manifest import BudgetRecord
 from secateur.core.channels import ChannelGroup
-from secateur.core.errors import PlanError
+from secateur.core.errors import DeviceError, PlanError
+from secateur.core.files import write_json
 from secateur.core.model import MultiTaskModel, model_fingerprint
+from secateur.core.plan import PrunePlan
 from secateur.devices.host import host_facts
-from secateur.devices.latency_table import LatencyTable
+from secateur.devices.latency_table import LatencyTable, load_table
 from secateur.devices.operators import Operators
 from secateur.devices.target import Target
+from secateur.flow.evidence import Evidence
 from secateur.flow.job import Job
 from secateur.flow.latency import (
     corrected,
@@ -37,46 +47,79 @@ from secateur.runtimes.base import runtime_of
 AIM = 0.98  # of the latency budget: what a plan is made for, so that its measure lies within
 LEAST_USED = 0.93  # of the budget; a cut that is quicker could have kept more
 TRIES = 4
+UNITS = {
+    "macs": "of the parent's MACs",
+    "params": "of the parent's parameters",
+    "size_mb": "MB",
+    "latency_ms": "ms",
+    "peak_memory_mb": "MB of activations",
+}
+Limits = Mapping[str, Sequence[Limit]]  # by the budget's key in the recipe
 
 
-def plan_within(job: Job, target: Target, protocol: Protocol | None = None) -> Planned:
+def plan_within(
+    job: Job, target: Target, protocol: Protocol | None = None, table_file: Path | None = None
+) -> Planned:
     """Score and plan the cut within every budget of the recipe.
+
+    ``table_file`` is a latency table of the target; without one it is measured here. One of
+    another machine is planned by and not corrected.
 
     Raises:
         PlanError: a budget cannot be met, or a plan's measured latency missed it every time.
-        DeviceError: the budget is in milliseconds and this machine cannot measure them.
+        DeviceError: the budget is in milliseconds and this machine cannot measure them, or the
+            table is damaged, has holes or is of another runtime.
     """
     wanted = job.recipe.prune.budget
-    if wanted.model_fields_set == {"macs"}:
-        return plan_job(job, job.grid(target))
-    basis = _basis(job)
+    if set(wanted.given()) == {"macs"}:
+        planned = plan_job(job, job.grid(target))
+        limit = macs_limit(planned.scored.cost, planned.plan.budget_macs)
+        return _with_records(job, planned, {"macs": [limit]})
+    basis = basis_of(job)
     if wanted.latency_ms is None:
-        return plan_job(limited(job, basis, None), job.grid(target))
-    table = profile_job(job, target, _table_file(job, target))
+        return _planned(job, target, basis, None)
+    if table_file is None:
+        table = profile_job(job, target, _folder(job, target) / "latency.json")
+    else:
+        table = load_table_of(target, table_file)
+        if not _is_of_this_machine(table, target):
+            return _planned(job, target, basis, table)
+    return _measured_plan(job, target, basis, table, protocol)
+
+
+def _measured_plan(
+    job: Job, target: Target, basis: Basis, table: LatencyTable, protocol: Protocol | None
+) -> Planned:
+    """Plan, measure the cut and correct the table, until the measure lies within the budget."""
+    most, usual = job.recipe.prune.budget.latency_ms or 0.0, parent_ms(job, target, protocol)
     best: tuple[float, Planned] | None = None
     missed = []
     for _ in range(TRIES):
-        planned = plan_job(limited(job, basis, table), job.grid(target))
-        counts = [len(cut.kept) for cut in planned.plan.cuts]
-        took = _measured_ms(job, target, planned, protocol)
+        planned = _planned(job, target, basis, table)
+        counts = _counts(planned.plan)
+        key = _measure_key(job, target, counts)
+        measured = partial(_measured_share, job, target, planned, protocol)
+        took = usual * float(job.cache.json("planned_latency", key, measured))
         missed.append(took)
-        whole = all(len(cut.kept) == cut.width for cut in planned.plan.cuts)
-        if took <= wanted.latency_ms and (best is None or took > best[0]):
+        if took <= most and (best is None or took > best[0]):
             best = took, planned
-        if best is not None and (whole or best[0] >= LEAST_USED * wanted.latency_ms):
+        if best is not None and (counts == basis.full or best[0] >= LEAST_USED * most):
             break
         table = corrected(table, table_estimate(basis.operators, table, counts).ms, took)
     if best is None:
         raise PlanError(
-            f"no plan met the budget of {wanted.latency_ms:g} ms in {TRIES} tries; measured were "
+            f"no plan met the budget of {most:g} ms in {TRIES} tries; measured were "
             f"{', '.join(f'{ms:.3g}' for ms in missed)} ms",
             hint="raise prune.budget.latency_ms, or measure while nothing else runs",
         )
-    return best[1]
+    took, planned = best
+    record = planned.budgets["latency_ms"]
+    record = record.model_copy(update={"planned": took, "how": "measured", "met": True})
+    return replace(planned, budgets={**planned.budgets, "latency_ms": record})
 
 
 @dataclass(frozen=True)
-class _Basis:
+class Basis:
     """What limits are read off: the groups of the selected model, and its operators."""
 
     groups: Sequence[ChannelGroup]
@@ -85,51 +128,185 @@ class _Basis:
 
     @property
     def full(self) -> list[int]:
+        """Every group's width."""
         return [group.width for group in self.groups]
 
 
-def _basis(job: Job) -> _Basis:
+def basis_of(job: Job) -> Basis:
+    """Return what the job's limits and latencies are read off; exports the selected model."""
     groups = find_groups(job.selected, job.example)
     onnx = exported(job, job.selected, job.parent_key)
-    return _Basis(groups, network_operators(job, groups), onnx)
+    return Basis(groups, network_operators(job, groups), onnx)
 
 
-def limited(job: Job, basis: _Basis, table: LatencyTable | None) -> Job:
-    """Return the job with a limit for every budget of its recipe; milliseconds by ``table``."""
+def _planned(job: Job, target: Target, basis: Basis, table: LatencyTable | None) -> Planned:
+    """Return the plan within a limit for every budget; milliseconds by ``table``."""
+    limits = _limits(job, basis, table)
+    flat = tuple(limit for own in limits.values() for limit in own)
+    share = min((limit.most / limit.total(basis.full) for limit in flat), default=1.0)
+    limited = replace(job, limits=flat, kept_share=min(1.0, share))
+    return _with_records(job, plan_job(limited, job.grid(target, table)), limits)
+
+
+def _limits(job: Job, basis: Basis, table: LatencyTable | None) -> Limits:
     wanted, full = job.recipe.prune.budget, basis.full
-    limits: list[Limit] = []
+    limits: dict[str, Sequence[Limit]] = {}
     if wanted.macs is not None:
         cost = macs_model(job.selected, basis.groups, job.example)
-        limits.append(macs_limit(cost, int(wanted.macs * cost.macs(full))))
+        limits["macs"] = [macs_limit(cost, int(wanted.macs * cost.macs(full)))]
     if wanted.params is not None:
         every = params_limit(job.selected, basis.groups, 0)
-        limits.append(replace(every, most=int(wanted.params * every.total(full))))
+        limits["params"] = [replace(every, most=int(wanted.params * every.total(full)))]
     if wanted.size_mb is not None:
-        size = basis.onnx.stat().st_size
-        limits.append(size_limit(job.selected, basis.groups, size, int(1e6 * wanted.size_mb)))
+        size, most = basis.onnx.stat().st_size, int(1e6 * wanted.size_mb)
+        limits["size_mb"] = [size_limit(job.selected, basis.groups, size, most)]
     if wanted.peak_memory_mb is not None:
-        limits += peak_limits(basis.operators, int(1e6 * wanted.peak_memory_mb))
+        limits["peak_memory_mb"] = peak_limits(basis.operators, int(1e6 * wanted.peak_memory_mb))
     if wanted.latency_ms is not None and table is not None:
-        limits.append(latency_limit(basis.operators, table, AIM * wanted.latency_ms))
-    share = min((limit.most / limit.total(full) for limit in limits), default=1.0)
-    return replace(job, limits=tuple(limits), kept_share=min(1.0, share))
+        limit = latency_limit(basis.operators, table, AIM * wanted.latency_ms)
+        limits["latency_ms"] = [replace(limit, scale=1 / AIM)]  # messages speak of the budget
+    return limits
 
 
-def _table_file(job: Job, target: Target) -> Path:
-    """Return where the table of this model, target, runtime and machine is kept."""
+def _with_records(job: Job, planned: Planned, limits: Limits) -> Planned:
+    """Return the plan with what it spends of each budget, and keeps of each task with a floor."""
+    wanted, counts = job.recipe.prune.budget.given(), _counts(planned.plan)
+    records = {}
+    for key, own in limits.items():
+        used = max(limit.total(counts) / limit.most for limit in own)
+        aimed = AIM if key == "latency_ms" else 1.0
+        records[key] = BudgetRecord(
+            wanted=wanted[key], unit=UNITS[key], planned=used * aimed * wanted[key],
+            how="table" if key == "latency_ms" else "counted",
+        )  # fmt: skip
+    for task, floor in job.recipe.floors().items():
+        records[f"tasks.{task}.floor"] = BudgetRecord(
+            wanted=floor, unit="of its importance", planned=1 - planned.plan.lost[task],
+            how="counted", sense="least",
+        )  # fmt: skip
+    return replace(planned, budgets=records)
+
+
+def settle(
+    job: Job, target: Target, planned: Planned, evidence: Evidence
+) -> dict[str, BudgetRecord]:
+    """Return the plan's budgets with what ships: what it spends there, and whether that is met.
+
+    Milliseconds are missed where the median is above the budget beyond the noise of its run, and
+    not because the parent beside it is slower, too, than when the plan was made. Then what was
+    measured takes the place of the plan's own measure, so that the next build corrects it; so does
+    the parent's time where it is much less than it was.
+    """
+    parent, cut = evidence.cost_parent, evidence.cost
+    shipped = {
+        "macs": cut.macs / parent.macs,
+        "params": cut.params / parent.params,
+        "size_mb": cut.onnx_bytes / 1e6,
+    }
+    settled = {}
+    for key, record in planned.budgets.items():
+        update: dict[str, Any] = {"met": True}  # what is counted alone holds as it was planned
+        if key in shipped:
+            update = {"shipped": shipped[key], "met": shipped[key] <= record.wanted}
+        elif key == "latency_ms":
+            update = {"met": None}
+            if evidence.latency and record.how == "measured":
+                update = _settled_latency(job, target, planned, evidence.latency)
+        settled[key] = record.model_copy(update=update)
+    return settled
+
+
+def _settled_latency(
+    job: Job, target: Target, planned: Planned, latency: Mapping[str, Latency]
+) -> dict[str, Any]:
+    wanted = planned.budgets["latency_ms"].wanted
+    timed, usual, ratio = latency["cut"], parent_ms(job, target), _ratio(latency)
+    medians = np.array(timed.block_medians_ms)
+    over = ratio_of_medians(np.array([wanted]), medians, paired=False).verdict == "slower"
+    missed = over and ratio.low * usual > wanted
+    if missed:
+        key = _measure_key(job, target, _counts(planned.plan))
+        write_json(job.cache.folder("planned_latency", *key) / "value.json", ratio.value)
+    parent = latency["parent"].median_ms
+    if parent < LEAST_USED * usual:  # something else ran when it was measured first
+        write_json(job.cache.folder("parent_latency", *_key(job, target)) / "value.json", parent)
+    return {"shipped": timed.median_ms, "met": not missed}
+
+
+def load_table_of(target: Target, path: Path) -> LatencyTable:
+    """Read a latency table of the target.
+
+    Raises:
+        DeviceError: it is damaged, or of another number of threads, or was measured on this
+            machine with another version of the runtime.
+    """
+    table = load_table(path)
+    if table.threads != target.threads:
+        raise DeviceError(
+            f"{path} was measured with {table.threads} threads, {target.name} has {target.threads}",
+            hint=f"measure one with `secateur profile RECIPE --target {target.name}`",
+        )
+    if _is_of_this_machine(table, target):
+        table.check_runtime(runtime_of(target.runtime).version())
+    return table
+
+
+def _is_of_this_machine(table: LatencyTable, target: Target) -> bool:
+    """Say whether what the table predicts can be measured here."""
+    return target.is_this_machine() and bool(table.host.get("cpu") == host_facts()["cpu"])
+
+
+def _counts(plan: PrunePlan) -> list[int]:
+    return [len(cut.kept) for cut in plan.cuts]
+
+
+def _key(job: Job, target: Target) -> tuple[Any, ...]:
+    """Return what a latency depends on beside the plan: the network, the runtime, the machine."""
     host = host_facts()
-    key = (job.parent_key, job.basis, [task.name for task in job.tasks], job.spec.height,
-           job.spec.width, target.name, target.threads, job.grid(target),
-           runtime_of(target.runtime).version(), host["cpu"], host["logical_cores"])  # fmt: skip
-    return job.cache.folder("latency", *key) / "latency.json"
+    return (job.parent_key, job.basis, [task.name for task in job.tasks], job.spec.height,
+            job.spec.width, target.name, target.threads,
+            runtime_of(target.runtime).version(), host["cpu"], host["logical_cores"])  # fmt: skip
 
 
-def _measured_ms(job: Job, target: Target, planned: Planned, protocol: Protocol | None) -> float:
-    """Return the median time of the planned cut on the target's runtime."""
+def _measure_key(job: Job, target: Target, counts: Sequence[int]) -> tuple[Any, ...]:
+    return (*_key(job, target), job.recipe.precision.mode, list(counts))
+
+
+def _folder(job: Job, target: Target) -> Path:
+    """Return where the table of this model, target, runtime and machine is kept."""
+    return job.cache.folder("latency", *_key(job, target), job.grid(target))
+
+
+def parent_ms(job: Job, target: Target, protocol: Protocol | None = None) -> float:
+    """Return the median time of the parent with the kept tasks, measured once.
+
+    Later measures are scaled by the parent's beside them, so that a machine whose clock has
+    changed, or that is busy, does not change the plan.
+    """
+
+    def measured() -> float:
+        call = _call(job, target, job.selected, job.parent_key)
+        return measure({"parent": call}, protocol, "measuring the parent")["parent"].median_ms
+
+    return float(job.cache.json("parent_latency", _key(job, target), measured))
+
+
+def _measured_share(job: Job, target: Target, planned: Planned, protocol: Protocol | None) -> float:
+    """Return the latency of the planned cut on the target's runtime, over the parent's."""
     cut: MultiTaskModel = apply_plan(job.selected, planned.scored.groups, planned.plan, job.example)
-    path = exported(job, cut, model_fingerprint(cut))
-    session = runtime_of(target.runtime).open_session(path, target.threads)
-    image = job.example[:1].numpy()
-    return measure({"cut": lambda: session.run(image)}, protocol, "measuring the plan")[
-        "cut"
-    ].median_ms
+    calls = {
+        "parent": _call(job, target, job.selected, job.parent_key),
+        "cut": _call(job, target, cut, model_fingerprint(cut)),
+    }
+    return _ratio(measure(calls, protocol, "measuring the plan")).value
+
+
+def _call(job: Job, target: Target, model: MultiTaskModel, key: str) -> Callable[[], object]:
+    session = runtime_of(target.runtime).open_session(exported(job, model, key), target.threads)
+    return partial(session.run, job.example[:1].numpy())
+
+
+def _ratio(latency: Mapping[str, Latency]) -> Ratio:
+    """Return the cut's latency over that of the parent, which took turns with it."""
+    parent, cut = (np.array(latency[name].block_medians_ms) for name in ("parent", "cut"))
+    return ratio_of_medians(parent, cut, paired=True)

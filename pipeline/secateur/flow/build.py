@@ -10,7 +10,7 @@ from secateur.bench.latency import Protocol
 from secateur.bundle.manifest import Manifest
 from secateur.bundle.write import prepare_folder
 from secateur.flow.axes import turn_axes
-from secateur.flow.budgets import plan_within
+from secateur.flow.budgets import plan_within, settle
 from secateur.flow.cache import StageCache
 from secateur.flow.entry import add_build
 from secateur.flow.evidence import gather_evidence
@@ -40,9 +40,12 @@ def build(
     *,
     cache: StageCache | None = None,
     protocol: Protocol | None = None,
+    table: Path | None = None,
     command: str = "",
 ) -> BuildResult:
     """Cut, lower, measure and bundle one recipe for one target, under ``out/<target>/<precision>``.
+
+    ``table``: a latency table of the target, for a budget in milliseconds.
 
     Raises:
         SecateurError: what is wrong; no file of the bundle has been written then.
@@ -58,7 +61,7 @@ def build(
     clock.lap("load")
     job = turn_axes(job)
     clock.lap("turn_axes")
-    planned = plan_within(job, target, protocol)
+    planned = plan_within(job, target, protocol, table)
     clock.lap("score_and_plan")
     begun = begin_cut(job, planned.scored.groups, planned.plan)
     begun, origin, key = best_start(job, planned, begun)
@@ -68,7 +71,8 @@ def build(
     clock.lap("lower")
     evidence = gather_evidence(job, cut, lowered, target, protocol)
     clock.lap("measure")
-    made = Made(target, planned, origin, cut, lowered, evidence, clock.seconds, command)
+    budgets = settle(job, target, planned, evidence)
+    made = Made(target, planned, origin, cut, lowered, evidence, budgets, clock.seconds, command)
     folder = out / target.name / lowered.precision
     manifest = pack(job, made, folder)
     return BuildResult(folder, manifest, add_build(job, planned, cut, evidence))

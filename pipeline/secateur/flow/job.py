@@ -12,7 +12,8 @@ from secateur.core.model import ModelInput, MultiTaskModel, model_fingerprint
 from secateur.core.task import Task
 from secateur.data.loading import InMemory, open_reader
 from secateur.data.sample import Reader
-from secateur.devices.target import Target
+from secateur.devices.latency_table import LatencyTable, channel_grid
+from secateur.devices.target import Precision, Target
 from secateur.flow.cache import StageCache
 from secateur.flow.parent import load_parent
 from secateur.flow.recipe import DataSpec, Recipe
@@ -52,15 +53,23 @@ class Job:
         """The kept tasks."""
         return self.selected.tasks
 
-    def grid(self, target: Target) -> int:
-        """Return the channel grid: the recipe's, or else the target's.
+    def grid(self, target: Target, table: LatencyTable | None = None) -> int:
+        """Return the channel grid: the recipe's, or what ``table`` shows, or else the target's.
 
         Which precision ``auto`` takes is known after the cut, so its grid suits all of them.
         """
-        mode, grids = self.recipe.precision.mode, target.channel_grid
+        mode = self.recipe.precision.mode
+        grids = {**target.channel_grid, **(_shown_grids(table) if table else {})}
         return self.recipe.prune.grid or (
             math.lcm(*grids.values()) if mode == "auto" else grids[mode]
         )
+
+
+def _shown_grids(table: LatencyTable) -> dict[Precision, int]:
+    """Return the grids of the precisions whose steps the table's scans show."""
+    scanned = {kind.precision for kind, points in table.points.items()
+               if any(point.use == "scan" for point in points)}  # fmt: skip
+    return {precision: channel_grid(table, precision) for precision in scanned}
 
 
 def open_job(recipe: Recipe, cache: StageCache) -> Job:

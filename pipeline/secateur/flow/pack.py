@@ -10,7 +10,13 @@ from pathlib import Path
 import torch
 
 from secateur.bench.pictures import contact_sheet, savings_chart
-from secateur.bundle.manifest import SCHEMA_VERSION, InputContract, Manifest, TaskContract
+from secateur.bundle.manifest import (
+    SCHEMA_VERSION,
+    BudgetRecord,
+    InputContract,
+    Manifest,
+    TaskContract,
+)
 from secateur.bundle.write import (
     file_records,
     write_builder,
@@ -49,6 +55,7 @@ class Made:
     cut: Cut
     lowered: Lowered
     evidence: Evidence
+    budgets: Mapping[str, BudgetRecord]
     seconds: Mapping[str, float]
     command: str
 
@@ -105,6 +112,7 @@ def _manifest(job: Job, made: Made) -> Manifest:
         plan={**summary, "recovery_steps": made.cut.steps, "recovery_undone": made.cut.undone},
         cost_parent=evidence.cost_parent,
         cost=evidence.cost,
+        budgets=dict(made.budgets),
         accuracy=evidence.accuracy,
         parity={
             name: {"max_abs_difference": p.max_abs_difference, "of_range": p.relative}

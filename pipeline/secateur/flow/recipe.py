@@ -53,6 +53,7 @@ class TaskSpec(_Strict):
     ignore_index: int = 255
     max_drop: float | None = Field(default=None, ge=0)
     weight: float = Field(default=1.0, gt=0)
+    floor: float | None = Field(default=None, gt=0, lt=1)
 
 
 class DataSpec(_Strict):
@@ -76,9 +77,13 @@ class BudgetSpec(_Strict):
 
     @model_validator(mode="after")
     def _has_one(self) -> BudgetSpec:
-        if not self.model_fields_set:
+        if not self.given():
             raise ValueError(f"give at least one of {', '.join(type(self).model_fields)}")
         return self
+
+    def given(self) -> dict[str, float]:
+        """Return the budgets that there are, by their keys."""
+        return self.model_dump(exclude_none=True)
 
 
 class SearchSpec(_Strict):
@@ -204,6 +209,11 @@ class Recipe(_Strict):
     def kept_names(self) -> tuple[str, ...]:
         """Return the kept tasks' names; all of them when ``keep`` is not given."""
         return self.keep or tuple(self.tasks)
+
+    def floors(self) -> dict[str, float]:
+        """Return the kept tasks' floors, where they have one."""
+        found = {name: self.tasks[name].floor for name in self.kept_names()}
+        return {name: floor for name, floor in found.items() if floor is not None}
 
     def searched(self) -> SearchSpec | Literal[False]:
         """Return the allocation search: by default only where no recovery follows.

@@ -160,7 +160,9 @@ def score_channels(job: Job, grid: int) -> Scored:
     if wanted.fusion in NEEDS_AGREEMENT:
         agree = scores_for(groups, parent_groups, task_agreement(job, parent_groups))
     cost = macs_model(job.selected, groups, job.example)
-    budget = default_budget(groups, cost, wanted.budget.macs or 1.0, grid, wanted.balance)
+    budget = default_budget(
+        groups, cost, wanted.budget.macs or 1.0, grid, wanted.balance, job.limits
+    )
     if wanted.floor is not None:
         budget = replace(budget, floor=wanted.floor)
 
@@ -178,19 +180,23 @@ def score_channels(job: Job, grid: int) -> Scored:
 
 def plan_scored(job: Job, scored: Scored) -> PrunePlan:
     """Return the cut by the fused scores, its widths searched for if the recipe says so."""
-    ranked, search = _ranked(job, scored), job.recipe.searched()
-    if search is False or job.limits:  # the search knows of MACs alone
-        return ranked
+    floors, search = job.recipe.floors(), job.recipe.searched()
+    if search is False or job.limits or floors:  # the search knows of MACs alone
+        return _ranked(job, scored, floors, bounded=True)
+    ranked = _ranked(job, scored)
     return searched_plan(
         job, search, scored.groups, scored.cost, scored.fused, ranked, scored.budget,
         scored.per_task,
     )  # fmt: skip
 
 
-def _ranked(job: Job, scored: Scored) -> PrunePlan:
+def _ranked(
+    job: Job, scored: Scored, floors: Mapping[str, float] | None = None, *, bounded: bool = False
+) -> PrunePlan:
     return plan_prune(
         scored.groups, scored.cost, scored.fused, scored.per_task, scored.budget,
         criterion=job.recipe.prune.criterion, fusion=job.recipe.prune.fusion, limits=job.limits,
+        floors=floors, bounded=bounded,
     )  # fmt: skip
 
 

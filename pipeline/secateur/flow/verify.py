@@ -54,7 +54,8 @@ def verify(folder: Path, *, limit: int | None = None) -> VerifyResult:
 
     Raises:
         BundleError: it cannot be read.
-        VerifyError: a file was altered, outputs differ, or a task is below its ``max_drop``.
+        VerifyError: a file was altered, outputs differ, a task is below its ``max_drop``, or the
+            build missed a budget.
     """
     manifest = read_bundle(folder)
     check_files(folder, manifest)
@@ -76,8 +77,9 @@ def judged(
     ``open_session`` is given the data, which the session is then shown in order.
 
     Raises:
-        VerifyError: a task is below its ``max_drop``.
+        VerifyError: a task is below its ``max_drop``, or the build missed a budget.
     """
+    _check_budgets(manifest)
     try:
         recipe, reader = eval_data(folder, manifest)
         tasks = [task for task in recipe.all_tasks() if task.name in recipe.kept_names()]
@@ -190,6 +192,16 @@ def higher_is_better(manifest: Manifest) -> dict[str, Mapping[str, bool]]:
         ).higher_is_better
         for t in manifest.tasks
     }
+
+
+def _check_budgets(manifest: Manifest) -> None:
+    for name, budget in manifest.budgets.items():
+        if budget.met is False:
+            raise VerifyError(
+                f"the bundle missed its budget {name} when it was built: {budget.shipped:.4g} "
+                f"{budget.unit}, wanted at most {budget.wanted:g}",
+                hint="build it again, while nothing else runs, or raise the budget",
+            )
 
 
 def _guard(manifest: Manifest, change: Delta) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from secateur.bundle.manifest import BudgetRecord
 from secateur.core.channels import ChannelGroup
 from secateur.core.errors import SecateurError
 from secateur.core.plan import PrunePlan, dropped_indices
@@ -91,12 +92,16 @@ class Donor:
 
 @dataclass(frozen=True, eq=False)
 class Planned:
-    """A plan, what it was made from, and, where the recipe asks the library, what that said."""
+    """A plan, what it was made from, and, where the recipe asks the library, what that said.
+
+    ``budgets``: what it spends of each budget of the recipe.
+    """
 
     scored: Scored
     plan: PrunePlan
     vote: Vote | None = None
     donors: tuple[Donor, ...] = ()
+    budgets: Mapping[str, BudgetRecord] = field(default_factory=dict)
 
 
 class _Refusal(Exception):

@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 
 from secateur.core.errors import PlanError
 from secateur.prune.macs import MacsModel
+from secateur.prune.problem import Limit
 
 Scores = Sequence[NDArray[np.float64]]
 Load = Callable[[Sequence[int]], float]  # the share of the budget that rungs use; it holds to 1
+Allowed = Callable[[Sequence[int]], bool]  # whether rungs keep what narrower widths may break
 WIDE = 12  # grid steps from which on a group counts as wide
 FLOORS = (0.3, 0.1, 0.05)  # tried in turn; the first did best on the convolutional parents
 ROOM = 0.55  # of the budget: what the narrowest network may cost, or there is little to choose
@@ -50,13 +52,18 @@ def ladders(scores: Scores, grids: Sequence[int], floor: float) -> list[Ladder]:
     return result
 
 
-def default_floor(
-    widths: Sequence[int], grids: Sequence[int], cost: MacsModel, budget: int
-) -> float:
-    """Return the highest of ``FLOORS`` that leaves a budget of MACs something to choose."""
+def default_floor(widths: Sequence[int], grids: Sequence[int], limits: Sequence[Limit]) -> float:
+    """Return the highest of ``FLOORS`` that leaves every limit something to choose.
+
+    What no cut saves (of milliseconds and bytes that is much, of MACs almost nothing) counts
+    neither as cost nor as budget.
+    """
+    nothing = [0] * len(widths)
     for floor in FLOORS:
         rungs = ladders([np.zeros(width) for width in widths], grids, floor)
-        if cost.macs([ladder.widths[-1] for ladder in rungs]) <= ROOM * budget:
+        narrowest = [ladder.widths[-1] for ladder in rungs]
+        fixed = ((limit, limit.total(nothing)) for limit in limits)
+        if all(li.total(narrowest) - kept <= ROOM * (li.most - kept) for li, kept in fixed):
             return floor
     return FLOORS[-1]
 
@@ -89,9 +96,18 @@ def solve(
     return [ladder.widths[rung] for ladder, rung in zip(rungs, at or (), strict=True)]
 
 
-def greedy(rungs: Sequence[Ladder], load: Load, *, swaps: bool = True) -> list[int] | None:
-    """Return a rung per group at which the load is at most 1, or None where the way down ends."""
-    at = _descend(rungs, load)
+def greedy(
+    rungs: Sequence[Ladder],
+    load: Load,
+    *,
+    allowed: Allowed = lambda _: True,
+    swaps: bool = True,
+) -> list[int] | None:
+    """Return a rung per group at which the load is at most 1, or None where the way down ends.
+
+    What is not ``allowed`` at some widths must not be at narrower ones, and has a load above 1.
+    """
+    at = _descend(rungs, load, allowed)
     if at is None:
         return None
     at = _fill(rungs, load, at)
@@ -104,13 +120,16 @@ def _step_loss(ladder: Ladder, rung: int) -> float:
     return (ladder.kept_score[rung] - ladder.kept_score[rung + 1]) / channels
 
 
-def _descend(rungs: Sequence[Ladder], load: Load) -> list[int] | None:
+def _descend(rungs: Sequence[Ladder], load: Load, allowed: Allowed) -> list[int] | None:
     at = [0] * len(rungs)
     while load(at) > 1:
         movable = [g for g, ladder in enumerate(rungs) if at[g] + 1 < len(ladder.widths)]
-        if not movable:
+        movable.sort(key=lambda g: _step_loss(rungs[g], at[g]))
+        steps = ([*at[:g], at[g] + 1, *at[g + 1 :]] for g in movable)
+        below = next((step for step in steps if allowed(step)), None)
+        if below is None:
             return None
-        at[min(movable, key=lambda g: _step_loss(rungs[g], at[g]))] += 1
+        at = below
     return at
 
 

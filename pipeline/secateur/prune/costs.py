@@ -17,13 +17,21 @@ MOST_RUNGS = 48  # of one group; a wider one moves in longer steps
 
 
 def width_problem(
-    scores: Sequence[Floats], grids: Sequence[int], floor: float, limits: Sequence[Limit]
+    scores: Sequence[Floats],
+    grids: Sequence[int],
+    floor: float,
+    limits: Sequence[Limit],
+    *,
+    thin: bool = True,
 ) -> Problem:
     """Return the choice of widths that keep the best (width,) scores of every group.
 
-    Widths are those of ``budget.ladders``, thinned evenly to ``MOST_RUNGS`` in very wide groups.
+    Widths are those of ``budget.ladders``; ``thin``: evenly thinned to ``MOST_RUNGS`` in very wide
+    groups.
     """
-    rungs = [_thinned(ladder) for ladder in ladders(scores, grids, floor)]
+    rungs = ladders(scores, grids, floor)
+    if thin:
+        rungs = [_thinned(ladder) for ladder in rungs]
     lost = tuple(
         tuple(max(0.0, ladder.kept_score[0] - kept) for kept in ladder.kept_score)
         for ladder in rungs

@@ -16,6 +16,8 @@ from secateur.prune.problem import Floats
 Pairs = dict[tuple[int, int], Any]
 STEPS = 10**9  # integers that a whole budget, and all score, are divided into
 LARGEST_WHOLE = 2.0**50
+SLACK = 1e-3  # of a step: what binary fractions are off
+STRUCK_OUT = 20  # choices that pass a limit by a rounding error, at most
 
 
 def solve_cp_sat(
@@ -26,7 +28,9 @@ def solve_cp_sat(
 ) -> tuple[list[int] | None, float]:
     """Return the best rungs of the groups among those kept, and a bound on their loss.
 
-    Where there are none the bound is infinite; where none were found in time they are None.
+    Where there are none the bound is infinite; where none were found in time they are None. Costs
+    are whole steps here, rounded down, so that they allow all that the limits do and the bound
+    holds; a choice that passes a limit by less than that is struck out and the next one sought.
     """
     problem = network.problem
     model = cp_model.CpModel()
@@ -40,8 +44,8 @@ def solve_cp_sat(
         _add_sum(model, network, chosen, sums)
     for which, limit in enumerate(problem.limits, 1):
         step = _step(network.tables[which], limit.most)
-        load = _weighted(network.tables[which], network, chosen, pairs, step, np.ceil)
-        model.add(load <= int(np.floor(limit.most / step + 1e-6)))
+        load = _weighted(network.tables[which], network, chosen, pairs, step, np.floor)
+        model.add(load <= int(np.floor(limit.most / step + SLACK)))
     unit = (sum(max(lost) for lost in problem.lost) or 1.0) / STEPS
     model.minimize(_weighted(network.tables[0], network, chosen, pairs, unit, np.rint))
     for variable, rung in enumerate(hint or ()):
@@ -52,15 +56,19 @@ def solve_cp_sat(
     solver.parameters.random_seed = 0
     solver.parameters.linearization_level = 2
     solver.parameters.max_deterministic_time = effort
-    status = solver.solve(model)
-    if status == cp_model.INFEASIBLE:
-        return None, np.inf
-    bound = (solver.best_objective_bound - len(problem.lost)) * unit
-    if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
-        return None, bound
-    groups = chosen[: len(problem.widths)]
-    at = [next(r for r, var in variables.items() if solver.value(var)) for variables in groups]
-    return at, problem.objective(at) if status == cp_model.OPTIMAL else bound
+    for _ in range(STRUCK_OUT):
+        status = solver.solve(model)
+        if status == cp_model.INFEASIBLE:
+            return None, np.inf
+        bound = (solver.best_objective_bound - len(problem.lost)) * unit
+        if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+            return None, bound
+        groups = chosen[: len(problem.widths)]
+        at = [next(r for r, var in variables.items() if solver.value(var)) for variables in groups]
+        if network.holds(at):
+            return at, problem.objective(at) if status == cp_model.OPTIMAL else bound
+        model.add_bool_or(~groups[group][rung] for group, rung in enumerate(at))
+    return None, bound
 
 
 def _pair_variables(model: Any, chosen: Sequence[dict[int, Any]], scope: Scope) -> Pairs:

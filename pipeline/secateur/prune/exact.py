@@ -29,6 +29,7 @@ from secateur.prune.problem import (
     Floats,
     Limit,
     Problem,
+    Totals,
     allocation,
     impossible,
     impossible_together,
@@ -58,8 +59,8 @@ def solve_exact(problem: Problem, *, effort: float = 3.0) -> Allocation:
     if order is not None:
         _check_each(problem, network, order)
     dual = _Dual(-np.inf, None, ()) if order is None else _best_prices(network, order)
-    feasible = [at for at in (*dual.visited, *_greedy_start(problem)) if network.holds(at)]
-    best = min(feasible, key=problem.objective, default=None)
+    feasible: list[Sequence[int]] = [at for at in dual.visited if network.holds(at)]
+    best = min(feasible or _greedy_start(problem), key=problem.objective, default=None)
     known = problem.objective(best) if best is not None else np.inf
     if known <= dual.bound + MARGIN * (1 + abs(known)) and best is not None:
         return allocation(problem, best, known, "exact")
@@ -72,6 +73,16 @@ def solve_exact(problem: Problem, *, effort: float = 3.0) -> Allocation:
     return allocation(problem, best, max(dual.bound, min(bound, least_removed)), "exact")
 
 
+def lower_bound(problem: Problem) -> float:
+    """Return a score that every choice within the limits loses at least, -inf if none is known."""
+    network = compile_network(problem)
+    try:
+        order = Elimination(network.sizes, network.scopes)
+    except TooDense:
+        return -np.inf
+    return _best_prices(network, order).bound
+
+
 def solve_greedy(problem: Problem) -> Allocation:
     """Return the greedy choice (``prune.budget``), the baseline; its bound is unknown (-inf).
 
@@ -80,8 +91,9 @@ def solve_greedy(problem: Problem) -> Allocation:
     """
     for at in _greedy_start(problem, swaps=True):
         return allocation(problem, at, -np.inf, "greedy")
+    widest, narrowest = _ends(problem)
     for limit in problem.limits:
-        least = limit.total([min(widths) for widths in problem.widths])
+        least = min(limit.total(widest), limit.total(narrowest))
         if least > limit.most:
             raise impossible(limit, least)
     raise impossible_together(problem.limits)
@@ -94,13 +106,27 @@ def _greedy_start(problem: Problem, *, swaps: bool = False) -> Iterator[list[int
         for widths, lost in zip(problem.widths, problem.lost, strict=True)
     ]
 
-    def load(at: Sequence[int]) -> float:
-        counts = problem.counts(at)
-        return max((_share(limit, limit.total(counts)) for limit in problem.limits), default=0.0)
+    totals = Totals(problem)
 
-    at = greedy(rungs, load, swaps=swaps)
+    def load(at: Sequence[int]) -> float:
+        used = zip(problem.limits, totals(at), strict=True)
+        return max((_share(limit, total) for limit, total in used), default=0.0)
+
+    widest, narrowest = _ends(problem)
+    rising = [which for which, limit in enumerate(problem.limits)
+              if limit.total(narrowest) > limit.total(widest)]  # fmt: skip
+
+    def allowed(at: Sequence[int]) -> bool:
+        found = totals(at) if rising else ()
+        return all(found[which] <= problem.limits[which].most for which in rising)
+
+    at = greedy(rungs, load, allowed=allowed, swaps=swaps)
     if at is not None:
         yield at
+
+
+def _ends(problem: Problem) -> tuple[list[int], list[int]]:
+    return [max(widths) for widths in problem.widths], [min(widths) for widths in problem.widths]
 
 
 def _share(limit: Limit, total: float) -> float:

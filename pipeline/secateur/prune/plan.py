@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from secateur.core.channels import ChannelGroup
 from secateur.core.plan import GroupCut, PrunePlan
 from secateur.prune.budget import default_floor, solve
-from secateur.prune.costs import width_problem
+from secateur.prune.costs import macs_limit, task_limits, width_problem
 from secateur.prune.macs import MacsModel
-from secateur.prune.problem import Limit
+from secateur.prune.problem import Allocation, Limit, Problem, allocation
 
 GroupScores = Mapping[str, NDArray[np.float64]]
 
@@ -35,12 +35,21 @@ class Budget:
 
 
 def default_budget(
-    groups: Sequence[ChannelGroup], cost: MacsModel, macs: float, grid: int, balance: float = 0.65
+    groups: Sequence[ChannelGroup],
+    cost: MacsModel,
+    macs: float,
+    grid: int,
+    balance: float = 0.65,
+    limits: Sequence[Limit] = (),
 ) -> Budget:
-    """Return the budget with the floor that suits it (``budget.default_floor``)."""
+    """Return the budget with the floor that suits it, or ``limits`` where there are some.
+
+    The floor is that of ``budget.default_floor``.
+    """
     widths = [group.width for group in groups]
     grids = [group.step(grid) for group in groups]
-    floor = default_floor(widths, grids, cost, int(macs * cost.macs(widths)))
+    within = limits or [macs_limit(cost, int(macs * cost.macs(widths)))]
+    floor = default_floor(widths, grids, within)
     return Budget(macs, grid, floor, balance)
 
 
@@ -54,11 +63,15 @@ def plan_prune(
     criterion: str,
     fusion: str,
     limits: Sequence[Limit] = (),
+    floors: Mapping[str, float] | None = None,
+    bounded: bool = False,
 ) -> PrunePlan:
     """Return the cut that keeps the most fused score within the budget, or within ``limits``.
 
-    ``fused`` and each of ``per_task`` give (width,) scores by group name. Without limits the
-    greedy planner fills the MACs of ``budget``; with them the exact one keeps all of them.
+    ``fused`` and each of ``per_task`` give (width,) scores by group name. ``floors``: the share of
+    its own importance that a task keeps at least (0..1). Without limits and floors the greedy
+    planner fills the MACs of ``budget``; with them the exact one keeps all of them. ``bounded``:
+    say of a greedy plan, too, how far from the best it may be.
 
     Raises:
         PlanError: the budget is below what the grid and the floor allow.
@@ -66,16 +79,31 @@ def plan_prune(
     full = cost.macs([group.width for group in groups])
     scores = [_balanced(fused[group.name], budget.balance) for group in groups]
     grids = [group.step(budget.grid) for group in groups]
-    if limits:
+    within = limits or [macs_limit(cost, int(budget.macs * full))]
+    if limits or floors:
         from secateur.prune.exact import solve_exact  # OR-Tools takes a while to import
 
-        problem = width_problem(scores, grids, budget.floor, limits)
-        counts: Sequence[int] = solve_exact(problem).counts
+        ordered = {task: [own[group.name] for group in groups] for task, own in per_task.items()}
+        kept = task_limits(scores, ordered, floors or {})
+        found = solve_exact(width_problem(scores, grids, budget.floor, [*within, *kept]))
     else:
+        problem = width_problem(scores, grids, budget.floor, within, thin=False)
         counts = solve(scores, cost, int(budget.macs * full), grids, budget.floor)
-    return plan_widths(
-        groups, cost, fused, counts, budget, per_task=per_task, criterion=criterion, fusion=fusion
-    )
+        found = _greedy_allocation(problem, counts, bounded)
+    plan = plan_widths(
+        groups, cost, fused, found.counts, budget, per_task=per_task, criterion=criterion,
+        fusion=fusion,
+    )  # fmt: skip
+    return replace(plan, solver=found.method, gap=found.gap)
+
+
+def _greedy_allocation(problem: Problem, counts: Sequence[int], bounded: bool) -> Allocation:
+    at = [widths.index(count) for widths, count in zip(problem.widths, counts, strict=True)]
+    if not bounded:
+        return allocation(problem, at, -np.inf, "greedy")
+    from secateur.prune.exact import lower_bound
+
+    return allocation(problem, at, lower_bound(problem), "greedy")
 
 
 def plan_widths(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import fsum
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,7 +53,7 @@ class Limit:
 
     def total(self, kept: Sequence[int]) -> float:
         """Return what the choice costs."""
-        return self.constant + sum(term.at(kept) for term in self.terms)
+        return fsum([self.constant, *(term.at(kept) for term in self.terms)])
 
     def said(self, value: float) -> str:
         """Return a value in the words of a message."""
@@ -103,9 +104,52 @@ class Allocation:
     method: str
 
     @property
-    def gap(self) -> float:
-        """The proven distance to the best choice, as a share of the objective."""
+    def gap(self) -> float | None:
+        """The proven distance to the best choice, as a share of the objective; None: unknown."""
+        if not np.isfinite(self.bound):
+            return None
         return max(0.0, self.objective - self.bound) / self.objective if self.objective else 0.0
+
+
+class Totals:
+    """Each limit's total at choices of rungs, quick where one choice differs little from the last.
+
+    The sums are rounded once (``fsum``), so that they equal ``Limit.total`` to the last bit.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        self._terms = [(which, term) for which, limit in enumerate(problem.limits)
+                       for term in limit.terms]  # fmt: skip
+        self._places: list[list[int]] = [[] for _ in problem.widths]
+        for place, (_, term) in enumerate(self._terms):
+            for group in {group for width in (term.first, term.second) for group, _ in width.of}:
+                self._places[group].append(place)
+        self._known: dict[tuple[int, int, int], float] = {}
+        self._at = [0] * len(problem.widths)
+        self._counts = list(problem.counts(self._at))
+        self._values = [[limit.constant] for limit in problem.limits]
+        self._slots = []
+        for place, (which, _) in enumerate(self._terms):
+            self._slots.append(len(self._values[which]))
+            self._values[which].append(self._value(place))
+
+    def __call__(self, at: Sequence[int]) -> list[float]:
+        """Return the totals, one per limit."""
+        changed = [g for g, (new, old) in enumerate(zip(at, self._at, strict=True)) if new != old]
+        for group in changed:
+            self._counts[group] = self._problem.widths[group][at[group]]
+        for place in {place for group in changed for place in self._places[group]}:
+            self._values[self._terms[place][0]][self._slots[place]] = self._value(place)
+        self._at = list(at)
+        return [fsum(values) for values in self._values]
+
+    def _value(self, place: int) -> float:
+        term = self._terms[place][1]
+        key = place, term.first(self._counts), term.second(self._counts)
+        if key not in self._known:
+            self._known[key] = term.at(self._counts)
+        return self._known[key]
 
 
 def allocation(problem: Problem, at: Sequence[int], bound: float, method: str) -> Allocation:

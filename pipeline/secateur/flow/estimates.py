@@ -1,0 +1,75 @@
+"""What a plan will take where it cannot be measured: by a latency table, or a labelled roofline."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from secateur.bench.estimate import Estimate, roofline, table_estimate
+from secateur.core.errors import DeviceError
+from secateur.devices.target import Precision, Target
+from secateur.flow.budgets import Basis, basis_of, load_table_of
+from secateur.flow.job import Job
+from secateur.flow.warm_start import Planned
+
+
+@dataclass(frozen=True)
+class PlanEstimate:
+    """The latency of the parent, with the kept tasks only, and of the plan, in ``precision``."""
+
+    parent: Estimate
+    plan: Estimate
+    precision: Precision
+
+    def said(self) -> str:
+        """Return it in words."""
+        label = "by the latency table" if self.plan.source == "table" else "roofline, not measured"
+        return (
+            f"estimate ({label}), {self.precision}: parent {self.parent.ms:.4g} ± "
+            f"{self.parent.error_ms:.2g} ms, plan {self.plan.ms:.4g} ± {self.plan.error_ms:.2g} ms"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON-like data."""
+        return asdict(self)
+
+
+def estimate_plan(
+    job: Job, target: Target, planned: Planned, table_file: Path | None = None
+) -> PlanEstimate:
+    """Return what parent and plan take by a table of the target, or by its profile.
+
+    Raises:
+        DeviceError: the table does not fit; or, without one, the profile lacks a rate.
+    """
+    basis = basis_of(job)
+    counts = [len(cut.kept) for cut in planned.plan.cuts]
+    if table_file is None:
+        return _roofline(job, target, basis, counts)
+    table = load_table_of(target, table_file)
+    parent, plan = (table_estimate(basis.operators, table, kept) for kept in (basis.full, counts))
+    return PlanEstimate(parent, plan, "fp32")
+
+
+def _roofline(job: Job, target: Target, basis: Basis, counts: list[int]) -> PlanEstimate:
+    """Return the estimate in the recipe's precision, or else in one that the profile has rates of.
+
+    Raises:
+        DeviceError: the profile lacks the rates or the bandwidth.
+    """
+    mode = job.recipe.precision.mode
+    first: Precision = (
+        ("fp16" if target.accelerator == "gpu" else "fp32") if mode == "auto" else mode
+    )
+    refused: DeviceError | None = None
+    for precision in dict.fromkeys((first, *target.precisions)):
+        try:
+            parent, plan = (
+                roofline(basis.operators, target, kept, precision=precision)
+                for kept in (basis.full, counts)
+            )
+            return PlanEstimate(parent, plan, precision)
+        except DeviceError as error:
+            refused = refused or error
+    raise refused or DeviceError(f"{target.name} has no precision", hint="complete its profile")

@@ -1,0 +1,207 @@
+"""Budgets of a recipe: what is planned, what is said of it, and what happens to a missed one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from cli_run import RECIPE, make_project, run
+from secateur.bench.latency import summarise
+from secateur.bundle.manifest import Cost
+from secateur.bundle.read import read_bundle
+from secateur.cli.build import budget_line, missed
+from secateur.core.errors import VerifyError
+from secateur.devices.host import host_facts
+from secateur.devices.latency_table import LatencyTable, Point, save_table
+from secateur.devices.operators import OperatorKind
+from secateur.devices.target import Target, load_target
+from secateur.flow import budgets, verify
+from secateur.flow.cache import StageCache
+from secateur.flow.job import Job, open_job
+from secateur.flow.recipe import load_recipe
+from secateur.runtimes import onnxruntime as runtime
+
+X86 = load_target("x86-64-cpu")
+
+
+def job_with(tmp_path: Path, monkeypatch, **changes: str) -> Job:
+    """The small project; ``changes`` replace the values of keys in its recipe's prune line."""
+    recipe = RECIPE.replace("{macs: 0.5}", changes.get("budget", "{macs: 0.5}"))
+    recipe = recipe.replace("kind: depth}", f"kind: depth{changes.get('depth', '')}}}")
+    recipe = recipe.replace("images: 16}", f"images: 16{changes.get('prune', '')}}}")
+    recipe += changes.get("more", "")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return open_job(load_recipe(make_project(tmp_path, recipe)), StageCache(tmp_path / "c"))
+
+
+def scanned(kernel: int) -> tuple[Point, ...]:
+    """Scans of a runtime that works in so many channels."""
+    return tuple(Point(32, w, float(-(-w // kernel) * kernel), use="scan") for w in range(32, 65))
+
+
+def flat_table(job: Job, *, scans: int = 0, host: str = "") -> LatencyTable:
+    """A microsecond a channel made."""
+    grid, ends = [(a, b) for a in (1, 200) for b in (1, 200)], [(1, 1), (200, 200)]
+    points = {}
+    for placed in budgets.basis_of(job).operators.timed:
+        pairs = ends if placed.kind.square else grid
+        points[placed.kind] = [Point(a, b, float(b)) for a, b in pairs]
+    if scans:
+        conv = next(kind for kind in points if kind.operator == "Conv" and kind.groups == 1)
+        points[conv] += scanned(scans)
+    facts = {"cpu": host or host_facts()["cpu"]}
+    frozen = {kind: tuple(each) for kind, each in points.items()}
+    return LatencyTable(runtime.version(), 1, facts, frozen, per_node_us=1.0)
+
+
+@pytest.mark.parametrize(
+    ("prune", "scans", "precision", "grid"),
+    [
+        ("", 16, "fp32", 16),  # what the table shows
+        ("", 4, "fp32", 4),
+        ("", 0, "fp32", 8),  # it shows nothing: the target's
+        (", grid: 2", 16, "fp32", 2),  # the recipe wins
+        ("", 16, "int8", 8),  # the table is of fp32
+        ("", 16, "auto", 16),  # suits all
+    ],
+)
+def test_the_grid_is_the_recipes_or_the_tables_or_the_targets(
+    tmp_path, monkeypatch, prune: str, scans: int, precision: str, grid: int
+) -> None:
+    job = job_with(tmp_path, monkeypatch, prune=prune, more=f"precision: {{mode: {precision}}}\n")
+    conv = OperatorKind("Conv", 14, 14, 14, 14, (3, 3))
+    grid_points = (Point(1, 1, 1.0), Point(200, 200, 9.0))
+    points = {conv: grid_points + (scanned(scans) if scans else ())}
+    assert job.grid(X86, LatencyTable("onnxruntime 1.0", 1, {}, points)) == grid
+    assert job.grid(X86) == (2 if prune else 8)
+
+
+def test_a_latency_budget_is_planned_on_the_tables_grid_and_measured_once(
+    tmp_path, monkeypatch
+) -> None:
+    job = job_with(tmp_path, monkeypatch, budget="{latency_ms: 0.3}", depth=", floor: 0.1")
+    table = flat_table(job, scans=4)
+    measured = []
+
+    def machine(job: Job, target: Target, planned, protocol) -> float:
+        measured.append([len(cut.kept) for cut in planned.plan.cuts])
+        return 0.29 / 0.6
+
+    monkeypatch.setattr(budgets, "profile_job", lambda *_: table)
+    monkeypatch.setattr(budgets, "_measured_share", machine)
+    monkeypatch.setattr(budgets, "parent_ms", lambda *_: 0.6)
+    planned = budgets.plan_within(job, X86)
+    assert planned.plan.channel_grid == 4 and planned.plan.solver == "exact"
+    latency, floor = planned.budgets["latency_ms"], planned.budgets["tasks.depth.floor"]
+    assert (latency.wanted, latency.planned, latency.how) == (0.3, pytest.approx(0.29), "measured")
+    assert floor.sense == "least" and floor.planned == 1 - planned.plan.lost["depth"] >= 0.1
+    again = budgets.plan_within(job, X86)
+    assert again.plan == planned.plan and len(measured) == 1  # resumed, and the same plan
+
+    def evidence(cut: float, parent: float = 0.6) -> SimpleNamespace:
+        rng, cost = np.random.default_rng(0), Cost(macs=1, params=1, onnx_bytes=1)
+        latency = {name: summarise(rng.normal(median, 0.002, 300))
+                   for name, median in (("parent", parent), ("cut", cut))}  # fmt: skip
+        return SimpleNamespace(latency=latency, cost=cost, cost_parent=cost)
+
+    kept = budgets.settle(job, X86, planned, evidence(0.29))
+    assert kept["latency_ms"].met and kept["latency_ms"].shipped == pytest.approx(0.29, abs=1e-3)
+    noise = budgets.settle(job, X86, planned, evidence(0.30005))
+    assert noise["latency_ms"].met
+    slow = budgets.settle(job, X86, planned, evidence(0.34, 0.7))["latency_ms"]
+    assert slow.met and slow.shipped == pytest.approx(0.34, abs=1e-3)  # so is the parent
+    over = budgets.settle(job, X86, planned, evidence(0.32))["latency_ms"]
+    assert over.met is False and "; shipped 0.32; missed" in budget_line("latency_ms", over)
+    later = budgets.plan_within(job, X86)  # what was missed is corrected
+    assert later.plan.cuts != planned.plan.cuts and len(measured) == 2
+
+
+def test_a_floor_that_narrow_budgets_leave_room_under_is_chosen_by_latency(
+    tmp_path, monkeypatch
+) -> None:
+    job = job_with(tmp_path, monkeypatch)
+    table = flat_table(job, host="another")
+    basis = budgets.basis_of(job)
+    full = budgets.table_estimate(basis.operators, table, basis.full).ms
+    save_table(tmp_path / "table.json", table)
+    floors = {}
+    for share in (0.9, 0.45):
+        prune = {"budget": {"latency_ms": share * full}, "grid": 1, "images": 16}
+        spec = type(job.recipe.prune).model_validate(prune)
+        asked = replace(job, recipe=job.recipe.model_copy(update={"prune": spec}))
+        planned = budgets.plan_within(asked, X86, table_file=tmp_path / "table.json")
+        floors[share] = planned.scored.budget.floor
+        assert planned.budgets["latency_ms"].how == "table"
+    assert floors[0.9] == 0.3 > floors[0.45]
+
+
+def plan(capsys, tmp_path: Path, *options: str | Path) -> tuple[int, str]:
+    code, out, err = run(capsys, "plan", tmp_path / "recipe.yaml", "--cache", tmp_path / "c",
+                         *options)  # fmt: skip
+    assert "Traceback" not in out + err
+    return code, " ".join((out + err).split())
+
+
+def test_tables_and_budgets_that_do_not_fit_are_one_sentence(tmp_path, monkeypatch, capsys) -> None:
+    job = job_with(tmp_path, monkeypatch, budget="{latency_ms: 0.01}")
+    table, file = flat_table(job), tmp_path / "table.json"
+    kind = next(kind for kind in table.points if not kind.square)
+    cases = {
+        "below the least that the offered widths reach": table,
+        "was measured with onnxruntime 0.1, this machine has": replace(
+            table, runtime="onnxruntime 0.1"
+        ),
+        "the latency table has holes: 1 of 4 points": replace(
+            table, points={**table.points, kind: table.points[kind][1:]}
+        ),
+        "the latency table has no": replace(
+            table, points={k: v for k, v in table.points.items() if k != kind}
+        ),
+        "was measured with 3 threads": replace(table, threads=3),
+    }
+    for says, wrong in cases.items():
+        save_table(file, wrong)
+        code, said = plan(capsys, tmp_path, "--table", file)
+        assert code == 2 and says in said and "hint:" in said
+        assert "below" not in says or "the budget of 0.01 ms for latency" in said  # as it was given
+
+
+def test_plan_says_what_each_budget_comes_to_and_estimates_what_it_cannot_measure(
+    tmp_path, monkeypatch, capsys
+) -> None:
+    job_with(tmp_path, monkeypatch, prune=", search: false")
+    code, said = plan(capsys, tmp_path, "--target", "jetson-orin-nano-8gb")
+    assert code == 0 and "budget macs: at most 0.5 of the parent's MACs; plan 0.4" in said
+    assert "widths by greedy; optimality gap" in said
+    assert "latency estimate (roofline, not measured), fp16: parent" in said
+    code, said = plan(capsys, tmp_path, "--json")  # nothing is known of any x86-64 CPU
+    found = json.loads(said)
+    assert found["budgets"]["macs"]["planned"] <= 0.5 and 0 <= found["gap"] < 1
+    assert "lacks the peak rate" in found["latency_estimate"]["unknown"]
+
+
+def test_a_table_of_another_machine_is_planned_by(tmp_path, monkeypatch, capsys) -> None:
+    job = job_with(tmp_path, monkeypatch, budget="{latency_ms: 0.3}")
+    save_table(tmp_path / "table.json", flat_table(job, host="another CPU"))
+    code, said = plan(capsys, tmp_path, "--table", tmp_path / "table.json", "--json")
+    found = json.loads(said)
+    assert code == 0 and found["budgets"]["latency_ms"]["how"] == "table"
+    assert found["budgets"]["latency_ms"]["planned"] <= 0.98 * 0.3 + 1e-9
+    assert found["latency_estimate"]["plan"]["source"] == "table"
+    assert found["latency_estimate"]["plan"]["ms"] < found["latency_estimate"]["parent"]["ms"]
+
+
+def test_a_bundle_tells_its_budgets_and_verify_refuses_a_missed_one(bundle: Path) -> None:
+    manifest = read_bundle(bundle)
+    macs = manifest.budgets["macs"]
+    assert macs.met and macs.shipped == manifest.cost.macs / manifest.cost_parent.macs <= 0.5
+    assert not missed(manifest) and manifest.plan["solver"] in ("greedy", "search")
+    over = macs.model_copy(update={"shipped": 0.6, "met": False})
+    late = manifest.model_copy(update={"budgets": {"macs": over}})
+    assert missed(late) == ["macs"]
+    with pytest.raises(VerifyError, match=r"missed its budget macs .*: 0\.6 of the parent's MACs"):
+        verify.judged(bundle, late, "local", {}, lambda *_: None, None)
