@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from cli_run import RECIPE, make_project, run
 from secateur.bench.latency import summarise
+from secateur.bench.profile import OFFSETS
 from secateur.bundle.manifest import Cost
 from secateur.bundle.read import read_bundle
 from secateur.cli.build import budget_line, missed
 from secateur.core.errors import VerifyError
 from secateur.devices.host import host_facts
-from secateur.devices.latency_table import LatencyTable, Point, save_table
-from secateur.devices.operators import OperatorKind
+from secateur.devices.latency_table import LatencyTable, Point, Run, save_table
 from secateur.devices.target import Target, load_target
 from secateur.flow import budgets, verify
 from secateur.flow.cache import StageCache
@@ -38,28 +38,34 @@ def job_with(tmp_path: Path, monkeypatch, **changes: str) -> Job:
     return open_job(load_recipe(make_project(tmp_path, recipe)), StageCache(tmp_path / "c"))
 
 
-def scanned(kernel: int) -> tuple[Point, ...]:
-    """Scans of a runtime that works in so many channels."""
-    return tuple(Point(32, w, float(-(-w // kernel) * kernel), use="scan") for w in range(32, 65))
+def stairs(kernel: int) -> tuple[tuple[int, float], ...]:
+    """Networks of a runtime that works in so many channels; none for 0."""
+    return tuple((more, float(-(-(64 + more) // kernel) * kernel)) for more in OFFSETS if kernel)
 
 
-def flat_table(job: Job, *, scans: int = 0, host: str = "") -> LatencyTable:
-    """A microsecond a channel made."""
-    grid, ends = [(a, b) for a in (1, 200) for b in (1, 200)], [(1, 1), (200, 200)]
-    points = {}
-    for placed in budgets.basis_of(job).operators.timed:
-        pairs = ends if placed.kind.square else grid
-        points[placed.kind] = [Point(a, b, float(b)) for a, b in pairs]
-    if scans:
-        conv = next(kind for kind in points if kind.operator == "Conv" and kind.groups == 1)
-        points[conv] += scanned(scans)
+def flat_table(job: Job, *, kernel: int = 0, host: str = "") -> LatencyTable:
+    """A microsecond a channel made, and one a node."""
+    basis, rng = budgets.basis_of(job), np.random.default_rng(0)
+    full = basis.full
+    drawn = [[1] * len(full), full, *(rng.integers(1, full).tolist() for _ in range(10))]
+    operators = basis.operators
+    points = {
+        placed.kind: tuple(
+            Point(placed.read(kept), placed.made(kept), float(placed.made(kept))) for kept in drawn
+        )
+        for placed in operators.timed
+    }
+    nodes = len(operators.timed) + operators.bare
+    runs = tuple(
+        Run(tuple(kept), (nodes + sum(own[at].microseconds for own in points.values())) / 1000)
+        for at, kept in enumerate(drawn)
+    )
     facts = {"cpu": host or host_facts()["cpu"]}
-    frozen = {kind: tuple(each) for kind, each in points.items()}
-    return LatencyTable(runtime.version(), 1, facts, frozen, per_node_us=1.0)
+    return LatencyTable(runtime.version(), 1, facts, points, runs=runs, stairs=stairs(kernel))
 
 
 @pytest.mark.parametrize(
-    ("prune", "scans", "precision", "grid"),
+    ("prune", "kernel", "precision", "grid"),
     [
         ("", 16, "fp32", 16),  # what the table shows
         ("", 4, "fp32", 4),
@@ -70,13 +76,11 @@ def flat_table(job: Job, *, scans: int = 0, host: str = "") -> LatencyTable:
     ],
 )
 def test_the_grid_is_the_recipes_or_the_tables_or_the_targets(
-    tmp_path, monkeypatch, prune: str, scans: int, precision: str, grid: int
+    tmp_path, monkeypatch, prune: str, kernel: int, precision: str, grid: int
 ) -> None:
     job = job_with(tmp_path, monkeypatch, prune=prune, more=f"precision: {{mode: {precision}}}\n")
-    conv = OperatorKind("Conv", 14, 14, 14, 14, (3, 3))
-    grid_points = (Point(1, 1, 1.0), Point(200, 200, 9.0))
-    points = {conv: grid_points + (scanned(scans) if scans else ())}
-    assert job.grid(X86, LatencyTable("onnxruntime 1.0", 1, {}, points)) == grid
+    table = LatencyTable("onnxruntime 1.0", 1, {}, {}, stairs=stairs(kernel))
+    assert job.grid(X86, table) == grid
     assert job.grid(X86) == (2 if prune else 8)
 
 
@@ -84,7 +88,7 @@ def test_a_latency_budget_is_planned_on_the_tables_grid_and_measured_once(
     tmp_path, monkeypatch
 ) -> None:
     job = job_with(tmp_path, monkeypatch, budget="{latency_ms: 0.3}", depth=", floor: 0.1")
-    table = flat_table(job, scans=4)
+    table = flat_table(job, kernel=4)
     measured = []
 
     def machine(job: Job, target: Target, planned, protocol) -> float:
@@ -149,13 +153,13 @@ def plan(capsys, tmp_path: Path, *options: str | Path) -> tuple[int, str]:
 def test_tables_and_budgets_that_do_not_fit_are_one_sentence(tmp_path, monkeypatch, capsys) -> None:
     job = job_with(tmp_path, monkeypatch, budget="{latency_ms: 0.01}")
     table, file = flat_table(job), tmp_path / "table.json"
-    kind = next(kind for kind in table.points if not kind.square)
+    kind = next(iter(table.points))
     cases = {
         "below the least that the offered widths reach": table,
         "was measured with onnxruntime 0.1, this machine has": replace(
             table, runtime="onnxruntime 0.1"
         ),
-        "the latency table has holes: 1 of 4 points": replace(
+        "the latency table has holes: 11 of 12 points": replace(
             table, points={**table.points, kind: table.points[kind][1:]}
         ),
         "the latency table has no": replace(

@@ -31,8 +31,8 @@ from secateur.core.model import MultiTaskModel, model_fingerprint
 from secateur.core.progress import shown
 from secateur.core.task import Task
 from secateur.devices.host import library_versions
-from secateur.devices.latency_table import LatencyTable, Point
-from secateur.devices.operators import OperatorKind, Operators
+from secateur.devices.latency_table import LatencyTable, Point, Run
+from secateur.devices.operators import Operators, PlacedOperator
 from secateur.devices.target import load_target
 from secateur.flow.axes import turn_axes
 from secateur.flow.budgets import parent_ms, plan_within
@@ -56,6 +56,7 @@ CELLS = RESULTS / "budget_planner.cells.jsonl"
 SEED = 0
 SHARES = (0.7, 0.5, 0.35, 0.25)
 GRID, KERNEL = 8, 16  # channels: of the plans, of the made-up table
+RUNS = 48  # networks that the made-up table was measured on
 SECONDS, GAP = 5.0, 0.01
 LEAST, MOST = 0.93, 1.00  # of the budget
 TASKS = (
@@ -150,8 +151,8 @@ def pose(case: Case) -> Callable[[float, str], Problem]:
     with tempfile.TemporaryDirectory() as scratch:
         export_onnx(model, example, Path(scratch) / "model.onnx")
         operators = list_operators(Path(scratch) / "model.onnx", layer_widths(model, groups))
-    latency = latency_limit(operators, made_up_table(operators), 0.0)
     full = [group.width for group in groups]
+    latency = latency_limit(operators, made_up_table(operators, full), 0.0)
     grids = [group.step(GRID) for group in groups]
     rng = np.random.default_rng(SEED)
     scores = [rng.lognormal(rng.normal(), 1, width) / width for width in full]
@@ -166,21 +167,22 @@ def pose(case: Case) -> Callable[[float, str], Problem]:
     return problem
 
 
-def made_up_table(operators: Operators) -> LatencyTable:
+def made_up_table(operators: Operators, full: Sequence[int]) -> LatencyTable:
     """Return times of a machine that works in blocks of 16 channels, two microseconds a call."""
 
-    def time_of(kind: OperatorKind, c_in: int, c_out: int) -> float:
-        read, made = (-(-width // KERNEL) * KERNEL for width in (c_in, c_out))
-        return 2 + 2e-5 * kind.macs(read, made) + 2e-4 * kind.traffic(read, made)
+    def time_of(placed: PlacedOperator, kept: Sequence[int]) -> Point:
+        widths = placed.read(kept), placed.made(kept)
+        read, made = (-(-width // KERNEL) * KERNEL for width in widths)
+        kind = placed.kind
+        return Point(*widths, 2 + 2e-5 * kind.macs(read, made) + 2e-4 * kind.traffic(read, made))
 
-    points = {}
-    for kind in {placed.kind for placed in operators.timed}:
-        widths = [1, *range(KERNEL, 4097, 16 * KERNEL), 4096]
-        pairs = (
-            [(w, w) for w in widths] if kind.square else [(a, b) for a in widths for b in widths]
-        )
-        points[kind] = tuple(Point(a, b, time_of(kind, a, b)) for a, b in pairs)
-    return LatencyTable("made up", 1, {}, points)
+    rng = np.random.default_rng(SEED)
+    drawn = [[int(w) for w in rng.integers(1, np.array(full) + 1)] for _ in range(RUNS)]
+    drawn[:2] = [[1] * len(full), list(full)]
+    points = {p.kind: tuple(time_of(p, kept) for kept in drawn) for p in operators.timed}
+    totals = [sum(own[at].microseconds for own in points.values()) for at in range(RUNS)]
+    runs = tuple(Run(tuple(kept), us / 1000) for kept, us in zip(drawn, totals, strict=True))
+    return LatencyTable("made up", 1, {}, points, runs=runs)
 
 
 def solved(problem: Problem) -> Row:

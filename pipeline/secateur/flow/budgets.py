@@ -25,7 +25,7 @@ from secateur.core.files import write_json
 from secateur.core.model import MultiTaskModel, model_fingerprint
 from secateur.core.plan import PrunePlan
 from secateur.devices.host import host_facts
-from secateur.devices.latency_table import LatencyTable, load_table
+from secateur.devices.latency_table import SCHEMA, LatencyTable, load_table
 from secateur.devices.operators import Operators
 from secateur.devices.target import Target
 from secateur.flow.evidence import Evidence
@@ -274,7 +274,7 @@ def _measure_key(job: Job, target: Target, counts: Sequence[int]) -> tuple[Any, 
 
 def _folder(job: Job, target: Target) -> Path:
     """Return where the table of this model, target, runtime and machine is kept."""
-    return job.cache.folder("latency", *_key(job, target), job.grid(target))
+    return job.cache.folder("latency", SCHEMA, *_key(job, target), job.grid(target))
 
 
 def parent_ms(job: Job, target: Target, protocol: Protocol | None = None) -> float:

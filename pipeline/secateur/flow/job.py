@@ -66,10 +66,8 @@ class Job:
 
 
 def _shown_grids(table: LatencyTable) -> dict[Precision, int]:
-    """Return the grids of the precisions whose steps the table's scans show."""
-    scanned = {kind.precision for kind, points in table.points.items()
-               if any(point.use == "scan" for point in points)}  # fmt: skip
-    return {precision: channel_grid(table, precision) for precision in scanned}
+    """Return the grid of the table's precision, if it measured any."""
+    return {table.precision: channel_grid(table)} if table.stairs else {}
 
 
 def open_job(recipe: Recipe, cache: StageCache) -> Job:
