@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from secateur.cli.build import sparsity_line
 from secateur.cli.options import (
     DEFAULT_TARGET,
     CacheOption,
@@ -176,14 +177,19 @@ def plan(
     from secateur.flow.cache import StageCache
     from secateur.flow.job import open_job
     from secateur.flow.recipe import load_recipe
+    from secateur.flow.sparsity import check_target, planned_zeros
 
     profile = load_target(target)
     with shown(quiet=as_json):
-        job = turn_axes(open_job(load_recipe(recipe), StageCache(cache)))
+        job = open_job(load_recipe(recipe), StageCache(cache))
+        check_target(job, profile)
+        job = turn_axes(job)
         planned = plan_within(job, profile)
+        zeros = planned_zeros(job, planned)
     decided, vote = planned.plan, planned.vote
     if as_json:
         asked = {} if vote is None else {"warm_start": vote.to_json()}
+        asked.update({"sparsity": zeros.to_json()} if zeros else {})
         typer.echo(json.dumps({**decided.to_json(), **asked}, indent=2))
         return
     console = Console()
@@ -202,6 +208,8 @@ def plan(
                   f"({share:.4f}; budget {decided.budget_macs / 1e6:.2f} M)")  # fmt: skip
     for task, lost in decided.lost.items():
         console.print(f"{task}: {100 * lost:.1f} % of its importance goes")
+    if zeros:
+        console.print(sparsity_line(zeros.to_json()), soft_wrap=True, highlight=False)
 
 
 def _print_vote(vote: Vote, console: Console) -> None:

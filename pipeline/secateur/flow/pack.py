@@ -35,6 +35,7 @@ from secateur.flow.stages import Cut, plain_image
 from secateur.flow.warm_start import Planned
 from secateur.lower.export import INPUT_NAME
 from secateur.lower.ncnn import weights_file
+from secateur.prune import SparsityPlan
 
 SHEET_IMAGES = 6
 
@@ -51,6 +52,7 @@ class Made:
     evidence: Evidence
     seconds: Mapping[str, float]
     command: str
+    zeros: SparsityPlan | None = None
 
 
 def pack(job: Job, made: Made, folder: Path) -> Manifest:
@@ -82,6 +84,8 @@ def _manifest(job: Job, made: Made) -> Manifest:
     if vote is not None:
         origin = made.origin.to_json() if made.origin else None
         summary["warm_start"] = {**vote.to_json(), "weights": origin}
+    if made.zeros is not None:
+        summary["sparsity"] = made.zeros.to_json()
     return Manifest(
         schema_version=SCHEMA_VERSION,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),

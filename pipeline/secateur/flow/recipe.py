@@ -102,6 +102,7 @@ class PruneSpec(_Strict):
     votes: Literal["keeps", "scores"] = "keeps"
     vote_weight: float = Field(default=0.5, ge=0, le=1)
     inherit: Literal["none", "nearest", "average"] = "nearest"
+    sparsity: Literal["2:4"] | None = None
 
 
 class LibrarySpec(_Strict):
@@ -183,6 +184,8 @@ class Recipe(_Strict):
             raise ValueError(
                 f"keep: there is no task '{unknown[0]}'; tasks: {', '.join(self.tasks)}"
             )
+        if self.prune.sparsity and self.recover != "none" and self.recover.reinit:
+            raise ValueError("prune.sparsity chooses by weights, which recover.reinit forgets")
         return self
 
     def all_tasks(self) -> tuple[Task, ...]:
