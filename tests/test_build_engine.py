@@ -70,7 +70,8 @@ def test_without_tensorrt_one_sentence_says_how_to_get_it(tmp_path: Path) -> Non
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert "python3-libnvinfer" in result.stderr and "pip install tensorrt-rtx" in result.stderr
     assert run_alone(tmp_path, "--help").returncode == 0
-    assert set(file_names(tmp_path)) == {"build_engine.py", "model.onnx", "nodes.json"}
+    files = {"build_engine.py", "engine_options.json", "model.onnx", "nodes.json"}
+    assert set(file_names(tmp_path)) == files
 
 
 def test_files_that_are_not_the_bundles_are_refused_before_anything_else(tmp_path: Path) -> None:
@@ -338,6 +339,41 @@ def test_failures_of_a_build_are_sentences(tmp_path: Path) -> None:
     assert "only the batch may be dynamic" in failed(tmp_path, shape=(1, 3, -1, -1))
     assert "give --batch 2" in failed(tmp_path, shape=(2, 3, 8, 8))
     assert "cannot build for SM86" in failed(tmp_path, {"compute_capabilities": ["8.6"]})
+
+
+def test_the_bundles_own_options_are_the_default(tmp_path: Path) -> None:
+    own = {"workspace_mib": 256, "batch": [1, 2, 4], "sparse": True}
+    write_builder(small_onnx(tmp_path), own)
+    trt = FakeTensorRT(INVENTORIES["tensorrt_10.3"], inspected=INSPECTED)
+    engine = build(tmp_path, {"level": 2}, trt)
+    assert engine["options"] == {**build_engine.DEFAULTS, **own, "level": 2}
+    assert trt.calls["set_memory_pool_limit"] == [(trt.MemoryPoolType.WORKSPACE, 256 << 20)]
+    assert trt.calls["set_shape"] == [("image", *((size, 3, 32, 48) for size in (1, 2, 4)))]
+    assert [flag.name for (flag,) in trt.calls["set_flag"]] == ["SPARSE_WEIGHTS"]
+    engine = build(tmp_path, {"batch": [2, 2, 2]}, trt)  # the command line goes before
+    assert engine["options"]["batch"] == [2, 2, 2] and engine["options"]["workspace_mib"] == 256
+
+
+def test_options_of_another_version_are_one_sentence(tmp_path: Path) -> None:
+    write_builder(small_onnx(tmp_path), {"frobnicate": 1})
+    result = run_alone(tmp_path)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "an option frobnicate that this builder does not know" in result.stderr
+    (tmp_path / "engine_options.json").write_text("[")
+    assert "engine_options.json is damaged" in run_alone(tmp_path).stderr
+    (tmp_path / "engine_options.json").write_text("[1]")
+    assert "engine_options.json is damaged" in run_alone(tmp_path).stderr
+
+
+def test_a_folder_called_tensorrt_is_not_taken_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tensorrt").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    with pytest.raises(EngineProblem, match="tensorrt is a folder without TensorRT"):
+        build_engine.load_tensorrt()
+    del sys.modules["tensorrt"]
 
 
 def test_a_timing_cache_of_another_device_is_replaced(tmp_path: Path) -> None:

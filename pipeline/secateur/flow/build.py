@@ -12,6 +12,7 @@ from secateur.bundle.write import prepare_folder
 from secateur.flow.axes import turn_axes
 from secateur.flow.budgets import plan_within
 from secateur.flow.cache import StageCache
+from secateur.flow.engine import check_options
 from secateur.flow.entry import add_build
 from secateur.flow.evidence import gather_evidence
 from secateur.flow.inherited import best_start
@@ -56,6 +57,7 @@ def build(
     check_recovery(job)
     check_precision(job, target)
     check_target(job, target)
+    check_options(recipe, target)
     mode = recipe.precision.mode
     prepare_folder(out / target.name / ("" if mode == "auto" else mode))
     clock.lap("load")

@@ -69,7 +69,7 @@ def pack(job: Job, made: Made, folder: Path) -> Manifest:
     write_runner(folder)
     write_parent(folder, made.evidence.parent_sums)
     if made.target.accelerator == "gpu":
-        write_builder(folder)
+        write_builder(folder, job.recipe.engine_options())
     _write_check(job, made.cut.recovered, folder)
     _write_pictures(job, made, folder / "pictures")
     manifest = _manifest(job, made).model_copy(update={"files": file_records(folder)})
