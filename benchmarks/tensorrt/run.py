@@ -11,43 +11,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import resource
-import subprocess
 import sys
 import tempfile
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from engines import FORMS, built, plans, tensorrt_version, write_form
 from random_cuts import SEED, Case, random_cut
-from secateur.bundle.write import write_builder
 from secateur.core.errors import SecateurError
 from secateur.core.model import evaluating
 from secateur.core.progress import shown, track
 from secateur.devices.host import library_versions
 from secateur.lower import compare_outputs, export_onnx
-from secateur.lower.quant import (
-    TENSORRT,
-    QuantPlan,
-    emit,
-    find_units,
-    macs_share,
-    observe,
-    plan_assigned,
-    plan_quant,
-    table_of,
-)
+from secateur.lower.quant import macs_share
 from secateur.prune import count_macs
 from secateur.runtimes.base import runtime_of
-from suite import RESULTS, Show, append_row, exit_status, read_json, read_rows, write_suite
-from torch import Tensor
+from suite import RESULTS, Show, append_row, exit_status, read_rows, write_suite
 
 CELLS = RESULTS / "tensorrt.cells.jsonl"
-PYTHON = os.environ.get("SECATEUR_TENSORRT_PYTHON", sys.executable)
 IMAGES, COMPARED = 8, 4  # calibrated on; compared
-FORMS = ("fp32", "fp16", "int8")
 CASES = tuple(map(Case, (
     "resnet18", "resnet50", "mobilenetv2_100", "mobilenetv3_large_100",
     "mobilenetv4_conv_small", "efficientnet_lite0", "efficientnet_b0", "regnetx_008",
@@ -79,16 +62,6 @@ def main() -> None:
     exit_status(shows)
 
 
-def tensorrt_version() -> str:
-    """The version that PYTHON has; without one there is nothing to measure."""
-    program = "import tensorrt_rtx; print(tensorrt_rtx.__version__)"
-    found = subprocess.run([PYTHON, "-c", program], capture_output=True, text=True, check=False)
-    if found.returncode != 0:
-        sys.exit(f"{PYTHON} has no tensorrt_rtx: pip install tensorrt-rtx, or name a Python that "
-                 "has it in $SECATEUR_TENSORRT_PYTHON")  # fmt: skip
-    return found.stdout.strip()
-
-
 def row_of(case: Case) -> dict[str, Any]:
     """Cut a network, write it in every precision and build each; say why what fails does."""
     row: dict[str, Any] = {"backbone": case.backbone, "size": case.size}
@@ -105,10 +78,7 @@ def row_of(case: Case) -> dict[str, Any]:
             fp32.parent.mkdir()
             export_onnx(cut, images[:1], fp32)
             for form, plan in plans(fp32, images).items():
-                path = fp32 if plan is None else fp32.parents[1] / form / "model.onnx"
-                if plan is not None:
-                    path.parent.mkdir()
-                    emit(fp32, plan, TENSORRT, path)
+                path = write_form(fp32, form, plan)
                 session = runtime_of("onnxruntime").open_session(path, 1)
                 got = compare_outputs(wanted, dict(session.run(images[:COMPARED].numpy())))
                 of_range = max(found.relative for found in got.values())
@@ -121,47 +91,6 @@ def row_of(case: Case) -> dict[str, Any]:
     except SecateurError as error:
         row.update({form: {"fails": error.message} for form in FORMS if form not in row})
     return row
-
-
-def plans(fp32: Path, images: Tensor) -> dict[str, QuantPlan | None]:
-    """Lower all that can be lowered, int8 between fp16, as a build without guard does."""
-    seen = observe(fp32, lambda: iter([images.numpy()]))
-    ranges, half = table_of(seen, "percentile"), table_of(seen, "minmax")
-    fp16 = plan_quant(fp32, half, {}, default="fp16", carrier="fp16")
-    lowest = plan_quant(fp32, ranges, {}, default="int8", carrier="fp16")
-    units = [unit.name for unit in find_units(fp32, lowest)
-             if lowest.precisions[unit.name] == "int8" and fp16.precisions[unit.name] == "fp16"
-             and not unit.ends_head]  # fmt: skip
-    named = {**fp16.precisions, **{name: lowest.precisions[name] for name in units}}
-    int8 = plan_assigned(fp32, ranges, named, {}, "fp16")
-    return {"fp32": None, "fp16": fp16, "int8": int8}
-
-
-def built(onnx_file: Path) -> dict[str, Any]:
-    """Build an engine as a device would: the bundle's file, in a process of its own."""
-    folder = onnx_file.parent
-    write_builder(folder)
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    result = subprocess.run([PYTHON, folder / "build_engine.py", "--json"],
-                            capture_output=True, text=True, check=False)  # fmt: skip
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    found: dict[str, Any] = {"onnx_bytes": onnx_file.stat().st_size}
-    if result.returncode != 0:
-        last = result.stderr.strip().rpartition("\n")[2] or f"status {result.returncode}"
-        return {**found, "fails": last.removeprefix("error: ").replace(f"{folder}/", "")}
-    engine = json.loads(result.stdout)
-    table = read_json(folder / "layers.json")["layers"]
-    formats = Counter(tensor["format"] for layer in table for tensor in layer["outputs"])
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {
-        **found,
-        "bytes": engine["bytes"],
-        "layers": engine["layers"],
-        "tensors": dict(formats.most_common()),
-        "seconds": engine["seconds"],
-        "cpu_seconds": round(cpu, 2),
-        "layers_without_task": sum(not layer["tasks"] for layer in table),
-    }
 
 
 def claims(rows: list[dict[str, Any]]) -> list[Show]:
