@@ -11,6 +11,7 @@ from typing import Any
 
 import onnx
 import pytest
+from cli_run import RECIPE
 from conftest import SPEC, tiny_model
 from onnx import TensorProto, helper
 from secateur.bundle import build_engine, engine_device
@@ -19,6 +20,10 @@ from secateur.bundle.engine_device import check_engine, device_facts
 from secateur.bundle.engine_errors import BuildProblem, EngineProblem, explain, explain_parsing
 from secateur.bundle.engine_layers import engine_rows, join_rows, onnx_nodes
 from secateur.bundle.write import file_records, node_tasks, stand_alone, write_builder
+from secateur.core.errors import RecipeError
+from secateur.devices.target import load_target
+from secateur.flow.engine import check_options
+from secateur.flow.recipe import parse_recipe
 from secateur.lower.export import export_onnx
 from tensorrt_fake import INVENTORIES, FakeTensorRT
 
@@ -363,6 +368,60 @@ def test_options_of_another_version_are_one_sentence(tmp_path: Path) -> None:
     assert "engine_options.json is damaged" in run_alone(tmp_path).stderr
     (tmp_path / "engine_options.json").write_text("[1]")
     assert "engine_options.json is damaged" in run_alone(tmp_path).stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("", {}),
+        ("engine: {batch: 4}", {"batch": [4, 4, 4]}),
+        ("engine: {batch: [1, 4, 16], workspace_mib: 512, tf32: false}",
+         {"batch": [1, 4, 16], "workspace_mib": 512, "tf32": False}),
+        ("engine: {dla: 1, dla_only: true, level: 5}", {"dla": 1, "dla_only": True, "level": 5}),
+        ('engine: {compute_capabilities: ["8.6"]}', {"compute_capabilities": ["8.6"]}),
+    ],
+)  # fmt: skip
+def test_a_recipes_wishes_are_the_builders_options(text: str, options: dict[str, Any]) -> None:
+    found = parse_recipe(RECIPE + text, Path("r.yaml")).engine_options()
+    assert found == options and set(found) <= set(build_engine.DEFAULTS)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{batch: [4, 1, 16]}", "from small to large"),
+        ("{batch: 0}", "engine.batch"),
+        ("{dla_only: true}", "dla_only: give dla"),
+        ("{dla: 0, batch: [1, 2, 4]}", "a DLA takes one size only"),
+        ("{workspace: 5}", "key 'engine.workspace' is not known"),
+        ("{level: 6}", "engine.level"),
+        ('{compute_capabilities: ["86"]}', "engine.compute_capabilities"),
+    ],
+)
+def test_wishes_that_no_builder_has_are_the_recipes_error(text: str, said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        parse_recipe(f"{RECIPE}engine: {text}", Path("r.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "said"),
+    [
+        ("{dla: 0}", "jetson-orin-nano-8gb", "jetson-orin-nano-8gb has no DLA cores, got core 0"),
+        ("{dla: 2}", "jetson-agx-orin-64gb", "has 2 DLA cores, got core 2"),
+        ("{dla: 1}", "jetson-agx-orin-64gb", ""),
+        ('{compute_capabilities: ["8.7"]}', "rtx-pc", "is for 8.0, 8.6, 8.9, 12.0, 12.1, got 8.7"),
+        ('{compute_capabilities: ["8.7"]}', "jetson-orin-nano-8gb", "the very device that builds"),
+        ('{compute_capabilities: ["8.6"]}', "rtx-pc", ""),
+        ("{dla: 5}", "x86-64-cpu", ""),  # which has no engine
+    ],
+)
+def test_wishes_are_held_against_the_target(text: str, target: str, said: str) -> None:
+    recipe = parse_recipe(f"{RECIPE}engine: {text}", Path("r.yaml"))
+    if not said:
+        check_options(recipe, load_target(target))
+        return
+    with pytest.raises(RecipeError, match=said):
+        check_options(recipe, load_target(target))
 
 
 def test_a_folder_called_tensorrt_is_not_taken_for_it(

@@ -251,7 +251,8 @@ def test_a_sparse_recovery_is_found_again_and_is_not_the_dense_one(
         digests.append(json.loads(out)[0]["manifest"]["files"]["model.onnx"]["sha256"])
         assert ("sparsity" in json.loads(out)[0]["manifest"]["plan"]) == (text == SPARSE)
     assert digests[0] == digests[2] != digests[1]
-    assert "recovering" not in err
+    assert len([*(tmp_path / "cache").glob("recover/*/weights.safetensors")]) == 2
+    assert len([*(tmp_path / "cache").glob("sparsity/*/masks.safetensors")]) == 1
 
 
 @pytest.mark.parametrize(
