@@ -177,12 +177,12 @@ def plan(
     from secateur.flow.cache import StageCache
     from secateur.flow.job import open_job
     from secateur.flow.recipe import load_recipe
-    from secateur.flow.sparsity import check_target, planned_zeros
+    from secateur.flow.sparsity import check_sparse_target, planned_zeros
 
     profile = load_target(target)
     with shown(quiet=as_json):
         job = open_job(load_recipe(recipe), StageCache(cache))
-        check_target(job, profile)
+        check_sparse_target(job, profile)
         job = turn_axes(job)
         planned = plan_within(job, profile)
         zeros = planned_zeros(job, planned)

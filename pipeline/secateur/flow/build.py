@@ -22,7 +22,7 @@ from secateur.flow.pack import Made, pack
 from secateur.flow.precision import check_precision, lower_cut
 from secateur.flow.recipe import Recipe
 from secateur.flow.recovery import check_recovery
-from secateur.flow.sparsity import check_target, plan_zeros, with_zeros
+from secateur.flow.sparsity import check_sparse_target, plan_zeros, with_zeros
 from secateur.flow.stages import begin_cut, check_evaluable, finish_cut
 from secateur.prune import check_sparsity
 
@@ -56,7 +56,7 @@ def build(
     check_evaluable(job)
     check_recovery(job)
     check_precision(job, target)
-    check_target(job, target)
+    check_sparse_target(job, target)
     check_options(recipe, target)
     mode = recipe.precision.mode
     prepare_folder(out / target.name / ("" if mode == "auto" else mode))

@@ -34,7 +34,7 @@ AMPERE = 8.0  # the compute capability of the first GPUs that skip such zeros
 CHANNELS_ONLY = NEEDS_AGREEMENT | {"guarded"}
 
 
-def check_target(job: Job, target: Target) -> None:
+def check_sparse_target(job: Job, target: Target) -> None:
     """Raise when the target's GPU cannot skip the zeros that the recipe asks for.
 
     Raises:
