@@ -11,6 +11,7 @@ from typing import Any
 
 import onnx
 import pytest
+from cli_run import RECIPE
 from conftest import SPEC, tiny_model
 from onnx import TensorProto, helper
 from secateur.bundle import build_engine, engine_device
@@ -19,6 +20,10 @@ from secateur.bundle.engine_device import check_engine, device_facts
 from secateur.bundle.engine_errors import BuildProblem, EngineProblem, explain, explain_parsing
 from secateur.bundle.engine_layers import engine_rows, join_rows, onnx_nodes
 from secateur.bundle.write import file_records, node_tasks, stand_alone, write_builder
+from secateur.core.errors import RecipeError
+from secateur.devices.target import load_target
+from secateur.flow.engine import check_options
+from secateur.flow.recipe import parse_recipe
 from secateur.lower.export import export_onnx
 from tensorrt_fake import INVENTORIES, FakeTensorRT
 
@@ -70,7 +75,8 @@ def test_without_tensorrt_one_sentence_says_how_to_get_it(tmp_path: Path) -> Non
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert "python3-libnvinfer" in result.stderr and "pip install tensorrt-rtx" in result.stderr
     assert run_alone(tmp_path, "--help").returncode == 0
-    assert set(file_names(tmp_path)) == {"build_engine.py", "model.onnx", "nodes.json"}
+    files = {"build_engine.py", "engine_options.json", "model.onnx", "nodes.json"}
+    assert set(file_names(tmp_path)) == files
 
 
 def test_files_that_are_not_the_bundles_are_refused_before_anything_else(tmp_path: Path) -> None:
@@ -338,6 +344,95 @@ def test_failures_of_a_build_are_sentences(tmp_path: Path) -> None:
     assert "only the batch may be dynamic" in failed(tmp_path, shape=(1, 3, -1, -1))
     assert "give --batch 2" in failed(tmp_path, shape=(2, 3, 8, 8))
     assert "cannot build for SM86" in failed(tmp_path, {"compute_capabilities": ["8.6"]})
+
+
+def test_the_bundles_own_options_are_the_default(tmp_path: Path) -> None:
+    own = {"workspace_mib": 256, "batch": [1, 2, 4], "sparse": True}
+    write_builder(small_onnx(tmp_path), own)
+    trt = FakeTensorRT(INVENTORIES["tensorrt_10.3"], inspected=INSPECTED)
+    engine = build(tmp_path, {"level": 2}, trt)
+    assert engine["options"] == {**build_engine.DEFAULTS, **own, "level": 2}
+    assert trt.calls["set_memory_pool_limit"] == [(trt.MemoryPoolType.WORKSPACE, 256 << 20)]
+    assert trt.calls["set_shape"] == [("image", *((size, 3, 32, 48) for size in (1, 2, 4)))]
+    assert [flag.name for (flag,) in trt.calls["set_flag"]] == ["SPARSE_WEIGHTS"]
+    engine = build(tmp_path, {"batch": [2, 2, 2]}, trt)  # the command line goes before
+    assert engine["options"]["batch"] == [2, 2, 2] and engine["options"]["workspace_mib"] == 256
+
+
+def test_options_of_another_version_are_one_sentence(tmp_path: Path) -> None:
+    write_builder(small_onnx(tmp_path), {"frobnicate": 1})
+    result = run_alone(tmp_path)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "an option frobnicate that this builder does not know" in result.stderr
+    (tmp_path / "engine_options.json").write_text("[")
+    assert "engine_options.json is damaged" in run_alone(tmp_path).stderr
+    (tmp_path / "engine_options.json").write_text("[1]")
+    assert "engine_options.json is damaged" in run_alone(tmp_path).stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("", {}),
+        ("engine: {batch: 4}", {"batch": [4, 4, 4]}),
+        ("engine: {batch: [1, 4, 16], workspace_mib: 512, tf32: false}",
+         {"batch": [1, 4, 16], "workspace_mib": 512, "tf32": False}),
+        ("engine: {dla: 1, dla_only: true, level: 5}", {"dla": 1, "dla_only": True, "level": 5}),
+        ('engine: {compute_capabilities: ["8.6"]}', {"compute_capabilities": ["8.6"]}),
+    ],
+)  # fmt: skip
+def test_a_recipes_wishes_are_the_builders_options(text: str, options: dict[str, Any]) -> None:
+    found = parse_recipe(RECIPE + text, Path("r.yaml")).engine_options()
+    assert found == options and set(found) <= set(build_engine.DEFAULTS)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{batch: [4, 1, 16]}", "from small to large"),
+        ("{batch: 0}", "engine.batch"),
+        ("{dla_only: true}", "dla_only: give dla"),
+        ("{dla: 0, batch: [1, 2, 4]}", "a DLA takes one size only"),
+        ("{workspace: 5}", "key 'engine.workspace' is not known"),
+        ("{level: 6}", "engine.level"),
+        ('{compute_capabilities: ["86"]}', "engine.compute_capabilities"),
+    ],
+)
+def test_wishes_that_no_builder_has_are_the_recipes_error(text: str, said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        parse_recipe(f"{RECIPE}engine: {text}", Path("r.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "said"),
+    [
+        ("{dla: 0}", "jetson-orin-nano-8gb", "jetson-orin-nano-8gb has no DLA cores, got core 0"),
+        ("{dla: 2}", "jetson-agx-orin-64gb", "has 2 DLA cores, got core 2"),
+        ("{dla: 1}", "jetson-agx-orin-64gb", ""),
+        ('{compute_capabilities: ["8.7"]}', "rtx-pc", "is for 8.0, 8.6, 8.9, 12.0, 12.1, got 8.7"),
+        ('{compute_capabilities: ["8.7"]}', "jetson-orin-nano-8gb", "the very device that builds"),
+        ('{compute_capabilities: ["8.6"]}', "rtx-pc", ""),
+        ("{dla: 5}", "x86-64-cpu", ""),  # which has no engine
+    ],
+)
+def test_wishes_are_held_against_the_target(text: str, target: str, said: str) -> None:
+    recipe = parse_recipe(f"{RECIPE}engine: {text}", Path("r.yaml"))
+    if not said:
+        check_options(recipe, load_target(target))
+        return
+    with pytest.raises(RecipeError, match=said):
+        check_options(recipe, load_target(target))
+
+
+def test_a_folder_called_tensorrt_is_not_taken_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tensorrt").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    with pytest.raises(EngineProblem, match="tensorrt is a folder without TensorRT"):
+        build_engine.load_tensorrt()
+    del sys.modules["tensorrt"]
 
 
 def test_a_timing_cache_of_another_device_is_replaced(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import gc
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -152,6 +153,51 @@ def test_each_field_that_differs_is_named(
     assert f"{field} is {value or 'unknown'} in engine.json, " in said
     assert expected is None or f", {expected} here" in said
     assert said.endswith("`python3 build_engine.py`") and said.count(" in engine.json") == 1
+
+
+ODD = [None, "another", [], {}, -1, 3.5, True, [["x"]], "x" * 9999]
+UNREAD = {"bytes", "layers", "layers_of", "seconds", "created"}  # told by the builder, for people
+
+
+def fields(engine: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The path of every field of engine.json, tables among them."""
+    inner = [(table, name) for table in ("device", "files", "options") for name in engine[table]]
+    return [*((name,) for name in engine), *inner]
+
+
+def full_engine_json(folder: Path) -> dict[str, Any]:
+    """engine.json as build_engine.py writes it."""
+    write_bundle(folder)
+    engine = json.loads((folder / "engine.json").read_text())
+    engine["files"]["timing.cache"] = None
+    told = {"bytes": len(PLAN), "layers": 3, "layers_of": "engine", "created": "now",
+            "seconds": {"parse": 0.1, "build": 1.0}}  # fmt: skip
+    return {**engine, **told, "options": dict(build_engine.DEFAULTS)}
+
+
+def test_whatever_a_field_of_engine_json_holds_it_is_named_or_harmless(
+    device: Any, tmp_path: Path
+) -> None:
+    trt, _ = device()
+    engine = full_engine_json(tmp_path)
+    binding = {("schema_version",), ("device",), ("files",), ("options",),
+               *(("device", name) for name in MUST_MATCH),
+               ("files", "model.onnx"), ("files", "model.engine")}  # fmt: skip
+    for path in fields(engine):
+        for value in ODD:
+            if value == {} and len(path) == 1:  # of an empty table each missing field is named
+                continue
+            changed = json.loads(json.dumps(engine))
+            (changed if len(path) == 1 else changed[path[0]])[path[-1]] = value
+            (tmp_path / "engine.json").write_text(json.dumps(changed))
+            if path in binding and changed != engine:
+                assert path[-1] in refusal(tmp_path, trt), (path, value)
+                continue
+            try:
+                EngineSession(tmp_path)
+            except EngineProblem as problem:
+                assert path[0] not in UNREAD and "\n" not in str(problem)
+            trt.calls["deserialize_cuda_engine"].clear()
 
 
 def test_a_slower_power_mode_is_noted_not_refused(device: Any, tmp_path: Path) -> None:
@@ -356,6 +402,22 @@ def test_a_real_engine_is_refused_by_field(
         (real_bundle / "engine.json").write_text(before)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert field.replace("capabilities", "capability") + " is " in result.stderr
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda plan: plan[: len(plan) // 2], lambda plan: os.urandom(5000), lambda plan: b""]
+)
+def test_a_real_run_ends_in_one_sentence_whatever_the_engines_bytes(
+    real_bundle: Path, tmp_path: Path, damage: Any
+) -> None:
+    """The digest in engine.json is the damaged file's, so that it reaches TensorRT."""
+    folder = shutil.copytree(real_bundle, tmp_path / "bundle")
+    plan = damage((folder / "model.engine").read_bytes())
+    (folder / "model.engine").write_bytes(plan)
+    change(folder, "files", "model.engine", digest(plan))
+    result = run_alone(folder)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert result.stderr.startswith("error: ")
 
 
 @pytest.mark.parametrize(

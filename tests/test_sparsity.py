@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from cli_run import RECIPE, make_project, run
 from conftest import SPEC, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,8 +21,12 @@ from onnx import TensorProto, helper, numpy_helper
 from secateur.bundle import build_engine
 from secateur.core.errors import BuildError, PlanError
 from secateur.core.model import MultiTaskModel
+from secateur.core.task import Task
 from secateur.data.loading import InMemory, open_reader
 from secateur.data.sample import Reader
+from secateur.flow.sparsity import fused_weights
+from secateur.importance.criterion import TaskBatch, TaskData
+from secateur.importance.single_weights import score_weights
 from secateur.lower.export import export_onnx
 from secateur.prune import (
     SparsityPlan,
@@ -135,6 +140,137 @@ def test_plans_that_cannot_be_are_refused() -> None:
         plan_sparsity(twice)
     normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
     assert plan_sparsity(normed).dense == ("0.weight",)
+
+
+def test_a_plan_is_read_back_with_its_own_masks_only() -> None:
+    plan = plan_sparsity(tiny_model())
+    data = json.loads(json.dumps(plan.to_json()))
+    assert SparsityPlan.from_json(data, plan.masks) == plan
+    with pytest.raises(ValueError, match="another sparsity plan"):
+        SparsityPlan.from_json(data, plan_sparsity(nn.Linear(4, 1)).masks)
+    with pytest.raises(ValueError, match="no sparsity plan"):
+        SparsityPlan.from_json({"weights": [{}]}, plan.masks)
+
+
+# -- importance of single weights
+
+
+def linear_model() -> MultiTaskModel:
+    """Two tasks that read one vector: the first with weights 1 and 2, the second with 3 and 4."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)
+            self.one.weight.data = torch.tensor([[1.0, 2.0]])
+            self.two.weight.data = torch.tensor([[3.0, 4.0]])
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"one": self.one(x), "two": self.two(x)}
+
+    tasks = (Task("one", "one", "regression", "one"), Task("two", "two", "regression", "two"))
+    return MultiTaskModel(Net(), tasks)
+
+
+def test_a_weights_score_is_its_size_times_its_gradient_for_each_task() -> None:
+    model = linear_model()
+    images = [torch.tensor([[1.0, -3.0]]), torch.tensor([[2.0, 1.0]])]
+    losses = {"one": Tensor.sum, "two": lambda out: 10 * out.sum()}
+    data = TaskData(("one", "two"), lambda: [TaskBatch(batch, losses) for batch in images])
+    before = copy.deepcopy(model.state_dict())
+    names = ["network.one.weight", "network.two.weight"]
+    found = score_weights(model, names, data)
+    # |w x| averaged over the batches: inputs of size (1.5, 2), whose signs must not cancel
+    assert found["one"][names[0]].tolist() == [[1.5, 4.0]]
+    assert found["two"][names[1]].tolist() == [[45.0, 80.0]]
+    assert not found["one"][names[1]].any() and not found["two"][names[0]].any()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(weight.requires_grad and weight.grad is None for weight in model.parameters())
+
+
+@pytest.mark.parametrize("rule", ["mean", "cut", "guarded", "cosine"])
+def test_tasks_weigh_alike_whatever_the_scale_of_their_losses(rule: str) -> None:
+    one, two = torch.tensor([[1.0, 0, 1, 0]]), torch.tensor([[0.0, 500, 300, 200]])
+    fused = fused_weights({"one": {"w": one}, "two": {"w": two}}, {"one": 1, "two": 1}, rule)["w"]
+    assert fused.shape == (1, 4) and torch.allclose(
+        fused, torch.tensor([[0.25, 0.25, 0.4, 0.1]], dtype=torch.float64)
+    )
+    fused = fused_weights({"one": {"w": one}, "two": {"w": two}}, {"one": 1, "two": 1e-6}, rule)
+    assert plan_sparsity(nn.Linear(4, 1), {"weight": fused["w"]}).masks["weight"].tolist() == [
+        [True, False, True, False]
+    ]
+
+
+def test_max_keeps_what_one_task_needs_most() -> None:
+    one, two = torch.tensor([[6.0, 0, 3, 3]]), torch.tensor([[0.0, 6, 3, 3]])
+    scores = {"one": {"w": one}, "two": {"w": two}}
+    kept = plan_sparsity(nn.Linear(4, 1), {
+        "weight": fused_weights(scores, {"one": 1, "two": 1}, "max")["w"]
+    }).masks["weight"]  # fmt: skip
+    assert kept.tolist() == [[True, True, False, False]]
+
+
+# -- from a recipe to a bundle
+
+SPARSE = RECIPE.replace("prune:      {", 'prune:      {sparsity: "2:4", grid: 4, ')
+
+
+def test_a_recipe_makes_a_sparse_bundle_whose_builder_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    engine = "engine: {batch: [1, 2, 4], workspace_mib: 64}\nprecision: {mode: fp16, images: 8}\n"
+    recipe = make_project(tmp_path, SPARSE + engine)
+    words = ("build", recipe, "--target", "rtx-pc", "--out", tmp_path, "--json")
+    code, out, err = run(capsys, *words)
+    assert code == 0, err
+    folder = Path(json.loads(out)[0]["bundle"])
+    sparsity = json.loads(out)[0]["manifest"]["plan"]["sparsity"]
+    assert len(check_sparsity(folder / "model.onnx")) == len(sparsity["weights"]) > 5
+    assert len(check_sparsity(folder / "fp32.onnx")) == len(sparsity["weights"])
+    assert {task for task, lost in sparsity["lost"].items() if 0 < lost < 0.5} == {
+        "segmentation", "depth",
+    }  # fmt: skip
+    options = json.loads((folder / "engine_options.json").read_text())
+    assert options == {"batch": [1, 2, 4], "workspace_mib": 64, "sparse": True}
+    code, out, err = run(capsys, "plan", recipe, "--target", "rtx-pc", "--json")
+    assert code == 0 and json.loads(out)["sparsity"] == sparsity, err
+    code, out, _ = run(capsys, "plan", recipe, "--target", "rtx-pc")
+    assert f"2:4 in {len(sparsity['weights'])} layers" in out
+
+
+def test_a_sparse_recovery_is_found_again_and_is_not_the_dense_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    digests = []
+    for text in (SPARSE, SPARSE.replace('sparsity: "2:4", ', ""), SPARSE):
+        words = ("build", make_project(tmp_path, text), "--target", "rtx-pc", "--out", tmp_path)
+        code, out, err = run(capsys, *words, "--json")
+        assert code in (0, 1), err
+        digests.append(json.loads(out)[0]["manifest"]["files"]["model.onnx"]["sha256"])
+        assert ("sparsity" in json.loads(out)[0]["manifest"]["plan"]) == (text == SPARSE)
+    assert digests[0] == digests[2] != digests[1]
+    assert len([*(tmp_path / "cache").glob("recover/*/weights.safetensors")]) == 2
+    assert len([*(tmp_path / "cache").glob("sparsity/*/masks.safetensors")]) == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "target", "said"),
+    [
+        ("", "", "x86-64-cpu", "x86-64-cpu has nothing that runs 2:4 sparse weights faster"),
+        ('"2:4"', '"1:4"', "rtx-pc", "prune.sparsity"),
+        ("{epochs: 1}", "{epochs: 1, reinit: true}", "rtx-pc", "which recover.reinit forgets"),
+    ],
+)  # fmt: skip
+def test_sparsity_that_cannot_be_is_said_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    old: str, new: str, target: str, said: str,
+) -> None:  # fmt: skip
+    monkeypatch.syspath_prepend(tmp_path)
+    recipe = make_project(tmp_path, SPARSE.replace(old, new) if old else SPARSE)
+    code, _, err = run(capsys, "build", recipe, "--target", target, "--out", tmp_path / "out")
+    assert code == 2 and said in err and not (tmp_path / "out").exists()
 
 
 # -- zeros that hold

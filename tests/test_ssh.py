@@ -17,10 +17,12 @@ from typing import Any
 
 import psutil
 import pytest
-from cli_run import RECIPE, make_project, run
+from cli_run import make_project, run
+from conftest import REPOSITORY, SPEC, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from secateur.bundle.engine_device import file_digest
+from secateur.bundle.write import write_builder
 from secateur.core.errors import BuildError, ConnectionLost, DeviceError
 from secateur.devices.connect import connect
 from secateur.devices.connection import PipedConnection, clean
@@ -28,7 +30,9 @@ from secateur.devices.local import LocalConnection
 from secateur.devices.remote_build import EngineRecord, Order, build_engine
 from secateur.devices.remote_probe import PythonFacts, check_python, probe, probe_python
 from secateur.devices.ssh import SshAddress, SshConnection, parse_address
+from secateur.lower.export import export_onnx
 from sshd import Device, make_key, need_sshd, started
+from test_build_scripts import SHORTER
 
 # Stands in for build_engine.py, which the slow test runs: waits for a gate, keeps a journal.
 BUILDER = """\
@@ -90,10 +94,10 @@ def order(folder: Path, model: bytes = b"a model", trick: str = "") -> Order:
 class Call(threading.Thread):
     """A build from a thread; ``said`` are its lines, ``result`` the record or the error."""
 
-    def __init__(self, ordered: Order, into: Path) -> None:
+    def __init__(self, ordered: Order, into: Path, address: str = "ssh://device") -> None:
         super().__init__()
         self.ordered, self.into = ordered, into
-        self.connection = connect("ssh://device")
+        self.connection = connect(address)
         self.said: list[str] = []
         self.result: EngineRecord | DeviceError | BuildError | None = None
         self.start()
@@ -110,7 +114,7 @@ class Call(threading.Thread):
         assert any(words in line for line in self.said), (self.said, self.result)
 
     def ended(self) -> EngineRecord | DeviceError | BuildError | None:
-        self.join(30)
+        self.join(60)
         assert not self.is_alive()
         return self.result
 
@@ -523,44 +527,105 @@ def test_a_full_disk(small_disk: Path, tmp_path: Path) -> None:
 # -- the real builder
 
 
-@pytest.mark.slow
-def test_the_whole_way_with_the_real_builder(
-    device: Device, tmp_path: Path, capsys, monkeypatch
-) -> None:
-    """A recipe to an engine that TensorRT-RTX built on the device, in one command."""
+@pytest.fixture
+def real_python(tmp_path: Path) -> str:
+    """A Python that has TensorRT-RTX itself: this one, or $SECATEUR_TENSORRT_PYTHON."""
     python = os.environ.get("SECATEUR_TENSORRT_PYTHON", sys.executable)
-    (tmp_path / "modules" / "tensorrt_rtx.py").unlink()
+    (tmp_path / "modules" / "tensorrt_rtx.py").unlink(missing_ok=True)
     probed = [python, "-c", "import tensorrt_rtx"]
     if subprocess.run(probed, capture_output=True, check=False).returncode != 0:
         pytest.skip("no tensorrt_rtx in this Python, nor in SECATEUR_TENSORRT_PYTHON")
-    monkeypatch.syspath_prepend(tmp_path)
-    recipe = make_project(tmp_path, RECIPE.replace("{epochs: 1}", "none"))
-    address = f"ssh://device?python={python}"
-    words = ("build", recipe, "--target", "rtx-pc", "--device", address, "--out", tmp_path / "out")
-    over = threading.Event()
-    breaker = threading.Thread(target=drop_connections, args=(device, over))
-    breaker.start()
-    code, _, err = run(capsys, *words)
-    over.set()
-    breaker.join()
-    assert code == 2 and "the connection to ssh://device was lost" in err
-    code, out, err = run(capsys, *words)
-    assert code in (0, 1), err  # 1: this toy may lose more than it may
-    assert "an earlier call began this build" in err and "running, process" in err
-    folder = tmp_path / "out" / "rtx-pc" / "fp32"
-    record = json.loads((folder / "engine.json").read_text())
-    assert str(folder / "model.engine") in out.replace("\n", "")
-    for name in ("model.onnx", "model.engine"):
-        assert record["files"][name] == file_digest(folder / name)
-    assert record["device"]["runtime"] == "tensorrt_rtx" and record["layers"] > 5
-    assert device.builds() == []
+    return python
 
 
-def drop_connections(device: Device, over: threading.Event) -> None:
-    """Kill sshd's side of every connection from when a build runs there."""
-    while not over.wait(0.02):
-        began = list(device.cache.glob("**/job.log"))
+def cut_when(device: Device, pattern: str, over: threading.Event) -> None:
+    """Kill sshd's side of every connection from when such a file is on the device."""
+    while not over.wait(0.01):
+        began = list(device.cache.glob(f"secateur/builds/{pattern}"))
         for session in psutil.Process(device.process.pid).children(recursive=True) if began else ():
             with contextlib.suppress(psutil.NoSuchProcess):
                 if session.name().startswith("sshd"):  # not what it runs
                     session.kill()
+
+
+def script(recipe: Path, address: str) -> subprocess.CompletedProcess[str]:
+    """Run the script of the target rtx-pc beside the recipe, as a user does."""
+    return subprocess.run(
+        [REPOSITORY / "targets" / "rtx-pc" / "build.sh", recipe, address], cwd=recipe.parent,
+        env={**os.environ, "VENV": sys.prefix, "COLUMNS": "200"}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+
+
+def cut_off(device: Device, pattern: str, recipe: Path, address: str) -> str:
+    """Run the script while its connection is cut where it matters; return what it said."""
+    over = threading.Event()
+    breaker = threading.Thread(target=cut_when, args=(device, pattern, over))
+    breaker.start()
+    result = script(recipe, address)
+    over.set()
+    breaker.join()
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert "the connection to ssh://device was lost" in result.stderr
+    return result.stderr
+
+
+@pytest.mark.slow
+def test_the_whole_way_with_the_real_builder(
+    device: Device, real_python: str, tmp_path: Path
+) -> None:
+    """An example to an engine that TensorRT-RTX built on the device, cut off twice and resumed."""
+    text = (REPOSITORY / "examples" / "scenes.yaml").read_text()
+    for long, short in SHORTER.items():
+        text = text.replace(long, short)
+    text = text.replace("prune:      {", 'prune:      {sparsity: "2:4", ')
+    recipe = tmp_path / "scenes.yaml"
+    recipe.write_text(text + "engine: {batch: [1, 2, 4], level: 1}\n")
+    address = f"ssh://device?python={real_python}"
+    folder = tmp_path / "out" / "rtx-pc" / "fp32"
+    said = cut_off(device, "*", recipe, address)  # while files are copied
+    assert "had to be copied" not in said and not (folder / "model.engine").exists()
+    said = cut_off(device, "*/job.log", recipe, address)  # while the engine is built
+    assert "had to be copied" in said and not (folder / "model.engine").exists()
+    result = script(recipe, address)
+    assert result.returncode in (0, 1), result.stderr  # 1: so short a recovery may not suffice
+    assert "an earlier call began this build" in result.stderr
+    assert str(Path("out/rtx-pc/fp32/model.engine")) in result.stdout.replace("\n", "")
+    resumed = json.loads((folder / "engine.json").read_text())
+    for name in ("model.onnx", "model.engine"):
+        assert resumed["files"][name] == file_digest(folder / name)
+    assert resumed["device"]["runtime"] == "tensorrt_rtx" and resumed["layers"] > 50
+    wanted = {"batch": [1, 2, 4], "level": 1, "sparse": True}
+    assert {name: resumed["options"][name] for name in wanted} == wanted
+    assert device.builds() == []
+    layers = (folder / "layers.json").read_text()
+    whole = script(recipe, address)  # nobody disturbs this one
+    assert whole.returncode == result.returncode, whole.stderr
+    assert "an earlier call" not in whole.stderr
+    again = json.loads((folder / "engine.json").read_text())
+    # TensorRT-RTX numbers what it compiles anew each time: bytes differ, even in number
+    changing = dict.fromkeys(("bytes", "created", "files", "seconds"))
+    assert {**again, **changing} == {**resumed, **changing}
+    assert again["files"]["model.onnx"] == resumed["files"]["model.onnx"]
+    assert (folder / "layers.json").read_text() == layers
+
+
+@pytest.mark.slow
+def test_two_real_builds_on_one_device_take_turns(
+    device: Device, real_python: str, tmp_path: Path
+) -> None:
+    orders = []
+    for level in (1, 2):
+        folder = tmp_path / f"level-{level}"
+        folder.mkdir()
+        export_onnx(tiny_model(), SPEC.example(2), folder / "model.onnx")
+        write_builder(folder, {"level": level})
+        orders.append(
+            (Order({path.name: path for path in folder.iterdir()}, "tensorrt_rtx"), folder)
+        )
+    calls = [Call(*order, f"ssh://device?python={real_python}") for order in orders]
+    for call, level in zip(calls, (1, 2), strict=True):
+        record = call.ended()
+        check_brought(call.into, record)
+        assert isinstance(record, EngineRecord) and record.options["level"] == level
+    assert any("waiting: another job" in line for call in calls for line in call.said)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from ncnn.run import SEED, Case, network
+from random_cuts import SEED, Case
 from secateur.core.errors import SecateurError
 from secateur.core.model import MultiTaskModel, evaluating
 from secateur.core.progress import shown, track
@@ -81,8 +81,8 @@ def row_of(case: Case) -> dict[str, Any]:
     """Cut one network and check what came of it."""
     row: dict[str, Any] = {"backbone": case.backbone, "size": case.size}
     started = time.monotonic()
-    parent = network(case)
-    example = torch.randn(1, 3, case.size, case.size)
+    parent = case.network()
+    example = case.images(1)
     try:
         groups = find_groups(parent, example)
     except SecateurError as error:

@@ -14,52 +14,29 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from random_cuts import SEED, Case, random_cut
 from secateur.core.errors import SecateurError
 from secateur.core.model import MultiTaskModel, evaluating
 from secateur.core.progress import shown, track
-from secateur.core.task import Task
 from secateur.devices.host import library_versions
 from secateur.lower import compare_outputs, export_onnx
 from secateur.lower.ncnn import export_ncnn, find_pnnx, weights_file
-from secateur.prune import apply_plan, count_macs, find_groups, macs_model, plan_prune
-from secateur.prune.plan import Budget
+from secateur.prune import count_macs
 from secateur.runtimes.base import runtime_of
-from secateur.zoo.compose import HeadSpec, compose
 from suite import RESULTS, Show, append_row, exit_status, read_rows, write_suite
 
 CELLS = RESULTS / "ncnn.cells.jsonl"
-SEED, IMAGES, SETTLING = 0, 4, 8  # images compared; images that batch norms see, three times
-TASKS = (
-    Task("segmentation", "seg", "segmentation", "segmentation", classes=8),
-    Task("depth", "depth", "depth", "depth"),
-    Task("room", "room", "classification", "room", classes=4),
-)
-HEADS = {
-    "seg": HeadSpec("segmentation", 8),
-    "depth": HeadSpec("depth", 1),
-    "room": HeadSpec("classification", 4),
-}
+IMAGES = 4  # compared
 FP32_TARGET, FP16_TARGET = 1e-3, 1e-2  # of each output's range
 Outputs = dict[str, NDArray[np.float32]]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A timm backbone, the side of its square images, and the share of MACs that stays."""
-
-    backbone: str
-    size: int = 96
-    macs: float = 0.5
 
 
 CASES = (
@@ -99,8 +76,7 @@ def main() -> None:
 
 def row_of(case: Case) -> dict[str, Any]:
     """Cut a network and say how far each way to ncnn is from torch."""
-    parent = network(case)
-    images = torch.randn(IMAGES, 3, case.size, case.size, generator=generator())
+    parent, images = case.network(), case.images(IMAGES)
     cut = random_cut(parent, case, images[:1])
     with evaluating(cut):
         wanted = {name: tensor.numpy() for name, tensor in cut(images).items()}
@@ -156,34 +132,6 @@ def from_onnx(
 
 def parity(wanted: Outputs, got: Outputs) -> dict[str, float]:
     return {task: found.relative for task, found in compare_outputs(wanted, got).items()}
-
-
-def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(SEED)
-
-
-def network(case: Case) -> MultiTaskModel:
-    """A backbone with the heads, its batch norms settled on noise."""
-    torch.manual_seed(SEED)
-    square = (case.size, case.size)
-    vit: dict[str, Any] = {"img_size": square} if case.backbone.startswith("vit") else {}
-    model = MultiTaskModel(compose(case.backbone, HEADS, **vit), TASKS).train()
-    with torch.no_grad():
-        for _ in range(3):
-            model(torch.randn(SETTLING, 3, case.size, case.size))
-    return model.eval()
-
-
-def random_cut(parent: MultiTaskModel, case: Case, example: Tensor) -> MultiTaskModel:
-    """Cut the parent to its share of MACs by random scores."""
-    groups = find_groups(parent, example)
-    random = np.random.default_rng(SEED)
-    scores = {group.name: random.random(group.width) for group in groups}
-    plan = plan_prune(
-        groups, macs_model(parent, groups, example), scores, {"all": scores}, Budget(case.macs),
-        criterion="random", fusion="mean",
-    )  # fmt: skip
-    return apply_plan(parent, groups, plan, example)
 
 
 def claims(rows: list[dict[str, Any]]) -> list[Show]:

@@ -4,7 +4,8 @@
     python3 build_engine.py [--batch N | MIN:OPT:MAX] [--workspace MIB] [--dla CORE] [--sparse]
 
 Needs Python 3.8 and TensorRT 10.3 to 11.x, or tensorrt-rtx; nothing of Secateur. The precision is
-in model.onnx: every build is strongly typed. Writes beside it model.engine, engine.json (what it
+in model.onnx: every build is strongly typed. What the command line leaves open is as the recipe
+wanted it, in engine_options.json. Writes beside it model.engine, engine.json (what it
 was built by, on and with; unknown is null), layers.json (each layer, the ONNX nodes it came from,
 the tasks that need it) and timing.cache. As a module: ``build(folder, options)``; before an engine
 is opened: ``check_engine(engine, device_facts(trt), {name: sha256(path)})``.
@@ -40,6 +41,7 @@ WORKSPACE_SHARE = 0.5  # of the free memory: the builder itself and the weights 
 MIB = 1 << 20
 DEFAULTS = {"batch": [1, 1, 1], "workspace_mib": None, "dla": None, "dla_only": False,
             "sparse": False, "tf32": True, "level": None, "compute_capabilities": []}  # fmt: skip
+OPTIONS = "engine_options.json"  # of a bundle: changes to DEFAULTS
 
 
 class Differences:
@@ -226,18 +228,33 @@ def read_model(folder):
 def read_table(path):
     """The content of a JSON file, or {} where there is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if not isinstance(found, dict):
+            raise ValueError("it is no table")
+        return found
     except ValueError as error:
         raise BuildProblem("{} is damaged ({}): copy it again".format(path, error)) from error
+
+
+def read_options(folder):
+    """The bundle's own changes to DEFAULTS."""
+    found = read_table(folder / OPTIONS)
+    unknown = sorted(set(found) - set(DEFAULTS))
+    if unknown:
+        raise BuildProblem(
+            "{} has an option {} that this builder does not know: copy the whole bundle "
+            "again".format(OPTIONS, unknown[0])
+        )
+    return found
 
 
 def build(folder, options=None, trt=None):
     """Build the engine of the bundle in ``folder``; return what engine.json says.
 
-    ``options`` are changes to DEFAULTS. Raises BuildProblem, with one sentence.
+    ``options`` are changes to the bundle's own. Raises BuildProblem, with one sentence.
     """
     folder, started = Path(folder), time.time()
-    options = {**DEFAULTS, **(options or {})}
+    options = {**DEFAULTS, **read_options(folder), **(options or {})}
     model = read_model(folder)
     trt = trt or load_tensorrt()
     job = Job(trt, options, read_table(folder / "nodes.json").get("nodes", {}))

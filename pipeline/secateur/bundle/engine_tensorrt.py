@@ -21,6 +21,9 @@ def load_tensorrt(wanted=None):
         except (ImportError, OSError) as error:
             reasons.append(str(error))
             continue
+        if not hasattr(trt, "__version__"):  # Python takes any folder of that name for a package
+            reasons.append("{} is a folder without TensorRT".format(name))
+            continue
         numbers = tuple(int(part) for part in re.findall(r"\d+", trt.__version__)[:2])
         if name == "tensorrt" and numbers < (10, 3):
             raise EngineProblem(

@@ -22,7 +22,7 @@ CHECK_FILE = "check.npz"
 PARENT_FILE = "parent_images.npz"
 PICTURES = "pictures/*.png"
 FP32_FILE, QUANT_FILE = ORIGIN_FILES = ("fp32.onnx", "quant.json")  # of lower precisions
-BUILDER_FILES = ("build_engine.py", "nodes.json")  # of targets with a GPU
+BUILDER_FILES = ("build_engine.py", "nodes.json", build_engine.OPTIONS)  # of targets with a GPU
 
 
 def write_check(
@@ -140,7 +140,11 @@ def stand_alone(module: ModuleType) -> str:
     return pattern.sub(text_of, Path(str(module.__file__)).read_text(encoding="utf-8"))
 
 
-def write_builder(folder: Path) -> None:
-    """Write ``build_engine.py``, and ``nodes.json`` that tells it which task needs which node."""
+def write_builder(folder: Path, options: Mapping[str, Any] | None = None) -> None:
+    """Write ``build_engine.py``, what it is to do, and which task needs which node.
+
+    ``options`` are changes to the builder's DEFAULTS.
+    """
+    write_json(folder / build_engine.OPTIONS, dict(options or {}))
     write_text(folder / "build_engine.py", stand_alone(build_engine))
     write_json(folder / "nodes.json", {"nodes": node_tasks(folder / "model.onnx")})

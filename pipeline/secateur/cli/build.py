@@ -113,6 +113,8 @@ def print_result(result: BuildResult, console: Console) -> None:
         f"{accuracy.delta_t_before_recovery:+.2f} %; on {accuracy.images} images",
         highlight=False,
     )
+    if sparsity := manifest.plan.get("sparsity"):
+        console.print(sparsity_line(sparsity), soft_wrap=True, highlight=False, markup=False)
     for line in _precision_lines(manifest):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     if manifest.plan.get("recovery_undone"):
@@ -148,6 +150,13 @@ def solver_line(solver: str, gap: float | None) -> str:
     """Return who chose the widths, and how far from the best choice that may be."""
     said = f"widths by {solver}"
     return said if gap is None else f"{said}; optimality gap {100 * gap:.3g} % of the score lost"
+
+
+def sparsity_line(plan: Mapping[str, Any]) -> str:
+    """Return what 2:4 sparsity takes, from ``SparsityPlan.to_json``."""
+    lost = ", ".join(f"{task} {share:.1%}" for task, share in plan["lost"].items())
+    return (f"sparsity  2:4 in {len(plan['weights'])} layers, {len(plan['dense'])} stay dense; "
+            f"importance of their weights that goes: {lost}")  # fmt: skip
 
 
 def _range(intervals: AccuracyIntervals | None) -> str:

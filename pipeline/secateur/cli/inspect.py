@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from secateur.cli.build import budget_line, solver_line
+from secateur.cli.build import budget_line, solver_line, sparsity_line
 from secateur.cli.options import (
     DEFAULT_TARGET,
     CacheOption,
@@ -25,6 +25,7 @@ from secateur.core.progress import shown
 if TYPE_CHECKING:
     from secateur.flow.estimates import PlanEstimate
     from secateur.flow.warm_start import Planned, Vote
+    from secateur.prune import SparsityPlan
     from secateur.tasks import TaskUse
 
 
@@ -185,11 +186,15 @@ def plan(
     from secateur.flow.estimates import estimate_plan
     from secateur.flow.job import open_job
     from secateur.flow.recipe import load_recipe
+    from secateur.flow.sparsity import check_sparse_target, planned_zeros
 
     profile = load_target(target)
     with shown(quiet=as_json):
-        job = turn_axes(open_job(load_recipe(recipe), StageCache(cache)))
+        job = open_job(load_recipe(recipe), StageCache(cache))
+        check_sparse_target(job, profile)
+        job = turn_axes(job)
         planned = plan_within(job, profile, table_file=table)
+        zeros = planned_zeros(job, planned)
         estimate: PlanEstimate | str = ""
         if not any(budget.how == "measured" for budget in planned.budgets.values()):
             try:
@@ -197,10 +202,15 @@ def plan(
             except DeviceError as error:  # a plan needs no latency
                 estimate = error.message
     if as_json:
-        typer.echo(json.dumps(_plan_json(planned, estimate), indent=2))
-        return
+        typer.echo(json.dumps(_plan_json(planned, zeros, estimate), indent=2))
+    else:
+        _print_plan(planned, zeros, estimate, Console())
+
+
+def _print_plan(
+    planned: Planned, zeros: SparsityPlan | None, estimate: PlanEstimate | str, console: Console
+) -> None:
     decided, vote = planned.plan, planned.vote
-    console = Console()
     voted = {}
     if vote is not None and not vote.cold:
         voted = {"confidence": vote.confidence, "IoU with own": vote.iou}
@@ -222,11 +232,17 @@ def plan(
     if estimate:
         latency = f"not estimated: {estimate}" if isinstance(estimate, str) else estimate.said()
         console.print(f"latency {latency}", soft_wrap=True, highlight=False, markup=False)
+    if zeros:
+        console.print(sparsity_line(zeros.to_json()), soft_wrap=True, highlight=False)
 
 
-def _plan_json(planned: Planned, estimate: PlanEstimate | str) -> dict[str, object]:
+def _plan_json(
+    planned: Planned, zeros: SparsityPlan | None, estimate: PlanEstimate | str
+) -> dict[str, object]:
     vote = planned.vote
     asked = {} if vote is None else {"warm_start": vote.to_json()}
+    if zeros is not None:
+        asked["sparsity"] = zeros.to_json()
     budgets = {name: budget.model_dump(mode="json") for name, budget in planned.budgets.items()}
     if estimate:
         asked["latency_estimate"] = (

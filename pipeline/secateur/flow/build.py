@@ -12,6 +12,7 @@ from secateur.bundle.write import prepare_folder
 from secateur.flow.axes import turn_axes
 from secateur.flow.budgets import plan_within, settle
 from secateur.flow.cache import StageCache
+from secateur.flow.engine import check_options
 from secateur.flow.entry import add_build
 from secateur.flow.evidence import gather_evidence
 from secateur.flow.inherited import best_start
@@ -21,7 +22,9 @@ from secateur.flow.pack import Made, pack
 from secateur.flow.precision import check_precision, lower_cut
 from secateur.flow.recipe import Recipe
 from secateur.flow.recovery import check_recovery
+from secateur.flow.sparsity import check_sparse_target, plan_zeros, with_zeros
 from secateur.flow.stages import begin_cut, check_evaluable, finish_cut
+from secateur.prune import check_sparsity
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ def build(
     check_evaluable(job)
     check_recovery(job)
     check_precision(job, target)
+    check_sparse_target(job, target)
+    check_options(recipe, target)
     mode = recipe.precision.mode
     prepare_folder(out / target.name / ("" if mode == "auto" else mode))
     clock.lap("load")
@@ -65,14 +70,19 @@ def build(
     clock.lap("score_and_plan")
     begun = begin_cut(job, planned.scored.groups, planned.plan)
     begun, origin, key = best_start(job, planned, begun)
+    zeros = plan_zeros(job, planned.plan, begun, key)
+    begun, key = with_zeros(job, begun, zeros, key)
     cut = finish_cut(job, planned.plan, begun, key)
     clock.lap("cut_compensate_recover")
     lowered = lower_cut(job, cut, target, protocol)
+    if zeros:
+        check_sparsity(lowered.onnx)
     clock.lap("lower")
     evidence = gather_evidence(job, cut, lowered, target, protocol)
     clock.lap("measure")
     budgets = settle(job, target, planned, evidence)
-    made = Made(target, planned, origin, cut, lowered, evidence, budgets, clock.seconds, command)
+    made = Made(target, planned, origin, cut, lowered, evidence, budgets, clock.seconds, command,
+                zeros)  # fmt: skip
     folder = out / target.name / lowered.precision
     manifest = pack(job, made, folder)
     return BuildResult(folder, manifest, add_build(job, planned, cut, evidence))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from secateur.bundle.build_engine import OPTIONS
 from secateur.bundle.read import check_files, read_bundle
-from secateur.core.errors import DeviceError
+from secateur.core.errors import DeviceError, RecipeError
 from secateur.devices.connect import connect
 from secateur.devices.connection import Connection
 from secateur.devices.probe import DeviceFacts
@@ -13,9 +14,35 @@ from secateur.devices.remote_build import BUILDER, EngineRecord, Order, build_en
 from secateur.devices.remote_job import Tell
 from secateur.devices.remote_probe import check_python, probe, probe_python
 from secateur.devices.target import Target, load_target, target_names
+from secateur.flow.recipe import Recipe
 
-_NEEDED = (BUILDER, "model.onnx", "nodes.json")
+_NEEDED = (BUILDER, "model.onnx", "nodes.json", OPTIONS)
 _EARLIER = "timing.cache"  # of an earlier build: makes the next one faster
+
+
+def check_options(recipe: Recipe, target: Target) -> None:
+    """Raise when the target's engine cannot be built as the recipe says; CPUs have no engine.
+
+    Raises:
+        RecipeError: it asks for a DLA or for compute capabilities that are not to be had.
+    """
+    if target.engine_runtime is None:
+        return
+    wanted, cores = recipe.engine, target.dla.cores if target.dla else 0
+    if wanted.dla is not None and wanted.dla >= cores:
+        raise RecipeError(
+            f"engine.dla: {target.name} has {cores or 'no'} DLA cores, got core {wanted.dla}",
+            hint="leave it out, or choose a module with a DLA",
+        )
+    portable = target.engine_runtime == "tensorrt_rtx"
+    known = target.gpu.compute_capabilities if target.gpu and portable else ()
+    other = sorted(set(wanted.compute_capabilities) - set(known))
+    if other:
+        raise RecipeError(
+            f"engine.compute_capabilities: an engine of {target.name} is for "
+            f"{', '.join(known) or 'the very device that builds it'}, got {other[0]}",
+            hint="correct it, or leave it out",
+        )
 
 
 def check_device(target_name: str, device: str) -> None:

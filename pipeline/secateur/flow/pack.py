@@ -41,6 +41,7 @@ from secateur.flow.stages import Cut, plain_image
 from secateur.flow.warm_start import Planned
 from secateur.lower.export import INPUT_NAME
 from secateur.lower.ncnn import weights_file
+from secateur.prune import SparsityPlan
 
 SHEET_IMAGES = 6
 
@@ -58,6 +59,7 @@ class Made:
     budgets: Mapping[str, BudgetRecord]
     seconds: Mapping[str, float]
     command: str
+    zeros: SparsityPlan | None = None
 
 
 def pack(job: Job, made: Made, folder: Path) -> Manifest:
@@ -74,7 +76,7 @@ def pack(job: Job, made: Made, folder: Path) -> Manifest:
     write_runner(folder)
     write_parent(folder, made.evidence.parent_sums)
     if made.target.accelerator == "gpu":
-        write_builder(folder)
+        write_builder(folder, job.recipe.engine_options())
     _write_check(job, made.cut.recovered, folder)
     _write_pictures(job, made, folder / "pictures")
     manifest = _manifest(job, made).model_copy(update={"files": file_records(folder)})
@@ -89,6 +91,8 @@ def _manifest(job: Job, made: Made) -> Manifest:
     if vote is not None:
         origin = made.origin.to_json() if made.origin else None
         summary["warm_start"] = {**vote.to_json(), "weights": origin}
+    if made.zeros is not None:
+        summary["sparsity"] = made.zeros.to_json()
     return Manifest(
         schema_version=SCHEMA_VERSION,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),

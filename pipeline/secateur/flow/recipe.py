@@ -107,6 +107,7 @@ class PruneSpec(_Strict):
     votes: Literal["keeps", "scores"] = "keeps"
     vote_weight: float = Field(default=0.5, ge=0, le=1)
     inherit: Literal["none", "nearest", "average"] = "nearest"
+    sparsity: Literal["2:4"] | None = None
 
 
 class LibrarySpec(_Strict):
@@ -163,6 +164,30 @@ class PrecisionSpec(_Strict):
         return self
 
 
+class EngineSpec(_Strict):
+    batch: Annotated[int, Field(ge=1)] | tuple[int, int, int] = 1
+    workspace_mib: int | None = Field(default=None, ge=1)
+    dla: int | None = Field(default=None, ge=0)
+    dla_only: bool = False
+    tf32: bool = True
+    level: int | None = Field(default=None, ge=0, le=5)
+    compute_capabilities: tuple[Annotated[str, Field(pattern=r"^\d+\.\d$")], ...] = ()
+
+    @model_validator(mode="after")
+    def _can_be_built(self) -> EngineSpec:
+        if list(self.batches()) != sorted(self.batches()) or self.batches()[0] < 1:
+            raise ValueError("batch: give one size, or [least, best, most] from small to large")
+        if self.dla_only and self.dla is None:
+            raise ValueError("dla_only: give dla, the core that everything is to run on")
+        if self.dla is not None and len(set(self.batches())) > 1:
+            raise ValueError("batch: a DLA takes one size only")
+        return self
+
+    def batches(self) -> tuple[int, int, int]:
+        """Return the least, the best and the largest batch."""
+        return (self.batch,) * 3 if isinstance(self.batch, int) else self.batch
+
+
 class Recipe(_Strict):
     """A validated recipe. ``source`` is its text, ``path`` where it was read."""
 
@@ -174,6 +199,7 @@ class Recipe(_Strict):
     compensate: CompensateSpec | Literal[False] = CompensateSpec()
     recover: RecoverSpec | Literal["none"] = "none"
     precision: PrecisionSpec = PrecisionSpec()
+    engine: EngineSpec = EngineSpec()
     runtime: Literal["onnxruntime", "ncnn"] | None = None
     library: LibrarySpec = LibrarySpec()
     source: str = ""
@@ -188,6 +214,8 @@ class Recipe(_Strict):
             raise ValueError(
                 f"keep: there is no task '{unknown[0]}'; tasks: {', '.join(self.tasks)}"
             )
+        if self.prune.sparsity and self.recover != "none" and self.recover.reinit:
+            raise ValueError("prune.sparsity chooses by weights, which recover.reinit forgets")
         return self
 
     def all_tasks(self) -> tuple[Task, ...]:
@@ -223,6 +251,13 @@ class Recipe(_Strict):
         if self.prune.search is None:
             return SearchSpec() if self.recover == "none" else False
         return self.prune.search
+
+    def engine_options(self) -> dict[str, Any]:
+        """Return what the bundle's ``build_engine.py`` is to do otherwise than by default."""
+        wanted = self.engine.model_dump(mode="json", exclude_unset=True)
+        if "batch" in wanted:
+            wanted["batch"] = list(self.engine.batches())
+        return {**wanted, **({"sparse": True} if self.prune.sparsity else {})}
 
     def data_root(self, spec: DataSpec) -> Path:
         """Return a data set's root; a relative one lies beside the recipe or where we run."""

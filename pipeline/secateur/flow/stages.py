@@ -31,7 +31,15 @@ from secateur.lower import export_onnx
 from secateur.lower.export import OPSET
 from secateur.metrics.delta import Delta, delta
 from secateur.metrics.kind import kind_of
-from secateur.prune import MacsModel, apply_plan, count_macs, find_groups, macs_model, plan_prune
+from secateur.prune import (
+    MacsModel,
+    apply_plan,
+    count_macs,
+    find_groups,
+    macs_model,
+    plan_prune,
+    without_masks,
+)
 from secateur.prune.plan import Budget, default_budget
 from secateur.runtimes.base import Session
 
@@ -232,9 +240,14 @@ def begin_cut(job: Job, groups: Sequence[ChannelGroup], plan: PrunePlan) -> Mult
 
 
 def finish_cut(job: Job, plan: PrunePlan, begun: MultiTaskModel, origin: str = "") -> Cut:
-    """Recover the cut; ``origin`` names where its weights are from, if not from the parent."""
+    """Recover the cut; ``origin`` names where its weights are from, if not from the parent.
+
+    Zeros that masks hold stay, the masks go.
+    """
     final, steps = recovered(job, plan, begun, origin)
-    if steps and made_worse(job, begun, final):
+    worse = bool(steps) and made_worse(job, begun, final)
+    begun, final = without_masks(begun), without_masks(final)
+    if worse:
         return Cut(begun, begun, 0, model_fingerprint(begun), undone=True)
     return Cut(begun, final, steps, model_fingerprint(final))
 

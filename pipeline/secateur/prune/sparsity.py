@@ -59,6 +59,25 @@ class SparsityPlan:
             "lost": dict(self.lost),
         }
 
+    @staticmethod
+    def from_json(data: Mapping[str, Any], masks: Mapping[str, Tensor]) -> SparsityPlan:
+        """Read what ``to_json`` wrote.
+
+        Raises:
+            ValueError: it is no plan, or not that of the masks.
+        """
+        try:
+            rows = tuple(
+                SparseWeight(row["name"], tuple(row["shape"]), row["lost"])
+                for row in data["weights"]
+            )
+            plan = SparsityPlan(rows, tuple(data["dense"]), dict(data["lost"]), masks)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"this is no sparsity plan: {error!r}") from error
+        if {row.name: row.shape for row in rows} != {n: tuple(m.shape) for n, m in masks.items()}:
+            raise ValueError("these masks are of another sparsity plan")
+        return plan
+
 
 def plan_sparsity(
     model: nn.Module,
