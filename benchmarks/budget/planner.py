@@ -235,10 +235,12 @@ def built(job: Job, share: float) -> Row:
     cut = apply_plan(job.selected, planned.scored.groups, planned.plan, job.example)
     together = measure({"parent": parent, "cut": call(cut, model_fingerprint(cut))})
     beside_ms, cut_ms = together["parent"].median_ms, together["cut"].median_ms
+    pairs = zip(together["cut"].block_medians_ms, together["parent"].block_medians_ms, strict=True)
     return {
         "budget_ms": wanted_ms, "planned_ms": planned.budgets["latency_ms"].planned,
         "parent_ms": beside_ms, "cut_ms": cut_ms,
         "of_budget": cut_ms / wanted_ms, "of_parents_share": cut_ms / (share * beside_ms),
+        "of_share_by_blocks": float(np.median([own / beside for own, beside in pairs])) / share,
         "noisy": together["cut"].noisy or together["parent"].noisy,
         "macs": planned.plan.macs_after / planned.plan.macs_before,
         "grid": planned.plan.channel_grid, "gap": planned.plan.gap, "seconds": seconds,

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from secateur.bench.compare import Ratio, ratio_of_medians
+from secateur.bench.compare import Medians, Ratio, ratio_of_medians
 from secateur.bench.estimate import table_estimate
 from secateur.bench.latency import Latency, Protocol, measure
 from secateur.bundle.manifest import BudgetRecord
@@ -292,13 +292,18 @@ def parent_ms(job: Job, target: Target, protocol: Protocol | None = None) -> flo
 
 
 def _measured_share(job: Job, target: Target, planned: Planned, protocol: Protocol | None) -> float:
-    """Return the latency of the planned cut on the target's runtime, over the parent's."""
+    """Return the latency of the planned cut on the target's runtime, over the parent's.
+
+    It is the median over pairs of blocks that were measured side by side: on a machine that is
+    half the time busy, the medians of the two may be of different halves.
+    """
     cut: MultiTaskModel = apply_plan(job.selected, planned.scored.groups, planned.plan, job.example)
     calls = {
         "parent": _call(job, target, job.selected, job.parent_key),
         "cut": _call(job, target, cut, model_fingerprint(cut)),
     }
-    return _ratio(measure(calls, protocol, "measuring the plan")).value
+    parent, cut_blocks = _blocks(measure(calls, protocol, "measuring the plan"))
+    return float(np.median(cut_blocks / parent))
 
 
 def _call(job: Job, target: Target, model: MultiTaskModel, key: str) -> Callable[[], object]:
@@ -308,5 +313,10 @@ def _call(job: Job, target: Target, model: MultiTaskModel, key: str) -> Callable
 
 def _ratio(latency: Mapping[str, Latency]) -> Ratio:
     """Return the cut's latency over that of the parent, which took turns with it."""
+    return ratio_of_medians(*_blocks(latency), paired=True)
+
+
+def _blocks(latency: Mapping[str, Latency]) -> tuple[Medians, Medians]:
+    """Return the block medians of the parent and of the cut."""
     parent, cut = (np.array(latency[name].block_medians_ms) for name in ("parent", "cut"))
-    return ratio_of_medians(parent, cut, paired=True)
+    return parent, cut
