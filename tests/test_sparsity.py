@@ -19,8 +19,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from secateur.bundle import build_engine
+from secateur.compensate import refit_sparse
+from secateur.compensate.moments import Moments, fit
 from secateur.core.errors import BuildError, PlanError
-from secateur.core.model import MultiTaskModel
+from secateur.core.model import MultiTaskModel, output_difference
+from secateur.core.norms import settle_norms
 from secateur.core.task import Task
 from secateur.data.loading import InMemory, open_reader
 from secateur.data.sample import Reader
@@ -300,6 +303,29 @@ SETTINGS: list[dict[str, Any]] = [
     {"learning_rate": 0.01, "ema": 0.5, "freeze_norms": 0.0, "distill": 1.0},
     {"learning_rate": 0.01, "balance": "pcgrad"},
 ]
+
+
+def test_refitted_weights_make_up_for_the_zeros_and_leave_them() -> None:
+    dense, images = tiny_model(), torch.cat([SPEC.example(16, seed=s) for s in range(4)])
+    plan = plan_sparsity(dense)
+    sparse = without_masks(apply_sparsity(dense, plan))
+    fitted = refit_sparse(dense, sparse, plan.masks, images)
+    for name, weight in weights_of(fitted, plan).items():
+        assert (weight[~plan.masks[name].bool()] == 0).all()
+    settle_norms(sparse, images)
+    unseen = SPEC.example(16, seed=99)
+    assert output_difference(dense, fitted, unseen) < 0.8 * output_difference(dense, sparse, unseen)
+
+
+def test_a_row_is_the_least_squares_of_what_it_may_use() -> None:
+    torch.manual_seed(0)
+    x, e = torch.randn(1, 8, 500, dtype=torch.float64), torch.randn(1, 3, 500, dtype=torch.float64)
+    support = torch.tensor([[1, 1, 0, 0, 1, 1, 0, 0], [0, 1, 1, 0, 0, 1, 1, 0], [0, 0, 1, 1] * 2])
+    found = fit(Moments.of(x, e), None, 1e-9, support.bool())[0]
+    for row, may in enumerate(support.bool()):
+        centred = (x[0, may] - x[0, may].mean(1, keepdim=True)).T
+        wanted = torch.linalg.lstsq(centred, e[0, row] - e[0, row].mean()).solution
+        assert torch.allclose(found[row, may], wanted, atol=1e-6) and (found[row, ~may] == 0).all()
 
 
 @pytest.mark.parametrize("settings", SETTINGS)

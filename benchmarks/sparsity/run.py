@@ -1,10 +1,10 @@
 """What 2:4 sparsity costs on top of a cut: python benchmarks/sparsity/run.py
 
 The fusion suite's cut to half the MACs (NYUv2, 96x128), then two of each four input weights zero,
-by the tasks' fused importance, and recovered as the dense cut was (its row comes from that suite).
-Beside it the choice by magnitude, before recovery. Then every eligible layer of the exported files
-is looked at, and tensorrt-rtx builds them with the flag for sparse weights, and without. A recovery
-that ended is found again.
+by the tasks' fused importance, the others refitted, and recovered as the dense cut was (its row
+comes from that suite). Beside it the choice by magnitude, before recovery. Then every eligible
+layer of the exported files is looked at, and tensorrt-rtx builds them with the flag for sparse
+weights, and without. A recovery that ended is found again.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from fusion.bench import PARENT, Bench
 from fusion.ours import BATCH, CUT, REFIT_IMAGES, SCORING_IMAGES
 from fusion.run import CELLS as FUSION_CELLS
 from fusion.run import Cell, freeze_norms, measure, recover
+from secateur.compensate import refit_sparse
 from secateur.core.model import MultiTaskModel, model_fingerprint
-from secateur.core.norms import settle_norms
 from secateur.core.progress import shown
 from secateur.flow.cache import StageCache, load_weights, save_weights
 from secateur.flow.sparsity import fused_weights
@@ -78,10 +78,10 @@ def choices(bench: Bench, cut: MultiTaskModel) -> dict[str, SparsityPlan]:
 
 
 def sparse(bench: Bench, cut: MultiTaskModel, zeros: SparsityPlan) -> MultiTaskModel:
-    """Return the cut with its zeros held and batch norms that know them."""
-    model = apply_sparsity(cut, zeros)
-    settle_norms(model, bench.images(REFIT_IMAGES, SEED))
-    return model
+    """Return the cut with its zeros held, the other weights refitted to make up for them."""
+    model = without_masks(apply_sparsity(cut, zeros))
+    refitted = refit_sparse(cut, model, zeros.masks, bench.images(REFIT_IMAGES, SEED))
+    return apply_sparsity(refitted, zeros)
 
 
 def dense_row() -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 RIDGES = (0.003, 0.03, 0.3, 3.0)
 UNJUDGED_RIDGE = 0.1
+ROWS = 64  # outputs whose own equations are held at once
 
 
 @dataclass
@@ -55,8 +55,15 @@ class Moments:
         )
 
 
-def fit(fitted_on: Moments, held_out: Moments | None, ridge: float | None) -> Tensor:
+def fit(
+    fitted_on: Moments,
+    held_out: Moments | None,
+    ridge: float | None,
+    support: Tensor | None = None,
+) -> Tensor:
     """Return the change of weights (G, O, D) that explains the errors.
+
+    ``support`` (O, D) says which weights may change, equally many of each output; all may without.
 
     With ``ridge`` None, each output takes the ridge of ``RIDGES`` (or no change at all) under
     which it errs least on ``held_out``; then all samples are used. Where nothing was held out,
@@ -64,31 +71,43 @@ def fit(fitted_on: Moments, held_out: Moments | None, ridge: float | None) -> Te
     """
     if ridge is not None or held_out is None:
         whole = fitted_on if held_out is None else fitted_on + held_out
-        return _solve(whole.gram, whole.cross, UNJUDGED_RIDGE if ridge is None else ridge)
+        level = UNJUDGED_RIDGE if ridge is None else ridge
+        return _solve(whole.gram, whole.cross, level, support)
     errors = [torch.zeros_like(held_out.e)]  # no change
     gram, cross = fitted_on.gram, fitted_on.cross
     gram_out, cross_out = held_out.gram, held_out.cross
     for level in RIDGES:
-        change = _solve(gram, cross, level)
+        change = _solve(gram, cross, level, support)
         errors.append(((change @ gram_out) * change).sum(2) - 2 * (change * cross_out).sum(2))
     choice = torch.stack(errors).argmin(0)  # (G, O): 0 is no change
     whole = fitted_on + held_out
-    return _chosen(whole, RIDGES, choice)
+    return _chosen(whole, choice, support)
 
 
-def _chosen(whole: Moments, ridges: Sequence[float], choice: Tensor) -> Tensor:
+def _chosen(whole: Moments, choice: Tensor, support: Tensor | None) -> Tensor:
     gram, cross = whole.gram, whole.cross
     result = torch.zeros_like(cross)
-    for number, level in enumerate(ridges, start=1):
+    for number, level in enumerate(RIDGES, start=1):
         rows = choice == number
         if rows.any():
-            result = torch.where(rows[:, :, None], _solve(gram, cross, level), result)
+            solved = _solve(gram, cross, level, support)
+            result = torch.where(rows[:, :, None], solved, result)
     return result
 
 
-def _solve(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
-    """Return cross (gram + ridge * mean(diag) * I)^-1."""
+def _solve(gram: Tensor, cross: Tensor, ridge: float, support: Tensor | None) -> Tensor:
+    """Return cross (gram + ridge * mean(diag) * I)^-1, row by row within the support."""
     level = gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)
     eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-    factor = torch.linalg.cholesky(gram + (ridge * level)[:, None, None] * eye)
-    return torch.cholesky_solve(cross.transpose(1, 2), factor).transpose(1, 2)
+    ridged = gram + (ridge * level)[:, None, None] * eye
+    if support is None:
+        factor = torch.linalg.cholesky(ridged)
+        return torch.cholesky_solve(cross.transpose(1, 2), factor).transpose(1, 2)
+    result = torch.zeros_like(cross)
+    places = support.nonzero()[:, 1].reshape(len(support), -1)
+    for rows in torch.split(torch.arange(len(support)), ROWS):
+        at = places[rows]
+        factor = torch.linalg.cholesky(ridged[0][at[:, :, None], at[:, None, :]])
+        wanted = cross[0][rows[:, None], at][:, :, None]
+        result[0][rows[:, None], at] = torch.cholesky_solve(wanted, factor)[:, :, 0]
+    return result

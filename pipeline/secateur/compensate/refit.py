@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
 
@@ -29,7 +29,7 @@ from secateur.compensate.moments import Moments, fit
 from secateur.compensate.patches import Layer, draw, patches, pick, positions_last
 from secateur.compensate.residual import partners
 from secateur.compensate.walk import Stop, Walk
-from secateur.core.channels import ChannelGroup
+from secateur.core.channels import Axis, ChannelGroup
 from secateur.core.model import MultiTaskModel, evaluating
 from secateur.core.norms import following_norms, settle_norms
 from secateur.core.plan import PrunePlan, dropped_indices
@@ -75,12 +75,38 @@ def refit(
     ``images``: (N, C, H, W) network inputs, no labels needed; ``views`` makes more of a few.
     ``parent`` is the model that ``plan`` was applied to.
     """
+    return _refit(parent, cut, dropped_indices(groups, plan), {}, images, settings)
+
+
+def refit_sparse(
+    dense: MultiTaskModel,
+    sparse: MultiTaskModel,
+    masks: Mapping[str, Tensor],
+    images: Tensor,
+    settings: RefitSettings = RefitSettings(),
+) -> MultiTaskModel:
+    """Return a copy of ``sparse`` whose other weights make up for its zeros, which stay.
+
+    ``sparse`` is ``dense`` with single weights zero: ``masks`` by weight's name, of its shape, True
+    where it stays, equally many for each output (2:4 sparsity is such a mask). ``images``: as for
+    ``refit``. Row by row the least squares of SparseGPT (arXiv 2301.00774, eq. 3), masks given.
+    """
+    return _refit(dense, sparse, {}, masks, images, settings)
+
+
+def _refit(
+    parent: MultiTaskModel,
+    cut: MultiTaskModel,
+    dropped: Mapping[tuple[str, Axis], set[int]],
+    masks: Mapping[str, Tensor],
+    images: Tensor,
+    settings: RefitSettings,
+) -> MultiTaskModel:
     fitted = copy.deepcopy(cut).eval()
     layers = _single_calls(fitted, images[:1])
     norms = following_norms(fitted, images[:1])
     clips = find_clips(fitted, layers, images[:1])
     added = partners(fitted, layers, norms, images[:1])
-    dropped = dropped_indices(groups, plan)
     chunks = torch.split(images, CHUNK)
     with evaluating(parent):
         pairs = [
@@ -93,7 +119,9 @@ def refit(
             gone = dropped.get((name, "out"), set())
             positions = settings.positions(layer, len(images))
             read = [_read(layer, norm, theirs, ours, gone, positions) for theirs, ours in pairs]
-            _update(layer, norm, clips.get(name), read, settings)
+            mask = masks.get(f"{name}.weight")
+            support = None if mask is None else mask.bool().flatten(1)
+            _update(layer, norm, clips.get(name), read, settings, support)
         for theirs, ours in pairs:
             theirs.finish()
             ours.finish()
@@ -206,11 +234,12 @@ def _update(
     clip: Clip | None,
     samples: Sequence[tuple[Tensor, Tensor]],
     settings: RefitSettings,
+    support: Tensor | None,
 ) -> None:
     """Refit ``layer.weight`` in place and move the mean of its outputs to the target's.
 
-    ``samples``: per chunk, inputs (G, D, S) and targets (c_out, S). A clipped layer is fitted
-    again with the targets that its own predictions allow.
+    ``samples``: per chunk, inputs (G, D, S) and targets (c_out, S). ``support``: see ``fit``. A
+    clipped layer is fitted again with the targets that its own predictions allow.
     """
     groups, depth, _ = samples[0][0].shape
     kept = layer.weight.detach().reshape(groups, -1, depth)
@@ -224,17 +253,19 @@ def _update(
             parts.append(
                 Moments.of(inputs, target.reshape(groups, -1, target.shape[1]) - kept @ inputs)
             )
-        change, offset = (value.float() for value in _fit(parts, settings.ridge))
+        change, offset = (value.float() for value in _fit(parts, settings.ridge, support))
     layer.weight.data += change.reshape(layer.weight.shape)
     offset = offset.flatten()
     _shift(layer, norm, offset if layer.bias is None else offset - layer.bias.detach())
 
 
-def _fit(parts: Sequence[Moments], ridge: float | None) -> tuple[Tensor, Tensor]:
+def _fit(
+    parts: Sequence[Moments], ridge: float | None, support: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Return the change of weights (G, O, D) and the offset (G, O) of the outputs."""
     judges = parts[HELD_OUT - 1 :: HELD_OUT]
     rest = [part for i, part in enumerate(parts) if i % HELD_OUT != HELD_OUT - 1]
-    change = fit(_total(rest), _total(judges) if judges else None, ridge)
+    change = fit(_total(rest), _total(judges) if judges else None, ridge, support)
     whole = _total(parts)
     mean_in, mean_error = whole.x / whole.count, whole.e / whole.count
     return change, mean_error - (change @ mean_in[:, :, None])[:, :, 0]

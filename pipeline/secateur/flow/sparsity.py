@@ -12,22 +12,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from secateur.compensate import RefitSettings, refit_sparse
 from secateur.core.errors import RecipeError
 from secateur.core.files import atomic_path, value_digest, write_json
 from secateur.core.model import MultiTaskModel
-from secateur.core.norms import settle_norms
 from secateur.core.plan import PrunePlan
-from secateur.data.loading import image_batch
 from secateur.devices.target import Target
 from secateur.flow.inherited import best_start
 from secateur.flow.job import Job
 from secateur.flow.scoring import meaning
-from secateur.flow.stages import begin_cut, refit_indices, score_stream
+from secateur.flow.stages import begin_cut, refit_images, score_stream
 from secateur.flow.warm_start import Planned
 from secateur.fusion.scores import NEEDS_AGREEMENT, fuse
 from secateur.importance.bank import task_data
 from secateur.importance.single_weights import score_weights
-from secateur.prune import SparsityPlan, apply_sparsity, plan_sparsity
+from secateur.prune import SparsityPlan, apply_sparsity, plan_sparsity, without_masks
 
 AMPERE = 8.0  # the compute capability of the first GPUs that skip such zeros
 # Rules that see more than scores: they know of channels, not of weights.
@@ -89,15 +88,16 @@ def with_zeros(
 ) -> tuple[MultiTaskModel, str]:
     """Return the network with its zeros held, and a name of its origin that tells of them.
 
-    Its batch norms are settled anew where the recipe compensates. Without a plan nothing changes.
+    The weights that stay make up for the zeros where the recipe compensates. Without a plan nothing
+    changes.
     """
     if zeros is None:
         return begun, origin
-    sparse = apply_sparsity(begun, zeros)
-    indices = refit_indices(job)
-    if indices:
-        settle_norms(sparse, image_batch(job.train, indices, job.spec))
-    return sparse, value_digest([origin, zeros.to_json()])
+    sparse, wanted = without_masks(apply_sparsity(begun, zeros)), job.recipe.compensate
+    if wanted is not False:
+        settings = RefitSettings(ridge=wanted.ridge)
+        sparse = refit_sparse(begun, sparse, zeros.masks, refit_images(job), settings)
+    return apply_sparsity(sparse, zeros), value_digest([origin, zeros.to_json(), "refitted"])
 
 
 def _planned(job: Job, begun: MultiTaskModel) -> SparsityPlan:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from secateur.compensate import RefitSettings, refit, views
 from secateur.core.channels import ChannelGroup
@@ -282,10 +283,14 @@ def compensated(
     wanted = job.recipe.compensate
     if wanted is False:
         return pruned
+    settings = RefitSettings(ridge=wanted.ridge)
+    return refit(job.selected, pruned, groups, plan, refit_images(job), settings)
+
+
+def refit_images(job: Job) -> Tensor:
+    """Return the (N, C, H, W) training images that compensation is fitted on."""
     images = image_batch(job.train, refit_indices(job), job.spec)
-    if len(images) < FEW_IMAGES:
-        images = views(images)
-    return refit(job.selected, pruned, groups, plan, images, RefitSettings(ridge=wanted.ridge))
+    return views(images) if len(images) < FEW_IMAGES else images
 
 
 def refit_indices(job: Job) -> list[int]:
