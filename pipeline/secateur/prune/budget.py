@@ -110,7 +110,7 @@ def greedy(
     at = _descend(rungs, load, allowed)
     if at is None:
         return None
-    at = _fill(rungs, load, at)
+    at = fill(rungs, load, at)
     return _swap(rungs, load, at) if swaps else at
 
 
@@ -133,7 +133,7 @@ def _descend(rungs: Sequence[Ladder], load: Load, allowed: Allowed) -> list[int]
     return at
 
 
-def _fill(rungs: Sequence[Ladder], load: Load, start: list[int]) -> list[int]:
+def fill(rungs: Sequence[Ladder], load: Load, start: list[int]) -> list[int]:
     """Put back the most valuable chunk that still fits, until none does."""
     at = list(start)
     while True:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from ortools.linear_solver import pywraplp
 
-from secateur.prune.budget import Ladder, greedy
+from secateur.prune.budget import Ladder, Load, fill, greedy
 from secateur.prune.cp_sat import solve_cp_sat
 from secateur.prune.elimination import Elimination, TooDense
 from secateur.prune.network import FORBIDDEN, Network, compile_network
@@ -36,10 +36,12 @@ from secateur.prune.problem import (
 )
 
 ROUNDS = 60  # of cutting planes; one budget takes about ten, five budgets about forty
+PIVOTS = 1000  # of the small linear programme between them; GLOP cycles in a few degenerate ones
 PRICE_LIMIT = 1e4  # of one whole budget, in units of all score that can be lost
 DUAL_GAP = 1e-7
 MOST_PAIRS = 40_000  # Booleans that CP-SAT is given
 MARGIN = 1e-9
+FILLED = 8  # of the choices that the dual met, the best: what still fits is put back
 NEAR = 2  # rungs to each side that are tried where no bound is known
 
 
@@ -59,8 +61,9 @@ def solve_exact(problem: Problem, *, effort: float = 3.0) -> Allocation:
     if order is not None:
         _check_each(problem, network, order)
     dual = _Dual(-np.inf, None, ()) if order is None else _best_prices(network, order)
-    feasible: list[Sequence[int]] = [at for at in dual.visited if network.holds(at)]
-    best = min(feasible or _greedy_start(problem), key=problem.objective, default=None)
+    feasible = sorted({at for at in dual.visited if network.holds(at)}, key=problem.objective)
+    starts: list[Sequence[int]] = [*_filled(problem, feasible[:FILLED])]
+    best = min(starts or _greedy_start(problem), key=problem.objective, default=None)
     known = problem.objective(best) if best is not None else np.inf
     if known <= dual.bound + MARGIN * (1 + abs(known)) and best is not None:
         return allocation(problem, best, known, "exact")
@@ -99,19 +102,33 @@ def solve_greedy(problem: Problem) -> Allocation:
     raise impossible_together(problem.limits)
 
 
-def _greedy_start(problem: Problem, *, swaps: bool = False) -> Iterator[list[int]]:
-    """Yield the greedy choice if there is one."""
-    rungs = [
+def _filled(problem: Problem, choices: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """Yield the choices with what still fits within the limits put back."""
+    rungs, load = _ladders(problem), _load(problem, Totals(problem))
+    for at in choices:
+        yield fill(rungs, load, list(at))
+
+
+def _ladders(problem: Problem) -> list[Ladder]:
+    return [
         Ladder(widths, tuple(-value for value in lost))
         for widths, lost in zip(problem.widths, problem.lost, strict=True)
     ]
 
-    totals = Totals(problem)
+
+def _load(problem: Problem, totals: Totals) -> Load:
+    """Return what says how much is used of the limit of which most is."""
 
     def load(at: Sequence[int]) -> float:
         used = zip(problem.limits, totals(at), strict=True)
         return max((_share(limit, total) for limit, total in used), default=0.0)
 
+    return load
+
+
+def _greedy_start(problem: Problem, *, swaps: bool = False) -> Iterator[list[int]]:
+    """Yield the greedy choice if there is one."""
+    totals = Totals(problem)
     widest, narrowest = _ends(problem)
     rising = [which for which, limit in enumerate(problem.limits)
               if limit.total(narrowest) > limit.total(widest)]  # fmt: skip
@@ -120,7 +137,7 @@ def _greedy_start(problem: Problem, *, swaps: bool = False) -> Iterator[list[int
         found = totals(at) if rising else ()
         return all(found[which] <= problem.limits[which].most for which in rising)
 
-    at = greedy(rungs, load, allowed=allowed, swaps=swaps)
+    at = greedy(_ladders(problem), _load(problem, totals), allowed=allowed, swaps=swaps)
     if at is not None:
         yield at
 
@@ -181,6 +198,7 @@ class _Master:
 
     def __init__(self, limits: int) -> None:
         self._solver = pywraplp.Solver.CreateSolver("GLOP")
+        self._solver.SetSolverSpecificParametersAsString(f"max_number_of_iterations: {PIVOTS}")
         self._done = pywraplp.Solver.OPTIMAL
         self._prices = [self._solver.NumVar(0, PRICE_LIMIT, f"price{i}") for i in range(limits)]
         self._value = self._solver.NumVar(-PRICE_LIMIT, PRICE_LIMIT, "value")
