@@ -180,7 +180,7 @@ def test_plan_says_what_each_budget_comes_to_and_estimates_what_it_cannot_measur
     job_with(tmp_path, monkeypatch, prune=", search: false")
     code, said = plan(capsys, tmp_path, "--target", "jetson-orin-nano-8gb")
     assert code == 0 and "budget macs: at most 0.5 of the parent's MACs; plan 0.4" in said
-    assert "widths by greedy; optimality gap" in said
+    assert "widths by greedy" in said and "optimality gap" not in said
     assert "latency estimate (roofline, not measured), fp16: parent" in said
     code, said = plan(capsys, tmp_path, "--json")  # nothing is known of any x86-64 CPU
     found = json.loads(said)

@@ -147,9 +147,14 @@ def budget_line(name: str, budget: BudgetRecord) -> str:
 
 
 def solver_line(solver: str, gap: float | None) -> str:
-    """Return who chose the widths, and how far from the best choice that may be."""
+    """Return who chose the widths, and of an exact choice how far from the best it may be.
+
+    The bound of a greedy one is too loose to tell users: it stays in the manifest.
+    """
     said = f"widths by {solver}"
-    return said if gap is None else f"{said}; optimality gap {100 * gap:.3g} % of the score lost"
+    if solver != "exact" or gap is None:
+        return said
+    return f"{said}; optimality gap {100 * gap:.3g} % of the score lost"
 
 
 def sparsity_line(plan: Mapping[str, Any]) -> str:
