@@ -46,11 +46,12 @@ def inspect(
     from secateur.flow.job import open_job
     from secateur.flow.recipe import load_recipe
     from secateur.prune import find_groups
-    from secateur.tasks import decompose, draw_use
+    from secateur.tasks import decompose, draw_use, select_tasks
 
     job = open_job(load_recipe(recipe), StageCache())
+    every = [task.name for task in job.parent.tasks]
     try:
-        groups = find_groups(job.parent, job.example)
+        groups = find_groups(select_tasks(job.parent, every, job.example), job.example)
     except ModelError:  # the channels cannot be grouped; parameters and MACs can be told apart
         groups = ()
     use = decompose(job.parent, job.example, groups)

@@ -27,7 +27,8 @@ class Job:
     """``parent`` has every task, ``selected`` only the kept ones; both in eval mode.
 
     ``scored`` is the model whose channels are scored: the parent, so that its scores serve every
-    subset of tasks, or ``selected`` where folding made layers that the parent does not have.
+    subset of tasks, without outputs that no task names; or ``selected`` where folding made layers
+    that the parent does not have.
     ``basis`` names what its channels are counted in: ``original`` as in the parent, else a digest
     of the folded layers or of the axes that it was turned to.
     ``limits`` are the budgets where there are others than MACs (``flow.budgets``), and
@@ -88,12 +89,13 @@ def open_job(recipe: Recipe, cache: StageCache) -> Job:
     spec = recipe.model.input.model_input()
     example = spec.example()
     selected, folded = keep_tasks(recipe, parent)
+    every = [task.name for task in parent.tasks]
     return Job(
         recipe=recipe,
         spec=spec,
         parent=parent,
         selected=selected,
-        scored=selected if folded else parent,
+        scored=selected if folded else select_tasks(parent, every, example).eval(),
         example=example,
         train=train,
         eval=evaluation,
