@@ -16,11 +16,14 @@ $(VENV)/.ready: pyproject.toml
 demo: setup
 	$(BIN)/secateur demo --out out/demo
 
+# A file of tests to a core; one thread each, so that the cores do not fight.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --dist loadfile
+
 test: setup
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: setup
-	$(BIN)/python -m pytest -m 'slow or not slow'
+	$(PYTEST) -m 'slow or not slow'
 
 lint: setup
 	$(BIN)/ruff check .
