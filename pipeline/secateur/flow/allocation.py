@@ -2,12 +2,13 @@
 
 The judge adds up, over the tasks, the loss of the refitted network relative to the parent's, on
 images that the refit did not see. A task without labels is judged by the distance to the parent's
-output, relative to that of the first allocation tried.
+output, relative to that of the first allocation tried. Under other limits than MACs the judge only
+chooses between sums that the exact planner may keep.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,19 +21,24 @@ from secateur.core.channels import ChannelGroup
 from secateur.core.errors import PlanError
 from secateur.core.model import MultiTaskModel, evaluating, model_fingerprint
 from secateur.core.plan import PrunePlan
-from secateur.core.progress import hidden
+from secateur.core.progress import hidden, track
+from secateur.core.task import Task
 from secateur.data.loading import Batch, Subset, batches, has_labels, image_batch, spread
 from secateur.flow.job import Job
 from secateur.flow.recipe import SearchSpec
 from secateur.metrics.kind import kind_of
 from secateur.prune import apply_plan, plan_prune, plan_widths
 from secateur.prune.budget import ladders
+from secateur.prune.costs import macs_limit
 from secateur.prune.macs import MacsModel
 from secateur.prune.plan import Budget
 from secateur.prune.search import search_counts
 
 # (floor, balance) of the rankings that the search starts from
 STARTS = ((0.3, 0.65), (0.2, 0.8), (0.1, 0.9), (0.1, 0.5))
+# Powers of the exact planner's sums: a plain one suits rotated streams of transformers best, a
+# sharp one convolutions (benchmarks/budget/objective.py).
+SUMS = (1.0, 8.0)
 QUICK = RefitSettings(ridge=0.03, sweeps=2, per_weight=8, samples=(2048, 8192), settle=False)
 
 
@@ -67,7 +73,7 @@ def plan_by_search(
     Raises:
         PlanError: the budget is below what the grid allows.
     """
-    loss = RelativeLoss(model, judged)
+    loss = judge_of(model, groups, images, judged)
 
     def planned(counts: Sequence[int]) -> PrunePlan:
         return plan_widths(
@@ -76,10 +82,7 @@ def plan_by_search(
         )  # fmt: skip
 
     def judge(counts: Sequence[int]) -> float:
-        plan = planned(counts)
-        cut = apply_plan(model, groups, plan, images[:1])
-        with hidden():
-            return loss(refit(model, cut, groups, plan, images, QUICK))
+        return loss(planned(counts))
 
     starts = _starts(groups, cost, fused, budget)
     grids = [group.step(budget.grid) for group in groups]
@@ -97,17 +100,23 @@ def _starts(
     fused: Mapping[str, NDArray[np.float64]],
     budget: Budget,
 ) -> list[list[int]]:
-    """Return the widths of rankings that a budget allows, from fair between groups to global."""
-    starts = []
-    for floor, balance in STARTS:
-        ranking = replace(budget, floor=floor, balance=balance)
+    """Return the widths of rankings that a budget allows, and of the greatest sums kept."""
+    limit = macs_limit(cost, int(budget.macs * cost.macs([group.width for group in groups])))
+    ranked = [replace(budget, floor=floor, balance=balance) for floor, balance in STARTS]
+    held = max(budget.floor, STARTS[-1][0])
+    summed = [replace(budget, floor=held, sharpness=power) for power in SUMS]
+    starts: list[list[int]] = []
+    for way, limits in [*((way, ()) for way in ranked), *((way, (limit,)) for way in summed)]:
         try:
-            plan = plan_prune(groups, cost, fused, {}, ranking, criterion="-", fusion="-")
+            plan = plan_prune(groups, cost, fused, {}, way, criterion="-", fusion="-",
+                              limits=limits)  # fmt: skip
         except PlanError:
-            if (floor, balance) == STARTS[-1]:  # the lowest floor: no ranking fits
+            if way is ranked[-1] and not starts:  # the lowest floor: no ranking fits
                 raise
             continue
-        starts.append([len(cut.kept) for cut in plan.cuts])
+        counts = [len(cut.kept) for cut in plan.cuts]
+        if counts not in starts:
+            starts.append(counts)
     return starts
 
 
@@ -125,16 +134,11 @@ def searched_plan(
 
     Refit and judge draw different training images; labels judge where there are any.
     """
-    chosen = spread(job.train, wanted.images)
-    refitted = chosen[::3]
-    judged = [index for number, index in enumerate(chosen) if number % 3]
-    labelled = [task for task in job.selected.tasks if has_labels(job.train, [task])]
 
     def find() -> Mapping[str, Any]:
-        batch = next(batches(Subset(job.train, judged), labelled, job.spec, len(judged)))
+        images, judged = _images(job, wanted)
         plan = plan_by_search(
-            job.selected, groups, cost, fused, budget,
-            image_batch(job.train, refitted, job.spec), batch,
+            job.selected, groups, cost, fused, budget, images, judged,
             SearchSettings(wanted.tries), per_task=per_task,
             criterion=ranked.criterion, fusion=ranked.fusion,
         )  # fmt: skip
@@ -142,9 +146,57 @@ def searched_plan(
 
     # two rankings may agree on this plan and differ at other widths
     order = {name: np.argsort(-values, kind="stable").tolist() for name, values in fused.items()}
-    key = (model_fingerprint(job.selected), ranked.to_json(), wanted.model_dump(), asdict(job.spec),
-           job.train.fingerprint, [task.name for task in labelled], order)  # fmt: skip
+    key = (*_key(job, wanted), ranked.to_json(), order)
     return PrunePlan.from_json(job.cache.json("search", key, find))
+
+
+def best_judged(
+    job: Job, wanted: SearchSpec, groups: Sequence[ChannelGroup], plans: Sequence[PrunePlan]
+) -> PrunePlan:
+    """Return the plan whose cut, refitted, the judge likes best; the first of equal ones."""
+
+    def find() -> list[float]:
+        loss = judge_of(job.selected, groups, *_images(job, wanted))
+        return [loss(plan) for plan in track(plans, "judging the plans", len(plans))]
+
+    if all(plan.cuts == plans[0].cuts for plan in plans):
+        return plans[0]
+    key = (*_key(job, wanted), [plan.to_json() for plan in plans])
+    losses = job.cache.json("judged_plans", key, find)
+    return plans[int(np.argmin(losses))]
+
+
+def _key(job: Job, wanted: SearchSpec) -> tuple[Any, ...]:
+    """Return what a judgement depends on beside the plans."""
+    labelled = [task.name for task in _labelled(job)]
+    return (model_fingerprint(job.selected), wanted.model_dump(), asdict(job.spec),
+            job.train.fingerprint, labelled)  # fmt: skip
+
+
+def _labelled(job: Job) -> list[Task]:
+    return [task for task in job.selected.tasks if has_labels(job.train, [task])]
+
+
+def _images(job: Job, wanted: SearchSpec) -> tuple[Tensor, Batch]:
+    """Return (N, C, H, W) images for the refit, and the others to judge by."""
+    chosen = spread(job.train, wanted.images)
+    judged = [index for number, index in enumerate(chosen) if number % 3]
+    batch = next(batches(Subset(job.train, judged), _labelled(job), job.spec, len(judged)))
+    return image_batch(job.train, chosen[::3], job.spec), batch
+
+
+def judge_of(
+    model: MultiTaskModel, groups: Sequence[ChannelGroup], images: Tensor, judged: Batch
+) -> Callable[[PrunePlan], float]:
+    """Return what says how a plan's cut does after a quick refit on ``images``; less is better."""
+    loss = RelativeLoss(model, judged)
+
+    def judge(plan: PrunePlan) -> float:
+        cut = apply_plan(model, groups, plan, images[:1])
+        with hidden():
+            return loss(refit(model, cut, groups, plan, images, QUICK))
+
+    return judge
 
 
 class RelativeLoss:

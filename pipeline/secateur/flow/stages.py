@@ -20,7 +20,7 @@ from secateur.core.plan import PrunePlan
 from secateur.core.task import Task
 from secateur.data.loading import Batch, Subset, batches, has_labels, image_batch, spread
 from secateur.data.transforms import image_tensor
-from secateur.flow.allocation import searched_plan
+from secateur.flow.allocation import SUMS, best_judged, searched_plan
 from secateur.flow.cache import StageCache
 from secateur.flow.job import Job
 from secateur.flow.recovery import forgets_weights, made_worse, recovered
@@ -188,10 +188,17 @@ def score_channels(job: Job, grid: int) -> Scored:
 
 
 def plan_scored(job: Job, scored: Scored) -> PrunePlan:
-    """Return the cut by the fused scores, its widths searched for if the recipe says so."""
+    """Return the cut by the fused scores, its widths searched for if the recipe says so.
+
+    The search knows of MACs alone; under other limits it judges between sums to keep.
+    """
     floors, search = job.recipe.floors(), job.recipe.searched()
-    if search is False or job.limits or floors:  # the search knows of MACs alone
+    if search is False:
         return _ranked(job, scored, floors, bounded=True)
+    if job.limits or floors:
+        budgets = [replace(scored.budget, sharpness=power) for power in SUMS]
+        summed = [_ranked(job, replace(scored, budget=budget), floors) for budget in budgets]
+        return best_judged(job, search, scored.groups, summed)
     ranked = _ranked(job, scored)
     return searched_plan(
         job, search, scored.groups, scored.cost, scored.fused, ranked, scored.budget,

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secateur.core.channels import ChannelGroup
+from secateur.core.errors import PlanError
 from secateur.core.plan import GroupCut, PrunePlan
 from secateur.prune.budget import default_floor, solve
 from secateur.prune.costs import macs_limit, task_limits, width_problem
@@ -16,6 +17,7 @@ from secateur.prune.macs import MacsModel
 from secateur.prune.problem import Allocation, Limit, Problem, allocation
 
 GroupScores = Mapping[str, NDArray[np.float64]]
+MUCH_HIGHER = 100.0  # times what the best channel of those that a ranking loses counts
 
 
 @dataclass(frozen=True)
@@ -25,13 +27,17 @@ class Budget:
     ``grid``: every changed width, in positions, is a multiple of it. ``floor``: the least share of
     a group's channels that stays. ``balance``: 0 ranks all channels of the network together, 1
     compares them only within their group (every group keeps about the same share), between is
-    between.
+    between. ``sharpness``: the power of the scores that the exact planner adds up. First-order
+    scores do not add up: what many channels of one group lose together is more than the sum, so a
+    plain sum (1) empties the costliest groups; in high powers the highest scores decide, as in a
+    ranking (benchmarks/budget/objective.py compares).
     """
 
     macs: float
     grid: int = 8
     floor: float = 0.3
     balance: float = 0.65
+    sharpness: float = 8.0
 
 
 def default_budget(
@@ -84,8 +90,9 @@ def plan_prune(
         from secateur.prune.exact import solve_exact  # OR-Tools takes a while to import
 
         ordered = {task: [own[group.name] for group in groups] for task, own in per_task.items()}
-        kept = task_limits(scores, ordered, floors or {})
-        found = solve_exact(width_problem(scores, grids, budget.floor, [*within, *kept]))
+        kept = [*within, *task_limits(scores, ordered, floors or {})]
+        losses = _sharpened(scores, budget.sharpness, grids, budget.floor, kept)
+        found = solve_exact(width_problem(losses, grids, budget.floor, kept))
     else:
         problem = width_problem(scores, grids, budget.floor, within, thin=False)
         counts = solve(scores, cost, int(budget.macs * full), grids, budget.floor)
@@ -143,6 +150,30 @@ def _balanced(scores: NDArray[np.float64], balance: float) -> NDArray[np.float64
     """
     mean = float(scores.mean())
     return scores / mean**balance if mean > 0 else scores
+
+
+def _sharpened(
+    scores: Sequence[NDArray[np.float64]],
+    power: float,
+    grids: Sequence[int],
+    floor: float,
+    limits: Sequence[Limit],
+) -> Sequence[NDArray[np.float64]]:
+    """Return (width,) scores to a power, 1 for the best one that a ranking loses.
+
+    Those that are much higher are not told apart, so that a solver's resolution is left to others.
+    """
+    if power == 1:
+        return scores
+    from secateur.prune.exact import solve_greedy
+
+    try:
+        counts = solve_greedy(width_problem(scores, grids, floor, limits)).counts
+    except PlanError:  # the exact planner may find one, and says better why there is none
+        counts = tuple(len(own) // 2 for own in scores)
+    lost = [np.sort(own)[: len(own) - count] for own, count in zip(scores, counts, strict=True)]
+    threshold = max((float(own.max()) for own in lost if own.size), default=0.0) or 1.0
+    return [((own.clip(min=0) / threshold) ** power).clip(max=MUCH_HIGHER) for own in scores]
 
 
 def _best(scores: NDArray[np.float64], count: int) -> tuple[int, ...]:
