@@ -68,4 +68,4 @@ def random_cut(parent: MultiTaskModel, case: Case, example: Tensor) -> MultiTask
         groups, macs_model(parent, groups, example), scores, {"all": scores}, Budget(case.macs),
         criterion="random", fusion="mean",
     )  # fmt: skip
-    return apply_plan(parent, groups, plan, example)
+    return apply_plan(parent, groups, plan)

@@ -69,7 +69,7 @@ def cut(parent):
         groups, macs_model(parent, groups, EXAMPLE), fuse(scores, {"age": 1, "gender": 1}, "mean"),
         scores, Budget(0.5), criterion="taylor", fusion="mean",
     )  # fmt: skip
-    return groups, plan, apply_plan(parent, groups, plan, EXAMPLE)
+    return groups, plan, apply_plan(parent, groups, plan)
 
 
 def outputs(model: MultiTaskModel, images: torch.Tensor) -> dict[str, torch.Tensor]:

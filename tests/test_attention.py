@@ -77,7 +77,7 @@ def test_a_cut_transformer_equals_its_masked_parent(
 ) -> None:
     groups = find_groups(vit, EXAMPLE)
     plan = random_plan(groups, seed, 4, macs, macs_model(vit, groups, EXAMPLE))
-    cut = apply_plan(vit, groups, plan, EXAMPLE)
+    cut = apply_plan(vit, groups, plan)
     with torch.no_grad():
         wanted = masked(vit, groups, plan)(EXAMPLE)
         assert largest_relative_difference(wanted, cut(EXAMPLE)) <= 1e-4
@@ -88,7 +88,7 @@ def test_parameters_of_any_cut_are_known_with_position_embeddings(vit: MultiTask
     limit = params_limit(vit, groups, 0)
     for seed in range(3):
         plan = random_plan(groups, seed, 4, 0.4, macs_model(vit, groups, EXAMPLE))
-        cut = apply_plan(vit, groups, plan, EXAMPLE)
+        cut = apply_plan(vit, groups, plan)
         counted = sum(parameter.numel() for parameter in cut.parameters())
         assert limit.total([len(c.kept) for c in plan.cuts]) == counted
 

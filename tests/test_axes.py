@@ -137,7 +137,7 @@ def test_a_stream_of_low_rank_is_cut_to_its_rank_for_free() -> None:
         plan = plan_widths(
             own, cost, order, counts, Budget(0.9, 1), per_task={}, criterion="-", fusion="-"
         )
-        return largest_difference(parent, apply_plan(parent, own, plan, IMAGES[:2]))
+        return largest_difference(parent, apply_plan(parent, own, plan))
 
     assert cut_to_half(turned) < 0.01
     assert cut_to_half(model) > 0.2

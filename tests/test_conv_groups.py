@@ -100,7 +100,7 @@ def test_a_cut_equals_its_masked_parent_and_costs_what_was_planned(kept: tuple[i
         groups, macs_model(model, groups, EXAMPLE), scores, counts, Budget(1.0),
         per_task={}, criterion="-", fusion="-",
     )  # fmt: skip
-    cut = apply_plan(model, groups, plan, EXAMPLE)
+    cut = apply_plan(model, groups, plan)
     assert (cut.network.grouped[0].groups, cut.network.grouped[1].groups) == kept
     assert output_difference(masked(model, groups, plan), cut, EXAMPLE) <= 1e-5
     assert plan.macs_after == count_macs(cut, EXAMPLE)
@@ -142,7 +142,7 @@ def test_refit_mends_the_loss_of_whole_groups() -> None:
     groups = find_groups(model, EXAMPLE)
     images = torch.randn(64, 3, SPEC.height, SPEC.width)
     plan = random_plan(groups, 0, 4, 0.7, macs_model(model, groups, EXAMPLE))
-    cut = apply_plan(model, groups, plan, EXAMPLE)
+    cut = apply_plan(model, groups, plan)
     fitted = refit(model, cut, groups, plan, images)
     assert output_difference(model, fitted, images) < output_difference(model, cut, images)
 
@@ -160,7 +160,7 @@ def test_an_exported_file_narrows_as_the_network_does(tmp_path: Path) -> None:
         groups, macs_model(model, groups, EXAMPLE), scores, counts, Budget(1.0),
         per_task={}, criterion="-", fusion="-",
     )  # fmt: skip
-    export_onnx(apply_plan(model, groups, plan, EXAMPLE), EXAMPLE[:1], tmp_path / "wanted.onnx")
+    export_onnx(apply_plan(model, groups, plan), EXAMPLE[:1], tmp_path / "wanted.onnx")
     shapes = [sorted(tuple(t.dims) for t in onnx.load(tmp_path / f"{name}.onnx").graph.initializer
                      if len(t.dims) == 4) for name in ("cut", "wanted")]  # fmt: skip
     assert shapes[0] == shapes[1]

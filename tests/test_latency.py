@@ -276,7 +276,7 @@ def test_a_narrowed_file_has_the_weights_of_the_cut_model_exported(net, tmp_path
     scores = {group.name: np.arange(group.width, dtype=float) for group in groups}
     plan = plan_widths(groups, macs_model(model, groups, EXAMPLE), scores, counts, Budget(1.0),
                        per_task={}, criterion="-", fusion="-")  # fmt: skip
-    cut = apply_plan(model, groups, plan, EXAMPLE)
+    cut = apply_plan(model, groups, plan)
     export_onnx(cut, EXAMPLE, tmp_path / "cut.onnx")
     full = [group.width for group in groups]
     narrowed = Resized(net.path, layer_widths(model, groups), full).to(counts)

@@ -137,7 +137,7 @@ def test_a_shut_gate_is_a_cut_channel(bench: TinyBench) -> None:
     start = list(gates.widths).index("depthwise")
     offset = sum(list(gates.widths.values())[:start])
     values[offset : offset + 8] = 0
-    pruned = apply_plan(bench.parent, bench.groups, replace(plan, cuts=cuts), bench.example)
+    pruned = apply_plan(bench.parent, bench.groups, replace(plan, cuts=cuts))
     with torch.no_grad():
         wanted = pruned(bench.example)
         masked = gates.outputs(bench.parent, bench.example, values)

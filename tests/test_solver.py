@@ -166,7 +166,7 @@ def test_the_limits_of_a_net_count_what_the_cut_net_has(seed: int) -> None:
     scores = {group.name: rng.uniform(size=group.width) for group in groups}
     plan = plan_widths(groups, cost, scores, counts, Budget(1.0), per_task={"any": scores},
                        criterion="-", fusion="-")  # fmt: skip
-    cut = apply_plan(model, groups, plan, EXAMPLE)
+    cut = apply_plan(model, groups, plan)
     assert macs_limit(cost, 0).total(counts) == count_macs(cut, EXAMPLE)
     assert params_limit(model, groups, 0).total(counts) == parameter_count(cut)
     ordered = [scores[group.name] for group in groups]

@@ -104,7 +104,7 @@ def half_cut(model: MultiTaskModel):
         groups, macs_model(model, groups, EXAMPLE), scores, {}, Budget(0.5, 4, floor=0.1),
         criterion="random", fusion="mean",
     )  # fmt: skip
-    return groups, plan, apply_plan(model, groups, plan, EXAMPLE)
+    return groups, plan, apply_plan(model, groups, plan)
 
 
 def test_refitting_brings_outputs_nearer_to_the_parent_on_images_not_seen() -> None:

@@ -372,7 +372,7 @@ def test_a_stubbed_network_can_be_cut_and_exported(tmp_path: Path) -> None:
         groups, macs_model(selected, groups, IMAGE), {g.name: np.ones(g.width) for g in groups}, {},
         Budget(0.5, 1), criterion="none", fusion="mean",
     )  # fmt: skip
-    cut = apply_plan(selected, groups, plan, IMAGE)
+    cut = apply_plan(selected, groups, plan)
     assert count_macs(cut, IMAGE) == plan.macs_after < count_macs(selected, IMAGE)
     export_onnx(cut, IMAGE, tmp_path / "model.onnx")
     session = runtime_of("onnxruntime").open_session(tmp_path / "model.onnx", threads=1)

@@ -92,7 +92,7 @@ def cut_of(model: MultiTaskModel) -> tuple[MultiTaskModel, float]:
     """A cut to 0.8 of the MACs, and how far it is from its masked parent."""
     groups = find_groups(model, EXAMPLE)
     plan = random_plan(groups, 0, 2, 0.8, macs_model(model, groups, EXAMPLE))
-    cut = apply_plan(model, groups, plan, EXAMPLE)
+    cut = apply_plan(model, groups, plan)
     assert count_macs(cut, EXAMPLE) == plan.macs_after
     return cut, output_difference(masked(model, groups, plan), cut, EXAMPLE)
 

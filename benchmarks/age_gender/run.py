@@ -130,7 +130,7 @@ def cut_row(
         criterion="taylor",
         fusion="mean",
     )
-    pruned = apply_plan(selected, groups, plan, EXAMPLE)
+    pruned = apply_plan(selected, groups, plan)
     images = image_batch(train, spread(train, COMPENSATE_IMAGES), AGE_GENDER_INPUT)
     fitted = refit(selected, pruned, groups, plan, images)
     wanted = run(selected, unseen)

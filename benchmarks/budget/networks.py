@@ -138,4 +138,4 @@ class Network:
             self.groups, macs_model(self.model, self.groups, example), scores, counts,
             Budget(1.0, GRID), per_task={}, criterion="-", fusion="-",
         )  # fmt: skip
-        return apply_plan(self.model, self.groups, plan, example)
+        return apply_plan(self.model, self.groups, plan)

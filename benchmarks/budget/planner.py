@@ -232,7 +232,7 @@ def built(job: Job, share: float) -> Row:
     start = time.perf_counter()
     planned = plan_within(asked, target)
     seconds = time.perf_counter() - start
-    cut = apply_plan(job.selected, planned.scored.groups, planned.plan, job.example)
+    cut = apply_plan(job.selected, planned.scored.groups, planned.plan)
     together = measure({"parent": parent, "cut": call(cut, model_fingerprint(cut))})
     beside_ms, cut_ms = together["parent"].median_ms, together["cut"].median_ms
     pairs = zip(together["cut"].block_medians_ms, together["parent"].block_medians_ms, strict=True)

@@ -95,7 +95,7 @@ def row_of(case: Case) -> dict[str, Any]:
     scores = {group.name: random.random(group.width) for group in groups}
     budget = Budget(max(HALF, min(1.0, ROOM * least)), grid=4)
     plan = plan_prune(groups, cost, scores, {}, budget, criterion="random", fusion="-")
-    cut = apply_plan(parent, groups, plan, example)
+    cut = apply_plan(parent, groups, plan)
     counted = count_macs(cut, example)
     row |= {"least": round(least, 3), "share_of_macs": counted / full}
     return {**row, "as_planned": counted == plan.macs_after, "onnx": onnx_difference(cut, example)}

@@ -142,7 +142,7 @@ class Bench:
 
     def apply(self, plan: PrunePlan) -> MultiTaskModel:
         """Carry out a plan, without compensation."""
-        return apply_plan(self.parent, self.groups, plan, self.example)
+        return apply_plan(self.parent, self.groups, plan)
 
     def _chosen(self, count: int, seed: int) -> list[int]:
         if seed == 0:

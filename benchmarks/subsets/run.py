@@ -131,7 +131,7 @@ def compare(bench: Bench, kept: Subset, seed: int) -> dict[str, Any]:
         plan = plan_widths(
             groups, cost, fused, counts, budget, per_task={}, criterion="-", fusion="-"
         )
-        cut = apply_plan(selected, groups, plan, bench.example)
+        cut = apply_plan(selected, groups, plan)
         fitted = refit(selected, cut, groups, plan, bench.images(REFIT_IMAGES, seed))
         result[name] = _change(bench, metrics, fitted)
     return {**result, "gain": result["kept"] - result["all"],

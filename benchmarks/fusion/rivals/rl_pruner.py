@@ -48,7 +48,7 @@ def cut(bench: Bench, share: float, seed: int) -> MultiTaskModel:
             tried.append((_loss_after(bench, stage, plan, batches), sample, plan))
         _, best, plan = min(tried, key=lambda trial: trial[0])
         policy = policy + STEP * (best - policy)
-        stage = opened(bench, apply_plan(stage.model, stage.groups, plan, bench.example))
+        stage = opened(bench, apply_plan(stage.model, stage.groups, plan))
     return stage.model
 
 

@@ -101,4 +101,4 @@ def plan_to(bench: Bench, stage: Stage, scores: Scores, share: float) -> PrunePl
 def cut_to(bench: Bench, stage: Stage, scores: Scores, share: float) -> MultiTaskModel:
     """Carry out ``plan_to``."""
     plan = plan_to(bench, stage, scores, share)
-    return apply_plan(stage.model, stage.groups, plan, bench.example)
+    return apply_plan(stage.model, stage.groups, plan)

@@ -192,7 +192,7 @@ def judge_of(
     loss = RelativeLoss(model, judged)
 
     def judge(plan: PrunePlan) -> float:
-        cut = apply_plan(model, groups, plan, images[:1])
+        cut = apply_plan(model, groups, plan)
         with hidden():
             return loss(refit(model, cut, groups, plan, images, QUICK))
 

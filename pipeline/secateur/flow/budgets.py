@@ -297,7 +297,7 @@ def _measured_share(job: Job, target: Target, planned: Planned, protocol: Protoc
     It is the median over pairs of blocks that were measured side by side: on a machine that is
     half the time busy, the medians of the two may be of different halves.
     """
-    cut: MultiTaskModel = apply_plan(job.selected, planned.scored.groups, planned.plan, job.example)
+    cut: MultiTaskModel = apply_plan(job.selected, planned.scored.groups, planned.plan)
     calls = {
         "parent": _call(job, target, job.selected, job.parent_key),
         "cut": _call(job, target, cut, model_fingerprint(cut)),

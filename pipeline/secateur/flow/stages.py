@@ -242,7 +242,7 @@ def make_cut(job: Job, groups: Sequence[ChannelGroup], plan: PrunePlan) -> Cut:
 
 def begin_cut(job: Job, groups: Sequence[ChannelGroup], plan: PrunePlan) -> MultiTaskModel:
     """Apply the plan and compensate."""
-    pruned = apply_plan(job.selected, groups, plan, job.example)
+    pruned = apply_plan(job.selected, groups, plan)
     _check_surgery(job, pruned, plan)
     return pruned if forgets_weights(job) else compensated(job, groups, plan, pruned)
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from secateur.core.channels import ChannelGroup
 from secateur.core.errors import PlanError
 from secateur.core.model import MultiTaskModel
@@ -15,7 +13,7 @@ from secateur.prune.narrow import drop_channels
 
 
 def apply_plan(
-    model: MultiTaskModel, groups: Sequence[ChannelGroup], plan: PrunePlan, example: Tensor
+    model: MultiTaskModel, groups: Sequence[ChannelGroup], plan: PrunePlan
 ) -> MultiTaskModel:
     """Return a copy of ``model`` without the channels that ``plan`` drops.
 
