@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import onnx
 import pytest
 from cli_run import RECIPE, make_project, run
 from secateur.bench.latency import summarise
@@ -15,7 +17,7 @@ from secateur.bench.profile import OFFSETS
 from secateur.bundle.manifest import Cost
 from secateur.bundle.read import read_bundle
 from secateur.cli.build import budget_line, missed
-from secateur.core.errors import VerifyError
+from secateur.core.errors import DeviceError, VerifyError
 from secateur.devices.host import host_facts
 from secateur.devices.latency_table import LatencyTable, Point, Run, save_table
 from secateur.devices.target import Target, load_target
@@ -45,10 +47,10 @@ def stairs(kernel: int) -> tuple[tuple[int, float], ...]:
 
 def flat_table(job: Job, *, kernel: int = 0, host: str = "") -> LatencyTable:
     """A microsecond a channel made, and one a node."""
-    basis, rng = budgets.basis_of(job), np.random.default_rng(0)
+    basis, rng = budgets.basis_of(job, X86), np.random.default_rng(0)
     full = basis.full
     drawn = [[1] * len(full), full, *(rng.integers(1, full).tolist() for _ in range(10))]
-    operators = basis.operators
+    operators = basis.timed
     points = {
         placed.kind: tuple(
             Point(placed.read(kept), placed.made(kept), float(placed.made(kept))) for kept in drawn
@@ -124,12 +126,37 @@ def test_a_latency_budget_is_planned_on_the_tables_grid_and_measured_once(
     assert later.plan.cuts != planned.plan.cuts and len(measured) == 2
 
 
+def test_a_latency_budget_of_an_int8_recipe_is_timed_in_int8(tmp_path, monkeypatch) -> None:
+    more = "precision: {mode: int8, calibrator: minmax, images: 8}\n"
+    job = job_with(tmp_path, monkeypatch, budget="{latency_ms: 0.3}", more=more)
+    timed = []
+
+    def call(job: Job, target: Target, file: Path) -> Callable[[], object]:
+        nodes = {node.op_type for node in onnx.load(file).graph.node}
+        timed.append("int8" if "QuantizeLinear" in nodes else "fp32")
+        return lambda: None
+
+    table = replace(flat_table(job), precision="int8").scaled(0.5)
+    monkeypatch.setattr(budgets, "profile_job", lambda *_: table)
+    monkeypatch.setattr(budgets, "_call", call)
+    monkeypatch.setattr(budgets, "measure", lambda calls, *_: {
+        name: summarise(np.full(300, 0.6 if name == "parent" else 0.29)) for name in calls
+    })  # fmt: skip
+    planned = budgets.plan_within(job, X86)
+    assert planned.budgets["latency_ms"].planned == pytest.approx(0.29)
+    assert timed == ["fp32", "fp32", "int8"]  # the parent alone; parent and cut
+    save_table(tmp_path / "int8.json", table)
+    fp32 = job_with(tmp_path, monkeypatch, budget="{latency_ms: 0.3}")
+    with pytest.raises(DeviceError, match="measured in int8, the recipe's plans are timed in fp32"):
+        budgets.plan_within(fp32, X86, table_file=tmp_path / "int8.json")
+
+
 def test_a_floor_that_narrow_budgets_leave_room_under_is_chosen_by_latency(
     tmp_path, monkeypatch
 ) -> None:
     job = job_with(tmp_path, monkeypatch)
     table = flat_table(job, host="another")
-    basis = budgets.basis_of(job)
+    basis = budgets.basis_of(job, X86)
     full = budgets.table_estimate(basis.operators, table, basis.full).ms
     save_table(tmp_path / "table.json", table)
     floors = {}

@@ -353,14 +353,17 @@ def test_a_roofline_says_that_it_is_an_estimate_and_is_of_the_published_size() -
         roofline(operators, load_target("x86-64-cpu"), [])
 
 
-def test_profile_measures_a_recipe_and_says_what_it_found(tmp_path, capsys, monkeypatch) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_profile_measures_a_recipe_and_says_what_it_found(
+    tmp_path, capsys, monkeypatch, precision: str
+) -> None:
     import platform
 
-    from cli_run import make_project, run
+    from cli_run import RECIPE, make_project, run
 
     if platform.machine() != "x86_64":
         pytest.skip("measures for x86-64-cpu")
-    recipe = make_project(tmp_path)
+    recipe = make_project(tmp_path, f"{RECIPE}precision: {{mode: {precision}}}\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     few = Sampling(rounds=2, batch=3, fewest=1, most=2)
     monkeypatch.setattr("secateur.flow.latency.SAMPLING", few)
@@ -371,6 +374,7 @@ def test_profile_measures_a_recipe_and_says_what_it_found(tmp_path, capsys, monk
     table = load_table(out)
     assert summary["points"] == sum(len(points) for points in table.points.values()) > 30
     assert table.runtime == runtime.version() and table.threads == 1
+    assert table.precision == precision
     monkeypatch.setattr(runtime, "version", lambda: "onnxruntime 0.0")
     code, said, _ = run(capsys, "profile", recipe, "--out", out, "--json")
     assert code == 2 and "this machine has onnxruntime 0.0" in json.loads(said)["error"]

@@ -36,6 +36,8 @@ from secateur.flow.latency import (
     network_operators,
     peak_limits,
     profile_job,
+    timed_file,
+    timed_precision,
 )
 from secateur.flow.stages import exported
 from secateur.flow.warm_start import Planned, plan_job
@@ -75,13 +77,13 @@ def plan_within(
         planned = plan_job(job, job.grid(target))
         limit = macs_limit(planned.scored.cost, planned.plan.budget_macs)
         return _with_records(job, planned, {"macs": [limit]})
-    basis = basis_of(job)
+    basis = basis_of(job, target)
     if wanted.latency_ms is None:
         return _planned(job, target, basis, None)
     if table_file is None:
         table = profile_job(job, target, _folder(job, target) / "latency.json")
     else:
-        table = load_table_of(target, table_file)
+        table = load_table_of(job, target, table_file)
         if not _is_of_this_machine(table, target):
             return _planned(job, target, basis, table)
     return _measured_plan(job, target, basis, table, protocol)
@@ -105,7 +107,7 @@ def _measured_plan(
             best = took, planned
         if best is not None and (counts == basis.full or best[0] >= LEAST_USED * most):
             break
-        table = corrected(table, table_estimate(basis.operators, table, counts).ms, took)
+        table = corrected(table, table_estimate(basis.timed, table, counts).ms, took)
     if best is None:
         raise PlanError(
             f"no plan met the budget of {most:g} ms in {TRIES} tries; measured were "
@@ -120,10 +122,14 @@ def _measured_plan(
 
 @dataclass(frozen=True)
 class Basis:
-    """What limits are read off: the groups of the selected model, and its operators."""
+    """What limits are read off: the groups of the selected model, and its operators.
+
+    ``timed`` are those in the precision that plans are timed in.
+    """
 
     groups: Sequence[ChannelGroup]
     operators: Operators
+    timed: Operators
     onnx: Path
 
     @property
@@ -132,11 +138,15 @@ class Basis:
         return [group.width for group in self.groups]
 
 
-def basis_of(job: Job) -> Basis:
+def basis_of(job: Job, target: Target) -> Basis:
     """Return what the job's limits and latencies are read off; exports the selected model."""
     groups = find_groups(job.selected, job.example)
     onnx = exported(job, job.selected, job.parent_key)
-    return Basis(groups, network_operators(job, groups), onnx)
+    operators = network_operators(job, groups)
+    if timed_precision(job) == "fp32":
+        return Basis(groups, operators, operators, onnx)
+    timed = network_operators(job, groups, timed_file(job, target))
+    return Basis(groups, operators, timed, onnx)
 
 
 def _planned(job: Job, target: Target, basis: Basis, table: LatencyTable | None) -> Planned:
@@ -163,7 +173,7 @@ def _limits(job: Job, basis: Basis, table: LatencyTable | None) -> Limits:
     if wanted.peak_memory_mb is not None:
         limits["peak_memory_mb"] = peak_limits(basis.operators, int(1e6 * wanted.peak_memory_mb))
     if wanted.latency_ms is not None and table is not None:
-        limit = latency_limit(basis.operators, table, AIM * wanted.latency_ms)
+        limit = latency_limit(basis.timed, table, AIM * wanted.latency_ms)
         limits["latency_ms"] = [replace(limit, scale=1 / AIM)]  # messages speak of the budget
     return limits
 
@@ -233,17 +243,23 @@ def _settled_latency(
     return {"shipped": timed.median_ms, "met": not missed}
 
 
-def load_table_of(target: Target, path: Path) -> LatencyTable:
-    """Read a latency table of the target.
+def load_table_of(job: Job, target: Target, path: Path) -> LatencyTable:
+    """Read a latency table of the target, in the precision that the job's plans are timed in.
 
     Raises:
-        DeviceError: it is damaged, or of another number of threads, or was measured on this
-            machine with another version of the runtime.
+        DeviceError: it is damaged, or of another precision or number of threads, or was measured
+            on this machine with another version of the runtime.
     """
     table = load_table(path)
     if table.threads != target.threads:
         raise DeviceError(
             f"{path} was measured with {table.threads} threads, {target.name} has {target.threads}",
+            hint=f"measure one with `secateur profile RECIPE --target {target.name}`",
+        )
+    if table.precision != timed_precision(job):
+        raise DeviceError(
+            f"{path} was measured in {table.precision}, the recipe's plans are timed in "
+            f"{timed_precision(job)}",
             hint=f"measure one with `secateur profile RECIPE --target {target.name}`",
         )
     if _is_of_this_machine(table, target):
@@ -274,40 +290,41 @@ def _measure_key(job: Job, target: Target, counts: Sequence[int]) -> tuple[Any, 
 
 def _folder(job: Job, target: Target) -> Path:
     """Return where the table of this model, target, runtime and machine is kept."""
-    return job.cache.folder("latency", SCHEMA, *_key(job, target), job.grid(target))
+    key = (*_key(job, target), job.grid(target), timed_precision(job))
+    return job.cache.folder("latency", SCHEMA, *key)
 
 
 def parent_ms(job: Job, target: Target, protocol: Protocol | None = None) -> float:
-    """Return the median time of the parent with the kept tasks, measured once.
+    """Return the median time of the fp32 parent with the kept tasks, measured once.
 
     Later measures are scaled by the parent's beside them, so that a machine whose clock has
     changed, or that is busy, does not change the plan.
     """
 
     def measured() -> float:
-        call = _call(job, target, job.selected, job.parent_key)
+        call = _call(job, target, exported(job, job.selected, job.parent_key))
         return measure({"parent": call}, protocol, "measuring the parent")["parent"].median_ms
 
     return float(job.cache.json("parent_latency", _key(job, target), measured))
 
 
 def _measured_share(job: Job, target: Target, planned: Planned, protocol: Protocol | None) -> float:
-    """Return the latency of the planned cut on the target's runtime, over the parent's.
+    """Return the latency of the planned cut on the target's runtime, over the fp32 parent's.
 
     It is the median over pairs of blocks that were measured side by side: on a machine that is
     half the time busy, the medians of the two may be of different halves.
     """
     cut: MultiTaskModel = apply_plan(job.selected, planned.scored.groups, planned.plan)
     calls = {
-        "parent": _call(job, target, job.selected, job.parent_key),
-        "cut": _call(job, target, cut, model_fingerprint(cut)),
+        "parent": _call(job, target, exported(job, job.selected, job.parent_key)),
+        "cut": _call(job, target, timed_file(job, target, cut, model_fingerprint(cut))),
     }
     parent, cut_blocks = _blocks(measure(calls, protocol, "measuring the plan"))
     return float(np.median(cut_blocks / parent))
 
 
-def _call(job: Job, target: Target, model: MultiTaskModel, key: str) -> Callable[[], object]:
-    session = runtime_of(target.runtime).open_session(exported(job, model, key), target.threads)
+def _call(job: Job, target: Target, file: Path) -> Callable[[], object]:
+    session = runtime_of(target.runtime).open_session(file, target.threads)
     return partial(session.run, job.example[:1].numpy())
 
 

@@ -43,13 +43,13 @@ def estimate_plan(
     Raises:
         DeviceError: the table does not fit; or, without one, the profile lacks a rate.
     """
-    basis = basis_of(job)
+    basis = basis_of(job, target)
     counts = [len(cut.kept) for cut in planned.plan.cuts]
     if table_file is None:
         return _roofline(job, target, basis, counts)
-    table = load_table_of(target, table_file)
-    parent, plan = (table_estimate(basis.operators, table, kept) for kept in (basis.full, counts))
-    return PlanEstimate(parent, plan, "fp32")
+    table = load_table_of(job, target, table_file)
+    parent, plan = (table_estimate(basis.timed, table, kept) for kept in (basis.full, counts))
+    return PlanEstimate(parent, plan, table.precision)
 
 
 def _roofline(job: Job, target: Target, basis: Basis, counts: list[int]) -> PlanEstimate:

@@ -30,7 +30,7 @@ from secateur.runtimes import onnxruntime as measured_runtime
 
 LEAST_SHARE = 0.1  # of a group's channels: what the table reaches down to
 SAMPLING = Sampling()
-SEEN = 4  # images of noise that int8 ranges are read from: they matter to no time
+SEEN = 4  # images of noise that int8 ranges are read from
 KEY = "prune.budget.latency_ms"
 
 
@@ -42,8 +42,15 @@ def network_operators(
     return list_operators(onnx, layer_widths(job.selected, groups))
 
 
-def profile_job(job: Job, target: Target, out: Path, precision: Precision = "fp32") -> LatencyTable:
+def timed_precision(job: Job) -> Precision:
+    """Return what the recipe's plans are timed in: int8 if that is what it builds, else fp32."""
+    return "int8" if job.recipe.precision.mode == "int8" else "fp32"
+
+
+def profile_job(job: Job, target: Target, out: Path) -> LatencyTable:
     """Measure the recipe's operators on this machine into ``out``; what it has is kept.
+
+    They are those of the precision that plans are timed in.
 
     Raises:
         DeviceError: this machine is not of the target's kind, or ``out`` is of another runtime.
@@ -54,8 +61,8 @@ def profile_job(job: Job, target: Target, out: Path, precision: Precision = "fp3
             f"({target.arch}, {target.runtime})",
             hint="run `secateur profile` on the device itself",
         )
-    groups = find_groups(job.selected, job.example)
-    file = timed_file(job, target, precision)
+    groups, precision = find_groups(job.selected, job.example), timed_precision(job)
+    file = timed_file(job, target)
     network = narrowed(job.selected, groups, file, job.grid(target))
     places = network.operators.places
     return measure_table(
@@ -69,9 +76,16 @@ def profile_job(job: Job, target: Target, out: Path, precision: Precision = "fp3
     )
 
 
-def timed_file(job: Job, target: Target, precision: Precision) -> Path:
-    """Return the selected model's file in a precision; int8 ranges fit noise, not images."""
-    fp32 = exported(job, job.selected, job.parent_key)
+def timed_file(
+    job: Job, target: Target, model: MultiTaskModel | None = None, key: str = ""
+) -> Path:
+    """Return a file of the selected model, or of a ``model`` that ``key`` names, to be timed.
+
+    In int8 every node is, with ranges that fit noise: no time depends on them. A guard may leave
+    some nodes in fp32.
+    """
+    fp32 = exported(job, model or job.selected, key or job.parent_key)
+    precision = timed_precision(job)
     if precision == "fp32":
         return fp32
     dialect = dialect_of(target)
