@@ -252,6 +252,13 @@ class Recipe(_Strict):
             return SearchSpec() if self.recover == "none" else False
         return self.prune.search
 
+    def judged(self) -> SearchSpec | Literal[False]:
+        """Return how plans within other budgets than MACs are chosen between; by default they are.
+
+        Which sum of scores to keep depends on the network, whatever follows.
+        """
+        return SearchSpec() if self.prune.search is None else self.prune.search
+
     def engine_options(self) -> dict[str, Any]:
         """Return what the bundle's ``build_engine.py`` is to do otherwise than by default."""
         wanted = self.engine.model_dump(mode="json", exclude_unset=True)

@@ -190,12 +190,14 @@ def score_channels(job: Job, grid: int) -> Scored:
 def plan_scored(job: Job, scored: Scored) -> PrunePlan:
     """Return the cut by the fused scores, its widths searched for if the recipe says so.
 
-    The search knows of MACs alone; under other limits it judges between sums to keep.
+    The search knows of MACs alone; under other limits its judge chooses between sums to keep.
     """
-    floors, search = job.recipe.floors(), job.recipe.searched()
+    floors = job.recipe.floors()
+    other = bool(job.limits or floors)
+    search = job.recipe.judged() if other else job.recipe.searched()
     if search is False:
         return _ranked(job, scored, floors, bounded=True)
-    if job.limits or floors:
+    if other:
         budgets = [replace(scored.budget, sharpness=power) for power in SUMS]
         summed = [_ranked(job, replace(scored, budget=budget), floors) for budget in budgets]
         return best_judged(job, search, scored.groups, summed)
