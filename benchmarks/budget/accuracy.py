@@ -29,6 +29,7 @@ from secateur.bench.estimate import table_estimate
 from secateur.bench.latency import measure as measure_latency
 from secateur.bench.profile import Sampling, measure_table
 from secateur.compensate import refit
+from secateur.core.errors import PlanError
 from secateur.core.model import MultiTaskModel
 from secateur.core.plan import PrunePlan
 from secateur.core.progress import shown
@@ -155,15 +156,26 @@ class Race:
                           fusion="-", limits=[limit])  # fmt: skip
 
     def _by_share(self, planner: str, seed: int) -> Row:
-        """Find the share of MACs at which the planner's cut takes the wanted time, by a secant."""
-        keep = SHARE
+        """Find the share of MACs at which the planner's cut takes the wanted time.
+
+        The search narrows an interval, from where the seed before ended. A share that the planner
+        cannot reach bounds it from below.
+        """
+        before = [r["keep"] for r in _rows("plan", seed - 1) if r["planner"] == planner]
+        keep, low, high = (before or [SHARE])[0], 0.0, 1.0
         tried: list[tuple[float, Row]] = []
         for _ in range(TRIES):
-            share = self.shares({"cut": self.cut(planner, {"keep": keep}, seed)})["cut"]
+            try:
+                share = self.shares({"cut": self.cut(planner, {"keep": keep}, seed)})["cut"]
+            except PlanError:
+                low, keep = keep, (keep + high) / 2
+                continue
             tried.append((share, {"keep": keep}))
             if LEAST * SHARE <= share <= SHARE:
                 break
-            keep *= 0.99 * SHARE / share
+            low, high = (low, keep) if share > SHARE else (keep, high)
+            aim = keep * 0.99 * SHARE / share
+            keep = aim if low < aim < high else (low + high) / 2
         return _closest(tried)
 
     def shares(self, models: Mapping[str, MultiTaskModel]) -> dict[str, float]:
