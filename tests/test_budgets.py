@@ -18,16 +18,18 @@ from secateur.bundle.manifest import Cost
 from secateur.bundle.read import read_bundle
 from secateur.cli.build import budget_line, missed
 from secateur.core.errors import DeviceError, VerifyError
+from secateur.core.plan import PrunePlan
 from secateur.devices.host import host_facts
 from secateur.devices.latency_table import LatencyTable, Point, Run, save_table
 from secateur.devices.target import Target, load_target
-from secateur.flow import budgets, verify
+from secateur.flow import budgets, stages, verify
 from secateur.flow.cache import StageCache
 from secateur.flow.job import Job, open_job
 from secateur.flow.recipe import load_recipe
 from secateur.runtimes import onnxruntime as runtime
 
 X86 = load_target("x86-64-cpu")
+SEARCH = "search: {tries: 3, images: 8}, "
 
 
 def job_with(tmp_path: Path, monkeypatch, **changes: str) -> Job:
@@ -35,6 +37,7 @@ def job_with(tmp_path: Path, monkeypatch, **changes: str) -> Job:
     recipe = RECIPE.replace("{macs: 0.5}", changes.get("budget", "{macs: 0.5}"))
     recipe = recipe.replace("kind: depth}", f"kind: depth{changes.get('depth', '')}}}")
     recipe = recipe.replace("images: 16}", f"images: 16{changes.get('prune', '')}}}")
+    recipe = recipe.replace(SEARCH, changes.get("search", SEARCH))
     recipe += changes.get("more", "")
     monkeypatch.syspath_prepend(str(tmp_path))
     return open_job(load_recipe(make_project(tmp_path, recipe)), StageCache(tmp_path / "c"))
@@ -124,6 +127,23 @@ def test_a_latency_budget_is_planned_on_the_tables_grid_and_measured_once(
     assert over.met is False and "; shipped 0.32; missed" in budget_line("latency_ms", over)
     later = budgets.plan_within(job, X86)  # what was missed is corrected
     assert later.plan.cuts != planned.plan.cuts and len(measured) == 2
+
+
+@pytest.mark.parametrize(("search", "judged"), [("", 2), ("search: false, ", 0)])
+def test_plans_within_other_budgets_are_judged_unless_told_not_to(
+    tmp_path, monkeypatch, search: str, judged: int
+) -> None:
+    job = job_with(tmp_path, monkeypatch, budget="{params: 0.6}", search=search)
+    seen: list[PrunePlan] = []
+
+    def choose(job: Job, wanted, groups, plans: list[PrunePlan]) -> PrunePlan:
+        seen.extend(plans)
+        return plans[0]
+
+    monkeypatch.setattr(stages, "best_judged", choose)
+    planned = budgets.plan_within(job, X86)
+    assert planned.plan.solver == "exact" and len(seen) == judged
+    assert planned.budgets["params"].planned <= 0.6
 
 
 def test_a_latency_budget_of_an_int8_recipe_is_timed_in_int8(tmp_path, monkeypatch) -> None:
