@@ -71,7 +71,7 @@ def engines(planted: str, recipe: str, baseline: Path | None = None) -> dict[str
     said = [line.strip() for line in run.stdout.splitlines() if re.search(r"slower|worse", line)]
     return {
         "planted": planted, "exit": run.returncode, "seconds": round(time.monotonic() - start),
-        "red": re.findall(r"^red: (.*)", run.stderr, re.MULTILINE),
+        "red": re.findall(r"^red: (.*)", run.stderr.replace(str(ROOT), "."), re.MULTILINE),
         "said": [line.replace(str(ROOT), ".") for line in said],
         "bundles": sorted(str(p.parent.relative_to(out)) for p in out.glob("*/*/manifest.json")),
         "engines": sorted(str(p.relative_to(out)) for p in out.glob("*/*/*.engine")),
