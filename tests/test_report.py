@@ -290,7 +290,9 @@ def browser() -> Iterator[Any]:
 def test_a_browser_shows_the_page(
     browser: Any, folder: Path, width: int, scheme: str, tmp_path: Path
 ) -> None:
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright")
+    axe = pytest.importorskip(
+        "axe_playwright_python.sync_playwright", reason="pip install axe-playwright-python"
+    )
     report(folder)
     context = browser.new_context(viewport={"width": width, "height": 844}, color_scheme=scheme)
     tab, said, asked = context.new_page(), [], []

@@ -84,7 +84,7 @@ def _scopes(model: onnx.ModelProto) -> dict[str, str]:
     found = {}
     for node in model.graph.node:
         scopes = next((m.value for m in node.metadata_props if m.key == SCOPES_KEY), "[]")
-        # From the outermost module to the operation itself.
+        # A list from the outermost module to the operation itself; literal_eval runs no code.
         found[node.name] = "".join(ast.literal_eval(scopes)[-2:-1])
     return found
 
