@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from collections import deque
-from collections.abc import Mapping, MutableSequence, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -158,26 +160,26 @@ class Screening:
         self._lately = [Spent(deque(maxlen=LATELY), deque(maxlen=LATELY)) for _ in self.models]
         known = [count for count in (self.clip.frames, most) if count is not None]
         window = Window(self.board.title)
-        stopped, start = False, 0.0
+        start = 0.0
         try:
-            for frame in track(
-                islice(iter(self.clip), most), "frames", min(known) if known else None
-            ):
-                if not self.frames:
-                    self._warm_up(frame)
-                    start = time.perf_counter()
-                picture = self._frame(frame)
-                self.seconds = time.perf_counter() - start
-                self.recorder.add(picture, self.seconds if self.clip.live else None)
-                self.frames += 1
-                if not window.show(picture):
-                    stopped = True
-                    break
-        except KeyboardInterrupt:
-            stopped = True
+            with asked_to_stop() as asked:
+                for frame in track(
+                    islice(iter(self.clip), most), "frames", min(known) if known else None
+                ):
+                    if not self.frames:
+                        self._warm_up(frame)
+                        start = time.perf_counter()
+                    picture = self._frame(frame)
+                    self.seconds = time.perf_counter() - start
+                    self.recorder.add(picture, self.seconds if self.clip.live else None)
+                    self.frames += 1
+                    if not window.show(picture) or asked():
+                        return True
+        except KeyboardInterrupt:  # the second: a camera that sends nothing more, say
+            return True
         finally:
             window.close()
-        return stopped
+        return False
 
     def results(self) -> list[SideResult]:
         """Return every side's figures over all frames."""
@@ -226,6 +228,30 @@ class Screening:
                 size = self.board.size_of(name) or self.clip.size
                 found[name] = decode(outputs[name], {"kind": shown.task.kind}, size)
         return found
+
+
+@contextmanager
+def asked_to_stop() -> Iterator[Callable[[], bool]]:
+    """Make the first Ctrl-C wait for whoever asks: a frame is recorded and counted, or neither.
+
+    The second one interrupts as usual. Outside the main thread, where Python delivers no signal,
+    nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    came = threading.Event()
+
+    def note(*_: object) -> None:
+        if came.is_set():
+            raise KeyboardInterrupt
+        came.set()
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield came.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def clock(seconds: float) -> str:
