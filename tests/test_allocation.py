@@ -90,13 +90,13 @@ def test_the_judge_likes_the_plan_that_keeps_what_the_outputs_need() -> None:
     cost = macs_model(model, groups, EXAMPLE)
     scores = {group.name: np.ones(group.width) for group in groups}
     images = SPEC.example(8, seed=1)
-    judge = judge_of(model, groups, images, Batch(SPEC.example(4, seed=2), {}, ()))
+    judge = judge_of(model, images, Batch(SPEC.example(4, seed=2), {}, ()))
     wide, narrow = (
         plan_prune(groups, cost, scores, {}, Budget(share, 4, 0.1), criterion="-", fusion="-")
         for share in (0.9, 0.3)
     )
-    judge(narrow)  # without labels, losses are relative to the first
-    assert judge(wide) < 0.5 * judge(narrow)
+    judge(groups, narrow)  # without labels, losses are relative to the first
+    assert judge(groups, wide) < 0.5 * judge(groups, narrow)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6])

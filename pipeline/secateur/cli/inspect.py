@@ -225,6 +225,8 @@ def _print_plan(
     share = decided.macs_after / decided.macs_before
     console.print(f"MACs {decided.macs_before / 1e6:.2f} M -> {decided.macs_after / 1e6:.2f} M "
                   f"({share:.4f}; budget {decided.budget_macs / 1e6:.2f} M)")  # fmt: skip
+    if decided.removed:
+        console.print(f"blocks that go whole: {', '.join(decided.removed)}", markup=False)
     for task, lost in decided.lost.items():
         console.print(f"{task}: {100 * lost:.1f} % of its importance goes")
     for name, budget in planned.budgets.items():

@@ -10,6 +10,7 @@ from secateur.core.channels import Axis, ChannelGroup
 from secateur.core.errors import PlanError
 
 OF_SOLVER = ("solver", "gap")
+OF_BLOCKS = ("removed",)
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,10 @@ class PrunePlan:
     """A cut that can be printed, compared and stored; applying it is another step.
 
     ``lost`` is, per task, the share of its importance that goes (0..1). ``macs_*`` are
-    multiply-accumulates of one image. ``solver`` chose the widths ("exact", "greedy" or "search");
-    no choice of widths within the budgets loses less fused score than this one's times 1 - ``gap``
-    (None where that is not known).
+    multiply-accumulates of one image. ``removed`` are residual blocks that go whole, ``cuts`` those
+    of the groups of the network without them. ``solver`` chose the widths ("exact", "greedy" or
+    "search"); no choice of widths within the budgets loses less fused score than this one's times
+    1 - ``gap`` (None where that is not known).
     """
 
     cuts: tuple[GroupCut, ...]
@@ -41,11 +43,12 @@ class PrunePlan:
     lost: Mapping[str, float]
     solver: str = ""
     gap: float | None = None
+    removed: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Return the plan as JSON-like data; one that does not know its solver as it always was."""
-        known = asdict(self)
-        return known if self.solver else {k: v for k, v in known.items() if k not in OF_SOLVER}
+        """Return the plan as JSON-like data; what it does not know is left out."""
+        unknown = (() if self.solver else OF_SOLVER) + (() if self.removed else OF_BLOCKS)
+        return {key: value for key, value in asdict(self).items() if key not in unknown}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> PrunePlan:
@@ -61,6 +64,7 @@ class PrunePlan:
             )
             own = [field.name for field in fields(PrunePlan) if field.name != "cuts"]
             rest = {key: data[key] for key in own if key in data}
+            rest["removed"] = tuple(str(name) for name in data.get("removed", ()))
             return PrunePlan(cuts=cuts, **rest)
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(

@@ -39,6 +39,7 @@ STARTS = ((0.3, 0.65), (0.2, 0.8), (0.1, 0.9), (0.1, 0.5))
 # Powers of the exact planner's sums: a plain one suits rotated streams of transformers best, a
 # sharp one convolutions (benchmarks/budget/objective.py).
 SUMS = (1.0, 8.0)
+Judge = Callable[[Sequence[ChannelGroup], PrunePlan], float]
 QUICK = RefitSettings(ridge=0.03, sweeps=2, per_weight=8, samples=(2048, 8192), settle=False)
 
 
@@ -73,7 +74,7 @@ def plan_by_search(
     Raises:
         PlanError: the budget is below what the grid allows.
     """
-    loss = judge_of(model, groups, images, judged)
+    loss = judge_of(model, images, judged)
 
     def planned(counts: Sequence[int]) -> PrunePlan:
         return plan_widths(
@@ -82,7 +83,7 @@ def plan_by_search(
         )  # fmt: skip
 
     def judge(counts: Sequence[int]) -> float:
-        return loss(planned(counts))
+        return loss(groups, planned(counts))
 
     starts = _starts(groups, cost, fused, budget)
     grids = [group.step(budget.grid) for group in groups]
@@ -146,7 +147,7 @@ def searched_plan(
 
     # two rankings may agree on this plan and differ at other widths
     order = {name: np.argsort(-values, kind="stable").tolist() for name, values in fused.items()}
-    key = (*_key(job, wanted), ranked.to_json(), order)
+    key = (*judge_key(job, wanted), ranked.to_json(), order)
     return PrunePlan.from_json(job.cache.json("search", key, find))
 
 
@@ -156,17 +157,22 @@ def best_judged(
     """Return the plan whose cut, refitted, the judge likes best; the first of equal ones."""
 
     def find() -> list[float]:
-        loss = judge_of(job.selected, groups, *_images(job, wanted))
-        return [loss(plan) for plan in track(plans, "judging the plans", len(plans))]
+        loss = job_judge(job, wanted)
+        return [loss(groups, plan) for plan in track(plans, "judging the plans", len(plans))]
 
     if all(plan.cuts == plans[0].cuts for plan in plans):
         return plans[0]
-    key = (*_key(job, wanted), [plan.to_json() for plan in plans])
+    key = (*judge_key(job, wanted), [plan.to_json() for plan in plans])
     losses = job.cache.json("judged_plans", key, find)
     return plans[int(np.argmin(losses))]
 
 
-def _key(job: Job, wanted: SearchSpec) -> tuple[Any, ...]:
+def loss_of_parent(job: Job) -> float:
+    """Return what the judge says of the parent: 1 per task with labels, 0 per other, their mean."""
+    return len(_labelled(job)) / len(job.tasks)
+
+
+def judge_key(job: Job, wanted: SearchSpec) -> tuple[Any, ...]:
     """Return what a judgement depends on beside the plans."""
     labelled = [task.name for task in _labelled(job)]
     return (model_fingerprint(job.selected), wanted.model_dump(), asdict(job.spec),
@@ -185,13 +191,16 @@ def _images(job: Job, wanted: SearchSpec) -> tuple[Tensor, Batch]:
     return image_batch(job.train, chosen[::3], job.spec), batch
 
 
-def judge_of(
-    model: MultiTaskModel, groups: Sequence[ChannelGroup], images: Tensor, judged: Batch
-) -> Callable[[PrunePlan], float]:
+def job_judge(job: Job, wanted: SearchSpec) -> Judge:
+    """Return the judge of a job's plans; refit and judge draw different training images."""
+    return judge_of(job.selected, *_images(job, wanted))
+
+
+def judge_of(model: MultiTaskModel, images: Tensor, judged: Batch) -> Judge:
     """Return what says how a plan's cut does after a quick refit on ``images``; less is better."""
     loss = RelativeLoss(model, judged)
 
-    def judge(plan: PrunePlan) -> float:
+    def judge(groups: Sequence[ChannelGroup], plan: PrunePlan) -> float:
         cut = apply_plan(model, groups, plan)
         with hidden():
             return loss(refit(model, cut, groups, plan, images, QUICK))

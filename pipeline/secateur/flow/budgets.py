@@ -28,6 +28,7 @@ from secateur.devices.host import host_facts
 from secateur.devices.latency_table import SCHEMA, LatencyTable, load_table
 from secateur.devices.operators import Operators
 from secateur.devices.target import Target
+from secateur.flow.blocks import Outline, without_least
 from secateur.flow.evidence import Evidence
 from secateur.flow.job import Job
 from secateur.flow.latency import (
@@ -41,7 +42,7 @@ from secateur.flow.latency import (
 )
 from secateur.flow.stages import exported
 from secateur.flow.warm_start import Planned, plan_job
-from secateur.prune import apply_plan, find_groups, macs_model
+from secateur.prune import apply_plan, count_macs, find_groups, macs_model
 from secateur.prune.costs import macs_limit, params_limit, size_limit
 from secateur.prune.problem import Limit
 from secateur.runtimes.base import runtime_of
@@ -73,21 +74,30 @@ def plan_within(
         DeviceError: the budget is in milliseconds and this machine cannot measure them, or the
             table is damaged, has holes or is of another runtime.
     """
-    wanted = job.recipe.prune.budget
-    if set(wanted.given()) == {"macs"}:
+    wanted, blocks = job.recipe.prune.budget, job.recipe.prune.blocks
+    if set(wanted.given()) == {"macs"} and not blocks:
         planned = plan_job(job, job.grid(target))
         limit = macs_limit(planned.scored.cost, planned.plan.budget_macs)
         return _with_records(job, planned, {"macs": [limit]})
-    basis = basis_of(job, target)
-    if wanted.latency_ms is None:
-        return _planned(job, target, basis, None)
-    if table_file is None:
-        table = profile_job(job, target, _folder(job, target) / "latency.json")
-    else:
+    table = None
+    if table_file is not None and wanted.latency_ms is not None:
         table = load_table_of(job, target, table_file)
-        if not _is_of_this_machine(table, target):
-            return _planned(job, target, basis, table)
+    elif wanted.latency_ms is not None:
+        table = profile_job(job, target, _folder(job, target) / "latency.json")
+    if blocks:
+        job = without_least(job, lambda trial: _outlined(trial, target, table))
+    basis = basis_of(job, target)
+    if table is None or not _is_of_this_machine(table, target):
+        return _planned(job, target, basis, table)
     return _measured_plan(job, target, basis, table, protocol)
+
+
+def _outlined(job: Job, target: Target, table: LatencyTable | None) -> Outline:
+    """Return the plan for what the job leaves of its model, and how far that is from fitting."""
+    basis = basis_of(job, target)
+    limits = [limit for own in _limits(job, basis, table).values() for limit in own]
+    over = max(limit.total(basis.full) / limit.most for limit in limits)
+    return Outline(basis.groups, over, lambda: _planned(job, target, basis, table).plan)
 
 
 def _measured_plan(
@@ -100,7 +110,7 @@ def _measured_plan(
     for _ in range(TRIES):
         planned = _planned(job, target, basis, table)
         counts = _counts(planned.plan)
-        key = _measure_key(job, target, counts)
+        key = _measure_key(job, target, planned.plan)
         measured = partial(_measured_share, job, target, planned, protocol)
         took = usual * float(job.cache.json("planned_latency", key, measured))
         missed.append(took)
@@ -123,7 +133,7 @@ def _measured_plan(
 
 @dataclass(frozen=True)
 class Basis:
-    """What limits are read off: the groups of the selected model, and its operators.
+    """What limits are read off: the groups of the job's outline, and its operators.
 
     ``timed`` are those in the precision that plans are timed in.
     """
@@ -140,13 +150,14 @@ class Basis:
 
 
 def basis_of(job: Job, target: Target) -> Basis:
-    """Return what the job's limits and latencies are read off; exports the selected model."""
-    groups = find_groups(job.selected, job.example)
-    onnx = exported(job, job.selected, job.parent_key)
-    operators = network_operators(job, groups)
+    """Return what the job's limits and latencies are read off; exports the outline."""
+    groups = find_groups(job.outline, job.example)
+    onnx = exported(job, job.outline, job.outline_key)
+    operators = network_operators(job, groups, onnx)
     if timed_precision(job) == "fp32":
         return Basis(groups, operators, operators, onnx)
-    timed = network_operators(job, groups, timed_file(job, target))
+    file = timed_file(job, target, job.outline, job.outline_key)
+    timed = network_operators(job, groups, file)
     return Basis(groups, operators, timed, onnx)
 
 
@@ -160,17 +171,18 @@ def _planned(job: Job, target: Target, basis: Basis, table: LatencyTable | None)
 
 
 def _limits(job: Job, basis: Basis, table: LatencyTable | None) -> Limits:
-    wanted, full = job.recipe.prune.budget, basis.full
+    wanted = job.recipe.prune.budget
     limits: dict[str, Sequence[Limit]] = {}
     if wanted.macs is not None:
-        cost = macs_model(job.selected, basis.groups, job.example)
-        limits["macs"] = [macs_limit(cost, int(wanted.macs * cost.macs(full)))]
+        cost = macs_model(job.outline, basis.groups, job.example)
+        most = int(wanted.macs * count_macs(job.selected, job.example))
+        limits["macs"] = [macs_limit(cost, most)]
     if wanted.params is not None:
-        every = params_limit(job.selected, basis.groups, 0)
-        limits["params"] = [replace(every, most=int(wanted.params * every.total(full)))]
+        most = int(wanted.params * sum(p.numel() for p in job.selected.parameters()))
+        limits["params"] = [params_limit(job.outline, basis.groups, most)]
     if wanted.size_mb is not None:
         size, most = basis.onnx.stat().st_size, int(1e6 * wanted.size_mb)
-        limits["size_mb"] = [size_limit(job.selected, basis.groups, size, most)]
+        limits["size_mb"] = [size_limit(job.outline, basis.groups, size, most)]
     if wanted.peak_memory_mb is not None:
         limits["peak_memory_mb"] = peak_limits(basis.operators, int(1e6 * wanted.peak_memory_mb))
     if wanted.latency_ms is not None and table is not None:
@@ -236,7 +248,7 @@ def _settled_latency(
     over = ratio_of_medians(np.array([wanted]), medians, paired=False).verdict == "slower"
     missed = over and ratio.low * usual > wanted
     if missed:
-        key = _measure_key(job, target, _counts(planned.plan))
+        key = _measure_key(job, target, planned.plan)
         write_json(job.cache.folder("planned_latency", *key) / "value.json", ratio.value)
     parent = latency["parent"].median_ms
     if parent < LEAST_USED * usual:  # something else ran when it was measured first
@@ -285,8 +297,8 @@ def _key(job: Job, target: Target) -> tuple[Any, ...]:
             runtime_of(target.runtime).version(), host["cpu"], host["logical_cores"])  # fmt: skip
 
 
-def _measure_key(job: Job, target: Target, counts: Sequence[int]) -> tuple[Any, ...]:
-    return (*_key(job, target), job.recipe.precision.mode, list(counts))
+def _measure_key(job: Job, target: Target, plan: PrunePlan) -> tuple[Any, ...]:
+    return (*_key(job, target), job.recipe.precision.mode, _counts(plan), *plan.removed)
 
 
 def _folder(job: Job, target: Target) -> Path:

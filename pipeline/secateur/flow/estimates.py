@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +43,17 @@ def estimate_plan(
     Raises:
         DeviceError: the table does not fit; or, without one, the profile lacks a rate.
     """
-    basis = basis_of(job, target)
-    counts = [len(cut.kept) for cut in planned.plan.cuts]
+    whole = basis_of(job, target)
+    outline = basis_of(replace(job, removed=planned.plan.removed), target)
+    pair = (whole, whole.full), (outline, [len(cut.kept) for cut in planned.plan.cuts])
     if table_file is None:
-        return _roofline(job, target, basis, counts)
+        return _roofline(job, target, pair)
     table = load_table_of(job, target, table_file)
-    parent, plan = (table_estimate(basis.timed, table, kept) for kept in (basis.full, counts))
+    parent, plan = (table_estimate(basis.timed, table, kept) for basis, kept in pair)
     return PlanEstimate(parent, plan, table.precision)
 
 
-def _roofline(job: Job, target: Target, basis: Basis, counts: list[int]) -> PlanEstimate:
+def _roofline(job: Job, target: Target, pair: tuple[tuple[Basis, list[int]], ...]) -> PlanEstimate:
     """Return the estimate in the recipe's precision, or else in one that the profile has rates of.
 
     Raises:
@@ -66,8 +67,7 @@ def _roofline(job: Job, target: Target, basis: Basis, counts: list[int]) -> Plan
     for precision in dict.fromkeys((first, *target.precisions)):
         try:
             parent, plan = (
-                roofline(basis.operators, target, kept, precision=precision)
-                for kept in (basis.full, counts)
+                roofline(basis.operators, target, kept, precision=precision) for basis, kept in pair
             )
             return PlanEstimate(parent, plan, precision)
         except DeviceError as error:

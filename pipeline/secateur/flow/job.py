@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from secateur.flow.cache import StageCache
 from secateur.flow.parent import load_parent
 from secateur.flow.recipe import DataSpec, Recipe
 from secateur.metrics.kind import kind_of
+from secateur.prune.blocks import without_blocks
 from secateur.prune.problem import Limit
 from secateur.tasks import apply_folds, plan_folds, select_tasks
 
@@ -32,7 +34,8 @@ class Job:
     ``basis`` names what its channels are counted in: ``original`` as in the parent, else a digest
     of the folded layers or of the axes that it was turned to.
     ``limits`` are the budgets where there are others than MACs (``flow.budgets``), and
-    ``kept_share`` about how much of the parent the budgets leave.
+    ``kept_share`` about how much of the parent the budgets leave. ``removed`` are residual blocks
+    of ``selected`` that go whole.
     """
 
     recipe: Recipe
@@ -48,11 +51,22 @@ class Job:
     basis: str = "original"
     limits: tuple[Limit, ...] = ()
     kept_share: float = 1.0
+    removed: tuple[str, ...] = ()
 
     @property
     def tasks(self) -> tuple[Task, ...]:
         """The kept tasks."""
         return self.selected.tasks
+
+    @cached_property
+    def outline(self) -> MultiTaskModel:
+        """``selected`` without the blocks of ``removed``: what a cut's channels are planned in."""
+        return without_blocks(self.selected, self.removed) if self.removed else self.selected
+
+    @property
+    def outline_key(self) -> str:
+        """What names the weights of ``outline``."""
+        return " without ".join([self.parent_key, *self.removed])
 
     def grid(self, target: Target, table: LatencyTable | None = None) -> int:
         """Return the channel grid: the recipe's, or what ``table`` shows, or else the target's.

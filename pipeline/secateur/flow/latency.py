@@ -34,12 +34,9 @@ SEEN = 4  # images of noise that int8 ranges are read from
 KEY = "prune.budget.latency_ms"
 
 
-def network_operators(
-    job: Job, groups: Sequence[ChannelGroup], file: Path | None = None
-) -> Operators:
-    """Return the operators of the selected model, or of a ``file`` of it, by its ``groups``."""
-    onnx = file or exported(job, job.selected, job.parent_key)
-    return list_operators(onnx, layer_widths(job.selected, groups))
+def network_operators(job: Job, groups: Sequence[ChannelGroup], file: Path) -> Operators:
+    """Return the operators of a ``file`` of the job's outline, by the ``groups`` of that."""
+    return list_operators(file, layer_widths(job.outline, groups))
 
 
 def timed_precision(job: Job) -> Precision:

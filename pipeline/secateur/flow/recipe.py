@@ -100,6 +100,7 @@ class PruneSpec(_Strict):
     balance: float = Field(default=0.65, ge=0, le=1)
     images: int = Field(default=128, ge=1)
     axes: Literal["balanced", "original"] = "balanced"
+    blocks: bool = False
     search: SearchSpec | Literal[False] | None = None
     warm_start: Literal["none", "library"] = "none"
     neighbours: int = Field(default=5, ge=1)
@@ -108,6 +109,13 @@ class PruneSpec(_Strict):
     vote_weight: float = Field(default=0.5, ge=0, le=1)
     inherit: Literal["none", "nearest", "average"] = "nearest"
     sparsity: Literal["2:4"] | None = None
+
+    @model_validator(mode="after")
+    def _blocks_alone(self) -> PruneSpec:
+        if self.blocks and self.warm_start == "library":
+            raise ValueError("blocks: earlier cuts do not vote on whole blocks; give "
+                             "warm_start: none, or leave blocks out")  # fmt: skip
+        return self
 
 
 class LibrarySpec(_Strict):

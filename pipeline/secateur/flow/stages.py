@@ -139,9 +139,10 @@ def scores_for(
 
 @dataclass(frozen=True)
 class Scored:
-    """What the cut of the selected model is planned from, by ``groups`` of that model.
+    """What a cut is planned from, by ``groups`` of the job's outline.
 
-    ``per_task`` and ``fused`` are (width,) scores per group.
+    ``per_task`` and ``fused`` are (width,) scores per group; ``totals`` is per task the sum of its
+    scores over the whole parent.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -149,6 +150,7 @@ class Scored:
     budget: Budget
     per_task: Mapping[str, GroupScores]
     fused: GroupScores
+    totals: Mapping[str, float]
 
 
 def make_plan(job: Job, grid: int) -> tuple[tuple[ChannelGroup, ...], PrunePlan]:
@@ -163,19 +165,21 @@ def score_channels(job: Job, grid: int) -> Scored:
     rule_of(wanted.fusion)  # a wrong name is told before the scoring
     bank = score_bank(job, [task.name for task in job.tasks])
     parent_groups = find_groups(job.scored, job.example)
-    groups = find_groups(job.selected, job.example)
+    groups = find_groups(job.outline, job.example)
     per_task = {name: scores_for(groups, parent_groups, scores) for name, scores in bank.items()}
     agree = None
     if wanted.fusion in NEEDS_AGREEMENT:
         agree = scores_for(groups, parent_groups, task_agreement(job, parent_groups))
-    cost = macs_model(job.selected, groups, job.example)
+    cost = macs_model(job.outline, groups, job.example)
     budget = default_budget(
         groups, cost, wanted.budget.macs or 1.0, grid, wanted.balance, job.limits
     )
     if wanted.floor is not None:
         budget = replace(budget, floor=wanted.floor)
 
-    empty = Scored(groups, cost, budget, per_task, {})
+    totals = {name: sum(float(own.sum()) for own in scores.values())
+              for name, scores in bank.items()}  # fmt: skip
+    empty = Scored(groups, cost, budget, per_task, {}, totals)
     fused = fuse(
         per_task,
         {task.name: task.weight for task in job.tasks},
@@ -211,11 +215,29 @@ def plan_scored(job: Job, scored: Scored) -> PrunePlan:
 def _ranked(
     job: Job, scored: Scored, floors: Mapping[str, float] | None = None, *, bounded: bool = False
 ) -> PrunePlan:
-    return plan_prune(
+    if job.removed:
+        floors = {task: floor / _left(scored, task) for task, floor in (floors or {}).items()}
+    plan = plan_prune(
         scored.groups, scored.cost, scored.fused, scored.per_task, scored.budget,
         criterion=job.recipe.prune.criterion, fusion=job.recipe.prune.fusion, limits=job.limits,
         floors=floors, bounded=bounded,
     )  # fmt: skip
+    return _with_removed(job, scored, plan) if job.removed else plan
+
+
+def _with_removed(job: Job, scored: Scored, plan: PrunePlan) -> PrunePlan:
+    """Return the plan of an outline as one of the selected model, counted from all of that."""
+    whole = count_macs(job.selected, job.example)
+    lost = {task: 1 - (1 - share) * _left(scored, task) for task, share in plan.lost.items()}
+    most = int((job.recipe.prune.budget.macs or 1.0) * whole)
+    return replace(plan, removed=job.removed, macs_before=whole, budget_macs=most, lost=lost)
+
+
+def _left(scored: Scored, task: str) -> float:
+    """Return the share of a task's importance (0..1] that lies in the outline."""
+    total = scored.totals[task]
+    there = sum(float(own.sum()) for own in scored.per_task[task].values())
+    return there / total if total > 0 and there > 0 else 1.0
 
 
 def _removed(plan: PrunePlan) -> dict[str, NDArray[np.bool_]]:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 from secateur.core.channels import ChannelGroup
 from secateur.core.errors import PlanError
 from secateur.core.model import MultiTaskModel
 from secateur.core.plan import PrunePlan
+from secateur.prune.blocks import without_blocks
 from secateur.prune.narrow import drop_channels
 
 
 def apply_plan(
     model: MultiTaskModel, groups: Sequence[ChannelGroup], plan: PrunePlan
 ) -> MultiTaskModel:
-    """Return a copy of ``model`` without the channels that ``plan`` drops.
+    """Return a copy of ``model`` without the channels and the blocks that ``plan`` drops.
+
+    ``groups`` are those of the model without ``plan.removed``.
 
     Raises:
         PlanError: the plan was made for a model with other groups.
@@ -26,7 +28,7 @@ def apply_plan(
             "the plan was made for another model: its groups differ",
             hint="plan again for this recipe",
         )
-    pruned = copy.deepcopy(model)
+    pruned = without_blocks(model, plan.removed)
     dropped = {
         name: [channel for channel in range(cut.width) if channel not in set(cut.kept)]
         for name, cut in planned.items()
