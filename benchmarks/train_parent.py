@@ -3,6 +3,7 @@
     python benchmarks/train_parent.py nyuv2_lite0 --data DIR --weights FILE [--epochs 60]
     python benchmarks/train_parent.py pets_lite0 --data DIR --weights FILE [--epochs 60]
     python benchmarks/train_parent.py scenes_small [--epochs 60]    # or scenes_vit
+    python benchmarks/train_parent.py cifar_resnet --data DIR --batch-size 64    # or cifar_vit
 
 The last ``--finish`` epochs, after ``--epochs``, see the images as they are but for flips, at a
 rate that falls anew: zooms and jitter hold a network back from the best it can do on plain images.
@@ -18,7 +19,8 @@ import json
 import os
 import platform
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import accelerate
@@ -38,6 +40,7 @@ from secateur.recover import TrainSettings, train
 
 HERE = Path(__file__).resolve().parent
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CIFAR_MEAN, CIFAR_STD = (0.507, 0.487, 0.441), (0.267, 0.256, 0.276)
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,12 @@ class Parent:
     terms: str
     augment: Augment
     train_split: str = "train"
+    options: Mapping[str, object] = field(default_factory=dict)
 
 
-def _nyuv2(factory: str, height: int, width: int, backbone: str, **options: str) -> Parent:
+def _nyuv2(
+    factory: str, height: int, width: int, backbone: str, train_split: str = "train"
+) -> Parent:
     return Parent(
         factory=factory,
         tasks=(
@@ -69,7 +75,7 @@ def _nyuv2(factory: str, height: int, width: int, backbone: str, **options: str)
         f"comparable with published ones. Backbone pre-trained on ImageNet-1k ({backbone}).",
         terms="NYUv2 is for research use only; so are these weights.",
         augment=Augment(),
-        **options,
+        train_split=train_split,
     )
 
 
@@ -88,6 +94,25 @@ def _scenes(factory: str) -> Parent:
         "scratch.",
         terms="No third-party data; Apache-2.0 like the code.",
         augment=Augment(scale=1.2),
+    )
+
+
+UNSEEN = (3, 8, 13, 18)  # coarse classes of CIFAR-100 that its parents never see: every fifth
+SEEN = [coarse for coarse in range(20) if coarse not in UNSEEN]
+
+
+def _cifar(factory: str) -> Parent:
+    return Parent(
+        factory=factory,
+        tasks=(Task("label", "label", "classification", "fine", classes=5 * len(SEEN)),),
+        spec=ModelInput(3, 32, 32, CIFAR_MEAN, CIFAR_STD),
+        reader="cifar100",
+        data="CIFAR-100 (Krizhevsky, 2009), 80 of its classes (16 of its 20 super-classes), half "
+        "of their training images; trained from scratch.",
+        terms="CIFAR-100 has no explicit licence and is passed on for research; so are these "
+        "weights.",
+        augment=Augment(scale=1.3),
+        options={"coarse": SEEN},
     )
 
 
@@ -116,6 +141,7 @@ PARENTS = {
         train_split="fit",
     ),
     **{name: _scenes(name) for name in ("scenes_small", "scenes_vit")},
+    **{name: _cifar(name) for name in ("cifar_resnet", "cifar_vit")},
 }
 
 
@@ -123,8 +149,11 @@ def main() -> None:
     options = _options()
     parent = PARENTS[options.name]
     work = options.work or HERE.parent / "out" / "parents" / options.name
-    train_set = InMemory(open_reader(parent.reader, options.data, parent.train_split))
-    test_set = InMemory(open_reader(parent.reader, options.data, "test"))
+    splits = (parent.train_split, "test")
+    train_set, test_set = (
+        InMemory(open_reader(parent.reader, options.data, split, **parent.options))
+        for split in splits
+    )
     torch.manual_seed(options.seed)
     factory = getattr(zoo, parent.factory)
     network = factory(options.weights) if options.weights else factory()

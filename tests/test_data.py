@@ -194,3 +194,15 @@ def test_pets_and_cifar_as_stored() -> None:
     cifar = open_reader("cifar100", need_data("cifar100_sub"), "test", fine=[3, 42])
     assert len(cifar) == 200 and int(cifar[150].labels["fine"]) == 1
     assert cifar[0].image.shape == (32, 32, 3)
+
+
+def test_cifar_of_coarse_classes() -> None:
+    root = need_data("cifar100_sub")
+    reader = open_reader("cifar100", root, "test", coarse=[3])
+    assert len(reader) == 500
+    assert {int(reader[n].labels["coarse"]) for n in range(0, 500, 50)} == {3}
+    assert [int(reader[n].labels["fine"]) for n in (0, 100, 499)] == [0, 1, 4]
+    with pytest.raises(DataError, match="there is no coarse class 20"):
+        open_reader("cifar100", root, "test", coarse=[3, 20])
+    with pytest.raises(DataError, match="both given"):
+        open_reader("cifar100", root, "test", coarse=[3], fine=[1])

@@ -247,3 +247,15 @@ def test_layers_the_cost_model_does_not_follow_stay_whole() -> None:
     assert [group.name for group in groups] == ["inner"]
     plan = random_plan(groups, 0, 4, 0.97, macs_model(model, groups, EXAMPLE))
     assert count_macs(apply_plan(model, groups, plan), EXAMPLE) == plan.macs_after
+
+
+@pytest.mark.parametrize("factory", [zoo.cifar_resnet, zoo.cifar_vit])
+def test_parents_of_small_images_are_cut_like_others(factory) -> None:
+    task = Task("label", "label", "classification", "fine", 80)
+    model, example = MultiTaskModel(factory(), (task,)).eval(), torch.randn(2, 3, 32, 32)
+    groups = find_groups(model, example)
+    cost = macs_model(model, groups, example)
+    plan = random_plan(groups, 0, grid=2, macs=0.1, cost=cost)
+    cut = apply_plan(model, groups, plan)
+    assert count_macs(cut, example) == plan.macs_after <= 0.1 * plan.macs_before
+    assert cut(example)["label"].shape == (2, 80)

@@ -22,20 +22,36 @@ TILE = 32
 PER_ROW = 10
 
 
-def create(root: Path, split: str, fine: list[int] | None = None) -> Reader:
-    """Open a split at ``root``; ``fine`` restricts it to some fine classes (renumbered 0..)."""
-    return Cifar100(root, split, fine)
+def create(
+    root: Path, split: str, fine: list[int] | None = None, coarse: list[int] | None = None
+) -> Reader:
+    """Open a split at ``root``, of all classes, or of some ``fine`` ones, renumbered 0..
+
+    ``coarse`` restricts it to the fine classes of some coarse ones instead.
+
+    Raises:
+        DataError: both are given, or a class is not there.
+    """
+    return Cifar100(root, split, fine, coarse)
 
 
 class Cifar100:
-    """Labels: fine (0..99, or 0..len(fine)-1 when restricted) and coarse (0..19)."""
+    """Labels: fine (0..99, or from 0 without gaps when restricted) and coarse (0..19)."""
 
-    def __init__(self, root: Path, split: str, fine: list[int] | None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        split: str,
+        fine: list[int] | None = None,
+        coarse: list[int] | None = None,
+    ) -> None:
         path = root / "cifar100_sub.zip"
         self._archive = ImageArchive(path if path.exists() else root)
         facts = json.loads(self._archive.read("labels.json"))
         self._coarse = [int(c) for c in facts["fine_to_coarse"]]
         stems = self._archive.stems(split)
+        if coarse is not None:
+            fine = self._of_coarse(fine, coarse)
         self._classes = list(fine) if fine is not None else [int(stem) for stem in stems]
         unknown = [c for c in self._classes if f"{c:02d}" not in stems]
         if unknown:
@@ -64,6 +80,21 @@ class Cifar100:
             "coarse": np.array(self._coarse[original]),
         }
         return Sample(f"{original:02d}-{position}", self._tiles(original)[position], labels)
+
+    @property
+    def classes(self) -> tuple[int, ...]:
+        """The original numbers of the fine classes, in the order of their labels."""
+        return tuple(self._classes)
+
+    def _of_coarse(self, fine: list[int] | None, coarse: list[int]) -> list[int]:
+        unknown = set(coarse) - set(self._coarse)
+        if unknown or fine is not None:
+            raise DataError(
+                f"there is no coarse class {min(unknown)}" if unknown
+                else "fine and coarse are both given",
+                hint=f"give fine or coarse classes; coarse ones are 0..{max(self._coarse)}",
+            )  # fmt: skip
+        return [number for number, own in enumerate(self._coarse) if own in coarse]
 
     def _read_tiles(self, fine: int) -> NDArray[np.uint8]:
         mosaic = self._archive.rgb(f"{self._split}/{fine:02d}.webp")
