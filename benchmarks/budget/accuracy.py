@@ -2,9 +2,10 @@
 
     SECATEUR_DATA=... python benchmarks/budget/accuracy.py --seeds 0 1 2
 
-One parent (EfficientNet-Lite0, three tasks, 96x128), cut to 0.35 of its own p50 by three planners:
-``latency`` plans milliseconds with a table measured here; ``macs`` plans MACs and ``torch-pruning``
-(GroupTaylor, ``round_to=8``) prunes to a ratio, each with the share of MACs at which its cut takes
+One parent (EfficientNet-Lite0, three tasks, 96x128), cut to 0.35 of its own p50 by four planners:
+``latency`` plans milliseconds with a table measured here, and ``blocks`` does so after whole
+residual blocks went where the cut is judged the better for it; ``macs`` plans MACs and
+``torch-pruning`` (GroupTaylor, ``round_to=8``) prunes to a ratio, each with the share of MACs at which its cut takes
 that long, found by measuring cuts. ``plan`` finds the cuts, each timed in turns with the parent as
 a build does it, and then all of a seed together, on a quiet machine. ``train`` then recovers each
 for 15 % of the parent's steps.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from fusion.bench import GRID, PARENT, Bench
+from fusion.bench import GRID, PARENT, Bench, Scores
 from fusion.ours import CUT, REFIT_IMAGES, fused_scores, ranked_plan
 from fusion.rivals import RIVALS
 from fusion.run import Cell, freeze_norms, measure, recover
@@ -31,6 +33,7 @@ from secateur.bench.latency import Protocol
 from secateur.bench.latency import measure as measure_latency
 from secateur.bench.profile import Sampling, measure_table
 from secateur.compensate import refit
+from secateur.core.channels import ChannelGroup
 from secateur.core.errors import PlanError
 from secateur.core.model import MultiTaskModel
 from secateur.core.plan import PrunePlan
@@ -39,10 +42,22 @@ from secateur.devices.host import host_facts
 from secateur.devices.latency_table import LatencyTable, load_table, save_table
 from secateur.devices.operators import Operators
 from secateur.devices.target import load_target
+from secateur.flow.allocation import judge_of
+from secateur.flow.blocks import Outline, best_removal
 from secateur.flow.latency import latency_limit, narrowed
+from secateur.flow.stages import scores_for
 from secateur.lower import export_onnx
 from secateur.lower.operators import list_operators
-from secateur.prune import count_macs, plan_prune, plan_widths
+from secateur.prune import (
+    MacsModel,
+    apply_plan,
+    count_macs,
+    find_groups,
+    macs_model,
+    plan_prune,
+    plan_widths,
+)
+from secateur.prune.blocks import without_blocks
 from secateur.prune.costs import layer_widths
 from secateur.prune.plan import Budget, default_budget
 from secateur.runtimes import onnxruntime
@@ -55,7 +70,9 @@ SHARE, LEAST = 0.35, 0.97  # of the parent's p50; a cut that uses less than LEAS
 TRIES = 6
 SESSIONS, ONE_SESSION = 9, Protocol(seconds=0, runs=100)
 RECOVERY = 0.15
-PLANNERS = ("latency", "macs", "torch-pruning")
+PLANNERS = ("latency", "blocks", "macs", "torch-pruning")
+BY_LATENCY = PLANNERS[:2]
+JUDGING = 96  # images: a third for the refit, the others to judge by
 Row = dict[str, Any]
 
 
@@ -69,11 +86,12 @@ def main() -> None:
     with shown():
         race = Race()
         for seed in options.seeds:
-            if options.part != "train" and not _rows("plan", seed):
-                for row in race.planned(seed):
+            missing = [p for p in PLANNERS if p not in _planners("plan", seed)]
+            if options.part != "train" and missing:
+                for row in race.planned(seed, missing):
                     append_row(CELLS, row)
             if options.part != "plan":
-                done = {row["planner"] for row in _rows("train", seed)}
+                done = _planners("train", seed)
                 for row in _rows("plan", seed):
                     if row["planner"] not in done:
                         append_row(CELLS, race.trained(row))
@@ -86,6 +104,10 @@ def _rows(part: str, seed: int) -> list[Row]:
     return [row for row in read_rows(CELLS) if (row["part"], row["seed"]) == (part, seed)]
 
 
+def _planners(part: str, seed: int) -> set[str]:
+    return {row["planner"] for row in _rows(part, seed)}
+
+
 class Race:
     """The parent, its latency table, and cuts of it that take the same time."""
 
@@ -95,11 +117,13 @@ class Race:
         self.groups, self.cost = self.turned.groups, self.turned.cost
         self.parent_file = self._file(self.turned.parent, "parent")
 
-    def planned(self, seed: int) -> list[Row]:
+    def planned(self, seed: int, planners: Sequence[str] = PLANNERS) -> list[Row]:
         """Return what each planner needs to reach the latency, and how long the cuts take."""
-        found = {"latency": self._by_latency(seed)}
-        for planner in PLANNERS[1:]:
-            found[planner] = self._by_share(planner, seed)
+        found = {
+            planner: self._by_latency(seed, planner == "blocks") if planner in BY_LATENCY
+            else self._by_share(planner, seed)
+            for planner in planners
+        }  # fmt: skip
         cuts = {p: self.cut(p, how, seed, refitted=False) for p, how in found.items()}
         together = self.shares(cuts)
         return [
@@ -130,38 +154,56 @@ class Race:
         if planner == "torch-pruning":
             return RIVALS["tp_group_taylor"](self.bench, how["keep"], seed)
         scores = fused_scores(self.turned, CUT.criterion, CUT.rule, SHARE, seed)
-        plan = (
-            plan_widths(self.groups, self.cost, scores, how["counts"], Budget(1.0, GRID),
-                        per_task={}, criterion="-", fusion="-")
-            if planner == "latency" else ranked_plan(self.turned, scores, how["keep"], "balanced")
-        )  # fmt: skip
-        pruned = self.turned.apply(plan)
+        parent, groups = self.turned.parent, self.groups
+        if planner in BY_LATENCY:
+            outline = self.outline(tuple(how.get("removed", ())))
+            groups = outline.groups
+            plan = outline.at(scores, how["counts"])
+        else:
+            plan = ranked_plan(self.turned, scores, how["keep"], "balanced")
+        pruned = apply_plan(parent, groups, plan)
         if not refitted:
             return pruned
-        images = self.turned.images(REFIT_IMAGES, seed)
-        return refit(self.turned.parent, pruned, self.groups, plan, images)
+        return refit(parent, pruned, groups, plan, self.turned.images(REFIT_IMAGES, seed))
 
-    def _by_latency(self, seed: int) -> Row:
+    def _by_latency(self, seed: int, blocks: bool) -> Row:
         """Plan milliseconds; what is measured corrects the table's idea of the share."""
         scores = fused_scores(self.turned, CUT.criterion, CUT.rule, SHARE, seed)
-        aim = SHARE
+        aim, removed = SHARE, self._removal(scores, seed) if blocks else ()
+        outline = self.outline(removed)
         tried: list[tuple[float, Row]] = []
         for _ in range(TRIES):
-            plan = self._plan(scores, aim)
-            share = self.shares({"cut": self.turned.apply(plan)})["cut"]
-            tried.append((share, {"counts": [len(cut.kept) for cut in plan.cuts]}))
+            plan = outline.plan(scores, aim * self.parent_table_ms)
+            share = self.shares({"cut": apply_plan(self.turned.parent, outline.groups, plan)})[
+                "cut"
+            ]
+            tried.append((share, {"counts": [len(c.kept) for c in plan.cuts], "removed": removed}))
             if LEAST * SHARE <= share <= SHARE:
                 break
             aim *= 0.99 * SHARE / share
         return _closest(tried)
 
-    def _plan(self, scores: Mapping[str, Any], share: float) -> PrunePlan:
-        full = [group.width for group in self.groups]
-        most = share * table_estimate(self.operators, self.table, full).ms
-        limit = latency_limit(self.operators, self.table, most)
-        budget = default_budget(self.groups, self.cost, SHARE, GRID, limits=[limit])
-        return plan_prune(self.groups, self.cost, scores, {}, budget, criterion="-",
-                          fusion="-", limits=[limit])  # fmt: skip
+    def _removal(self, scores: Scores, seed: int) -> tuple[str, ...]:
+        """Return the blocks without which the cut to the latency is judged the best."""
+        images, most = self.turned.images(JUDGING // 3, seed), SHARE * self.parent_table_ms
+        batch = next(self.turned.stream(JUDGING - len(images), seed + 1, JUDGING))
+
+        def outline_of(removed: tuple[str, ...]) -> Outline:
+            outline = self.outline(removed)
+            limit = latency_limit(outline.operators, self.table, most)
+            over = limit.total([group.width for group in outline.groups]) / limit.most
+            return Outline(outline.groups, over, lambda: outline.plan(scores, most))
+
+        judge = judge_of(self.turned.parent, images, batch)
+        return best_removal(self.turned.parent, self.bench.example, judge, 1.0, outline_of)
+
+    def outline(self, removed: tuple[str, ...]) -> Shorter:
+        """Return the parent without some blocks, ready to be planned in."""
+        model = without_blocks(self.turned.parent, removed)
+        groups = find_groups(model, self.bench.example) if removed else self.groups
+        file = self._file(model, "outline") if removed else self.parent_file
+        return Shorter(self, removed, groups, macs_model(model, groups, self.bench.example),
+                       list_operators(file, layer_widths(model, groups)))  # fmt: skip
 
     def _by_share(self, planner: str, seed: int) -> Row:
         """Find the share of MACs at which the planner's cut takes the wanted time.
@@ -204,8 +246,10 @@ class Race:
         return {name: float(np.median(shares)) for name, shares in found.items()}
 
     @cached_property
-    def operators(self) -> Operators:
-        return list_operators(self.parent_file, layer_widths(self.turned.parent, self.groups))
+    def parent_table_ms(self) -> float:
+        """What the parent takes by its table."""
+        full = [group.width for group in self.groups]
+        return table_estimate(self.outline(()).operators, self.table, full).ms
 
     @cached_property
     def table(self) -> LatencyTable:
@@ -232,6 +276,35 @@ class Race:
         return path
 
 
+@dataclass(frozen=True, eq=False)
+class Shorter:
+    """The race's parent without the blocks of ``removed``, its groups, cost and operators."""
+
+    race: Race
+    removed: tuple[str, ...]
+    groups: tuple[ChannelGroup, ...]
+    cost: MacsModel
+    operators: Operators
+
+    def scores(self, scores: Scores) -> Scores:
+        """Return the parent's scores of the channels that are left."""
+        return scores_for(self.groups, self.race.groups, scores) if self.removed else scores
+
+    def plan(self, scores: Scores, most_ms: float) -> PrunePlan:
+        """Return the cut that takes so long by the parent's table."""
+        limit = latency_limit(self.operators, self.race.table, most_ms)
+        budget = default_budget(self.groups, self.cost, SHARE, GRID, limits=[limit])
+        plan = plan_prune(self.groups, self.cost, self.scores(scores), {}, budget, criterion="-",
+                          fusion="-", limits=[limit])  # fmt: skip
+        return replace(plan, removed=self.removed)
+
+    def at(self, scores: Scores, counts: Sequence[int]) -> PrunePlan:
+        """Return the cut to so many channels of each group."""
+        plan = plan_widths(self.groups, self.cost, self.scores(scores), counts, Budget(1.0, GRID),
+                           per_task={}, criterion="-", fusion="-")  # fmt: skip
+        return replace(plan, removed=self.removed)
+
+
 def _closest(tried: Sequence[tuple[float, Row]]) -> Row:
     """Return how the slowest try within the budget was cut, or else the fastest one."""
     within = [one for one in tried if one[0] <= SHARE]
@@ -251,7 +324,7 @@ def claims(rows: Sequence[Row]) -> list[Show]:
         for planner in PLANNERS
     }
     ours, shows = after["latency"], []
-    for planner in PLANNERS[1:]:
+    for planner in PLANNERS[len(BY_LATENCY) :]:
         rival = after[planner]
         if ours.size and ours.size == rival.size:
             noise = float(np.hypot(ours.std(), rival.std()))
