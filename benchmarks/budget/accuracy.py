@@ -4,11 +4,11 @@
 
 One parent (EfficientNet-Lite0, three tasks, 96x128), cut to 0.35 of its own p50 by four planners:
 ``latency`` plans milliseconds with a table measured here, and ``blocks`` does so after whole
-residual blocks went where the cut is judged the better for it; ``macs`` plans MACs and
-``torch-pruning`` (GroupTaylor, ``round_to=8``) prunes to a ratio, each with the share of MACs at which its cut takes
-that long, found by measuring cuts. ``plan`` finds the cuts, each timed in turns with the parent as
-a build does it, and then all of a seed together, on a quiet machine. ``train`` then recovers each
-for 15 % of the parent's steps.
+residual blocks went where the cut is judged the better for it; ``macs`` plans MACs and ``torch-
+pruning`` (GroupTaylor, ``round_to=8``) prunes to a ratio, each with the share of MACs at which its
+cut takes that long, found by measuring cuts. ``plan`` finds the cuts, each timed in turns with the
+parent as a build does it, and then all of a seed together, on a quiet machine. ``train`` then
+recovers each for 15 % of the parent's steps.
 """
 
 from __future__ import annotations
