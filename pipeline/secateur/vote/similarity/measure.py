@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from secateur.core.errors import LibraryError
 
 Array = NDArray[Any]
 Sketch = NDArray[np.float32]
+SMALL = 1e-200  # squares down to here are exact enough
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,16 @@ def cosine(own: Array, other: Array) -> float:
     """
     same_shape(own, other)
     mine, theirs = (np.asarray(each, np.float64).ravel() for each in (own, other))
-    # the largest value first: squares of tiny or huge numbers leave the range of floats
-    tops = [float(np.abs(each).max(initial=0.0)) for each in (mine, theirs)]
-    if not all(tops):
-        return 0.0
-    mine, theirs = mine / tops[0], theirs / tops[1]
+    squares = [float(each @ each) for each in (mine, theirs)]
+    if not all(SMALL < square < 1 / SMALL for square in squares):
+        # squares of tiny or huge numbers leave the range of floats: the largest value first
+        tops = [float(np.abs(each).max(initial=0.0)) for each in (mine, theirs)]
+        if not all(tops):
+            return 0.0
+        mine, theirs = mine / tops[0], theirs / tops[1]
+        squares = [float(each @ each) for each in (mine, theirs)]
     # the root of each, not of their product: one vector with itself then gives 1 to rounding
-    value = float(mine @ theirs / (np.sqrt(mine @ mine) * np.sqrt(theirs @ theirs)))
+    value = float(mine @ theirs) / (math.sqrt(squares[0]) * math.sqrt(squares[1]))
     return min(1.0, max(-1.0, value))
 
 
