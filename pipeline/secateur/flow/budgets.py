@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -79,15 +79,16 @@ def plan_within(
         planned = plan_job(job, job.grid(target))
         limit = macs_limit(planned.scored.cost, planned.plan.budget_macs)
         return _with_records(job, planned, {"macs": [limit]})
-    table = None
+    table, elsewhere = None, False
     if table_file is not None and wanted.latency_ms is not None:
         table = load_table_of(job, target, table_file)
+        elsewhere = not _is_of_this_machine(table, target)
     elif wanted.latency_ms is not None:
         table = profile_job(job, target, _folder(job, target) / "latency.json")
     if blocks:
         job = without_least(job, lambda trial: _outlined(trial, target, table))
     basis = basis_of(job, target)
-    if table is None or not _is_of_this_machine(table, target):
+    if table is None or elsewhere:
         return _planned(job, target, basis, table)
     return _measured_plan(job, target, basis, table, protocol)
 
@@ -131,34 +132,43 @@ def _measured_plan(
     return replace(planned, budgets={**planned.budgets, "latency_ms": record})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Basis:
-    """What limits are read off: the groups of the job's outline, and its operators.
-
-    ``timed`` are those in the precision that plans are timed in.
+    """What limits are read off: the ``groups`` of the job's outline, and, exported when they are
+    asked for, its operators.
     """
 
+    job: Job
+    target: Target
     groups: Sequence[ChannelGroup]
-    operators: Operators
-    timed: Operators
-    onnx: Path
 
     @property
     def full(self) -> list[int]:
         """Every group's width."""
         return [group.width for group in self.groups]
 
+    @cached_property
+    def onnx(self) -> Path:
+        """The outline in fp32."""
+        return exported(self.job, self.job.outline, self.job.outline_key)
+
+    @cached_property
+    def operators(self) -> Operators:
+        """The operators of the outline in fp32."""
+        return network_operators(self.job, self.groups, self.onnx)
+
+    @cached_property
+    def timed(self) -> Operators:
+        """Those in the precision that plans are timed in."""
+        if timed_precision(self.job) == "fp32":
+            return self.operators
+        file = timed_file(self.job, self.target, self.job.outline, self.job.outline_key)
+        return network_operators(self.job, self.groups, file)
+
 
 def basis_of(job: Job, target: Target) -> Basis:
-    """Return what the job's limits and latencies are read off; exports the outline."""
-    groups = find_groups(job.outline, job.example)
-    onnx = exported(job, job.outline, job.outline_key)
-    operators = network_operators(job, groups, onnx)
-    if timed_precision(job) == "fp32":
-        return Basis(groups, operators, operators, onnx)
-    file = timed_file(job, target, job.outline, job.outline_key)
-    timed = network_operators(job, groups, file)
-    return Basis(groups, operators, timed, onnx)
+    """Return what the job's limits and latencies are read off."""
+    return Basis(job, target, find_groups(job.outline, job.example))
 
 
 def _planned(job: Job, target: Target, basis: Basis, table: LatencyTable | None) -> Planned:
