@@ -114,13 +114,30 @@ def _key(image: NDArray[np.float32]) -> str:
 def verify_emulated(
     folder: Path, cpus: Sequence[str] = (), *, limit: int = IMAGES
 ) -> EmulatedVerify:
+    """Run the bundle's own ``run.py`` on emulated CPUs, as ``compare_emulated`` does, and judge it.
+
+    Raises:
+        BundleError, VerifyError: the bundle is not whole, or a task differs on a CPU.
+        RuntimeMissing, DeviceError: no userland can be prepared, or the bundle does not run.
+    """
+    manifest = read_for_arm(folder)
+    found = compare_emulated(folder, cpus, limit=limit)
+    for run in found.runs:
+        for task, agreement in run.against_here.items():
+            _check_agreement(manifest, run.cpu, task, agreement)
+    return found
+
+
+def compare_emulated(
+    folder: Path, cpus: Sequence[str] = (), *, limit: int = IMAGES
+) -> EmulatedVerify:
     """Run the bundle's own ``run.py`` on emulated CPUs and compare task by task.
 
     Without ``cpus``, on the target's stand-in and on one CPU with and one without dot product.
     ``limit`` is the number of evaluation images beside the one that the bundle holds.
 
     Raises:
-        BundleError, VerifyError: the bundle is not whole, or a task differs on a CPU.
+        BundleError, VerifyError: the bundle is not whole, or differs from torch on its own image.
         RuntimeMissing, DeviceError: no userland can be prepared, or the bundle does not run.
     """
     manifest = read_for_arm(folder)
@@ -144,7 +161,7 @@ def verify_emulated(
             outputs = _run(connection, folder, manifest, material.images)
         recorded = _Recorded(inputs, outputs)
         against_here = {
-            task.name: _agreement(manifest, task.name, task.kind, here, outputs, cpu)
+            task.name: _agreement(task.name, task.kind, here, outputs, cpu)
             for task in manifest.tasks
         }
         runs.append(
@@ -259,17 +276,12 @@ def placed(
 
 
 def _agreement(
-    manifest: Manifest,
-    task: str,
-    kind: str,
-    here: Sequence[Outputs],
-    there: Sequence[Outputs],
-    cpu: str,
+    task: str, kind: str, here: Sequence[Outputs], there: Sequence[Outputs], cpu: str
 ) -> Agreement:
     """Compare a task's outputs of all images.
 
     Raises:
-        VerifyError: fp32 outputs differ, or too many decisions of a lower precision do.
+        VerifyError: they have different shapes.
     """
     wanted, got = (np.concatenate([row[task] for row in rows]) for rows in (here, there))
     try:
@@ -279,7 +291,16 @@ def _agreement(
     same = None
     if kind in _CLASSES:
         same = float((wanted.argmax(axis=1) == got.argmax(axis=1)).mean())
-    agreement = Agreement(parity, float((wanted == got).mean()), same)
+    return Agreement(parity, float((wanted == got).mean()), same)
+
+
+def _check_agreement(manifest: Manifest, cpu: str, task: str, agreement: Agreement) -> None:
+    """Raise where a task is not on a CPU what it is here.
+
+    Raises:
+        VerifyError: fp32 outputs differ, or too many decisions of a lower precision do.
+    """
+    parity, same = agreement.parity, agreement.same_class
     if manifest.precision == "fp32" and not parity.relative <= FP32_TOLERANCE:
         raise VerifyError(
             f"task '{task}' differs by {parity.relative:.2e} of its range between this machine and "
@@ -292,7 +313,6 @@ def _agreement(
             f"on this machine, allowed {100 * (1 - SAME_CLASS):.0f} %",
             hint="keep that task's layers in fp32, or build int8 in the form for that CPU",
         )
-    return agreement
 
 
 def _accuracy(material: _Material, session: _Recorded) -> dict[str, dict[str, float]] | None:
