@@ -11,8 +11,8 @@ from functools import cached_property
 from typing import Any
 
 from secateur.bench.charts import Layer, Skyline, skyline
-from secateur.bench.record import BenchRecord
-from secateur.bench.wording import change, count, megabytes, milliseconds, number
+from secateur.bench.record import BenchRecord, EnergyRow, NoEnergy
+from secateur.bench.wording import change, count, megabytes, millijoules, milliseconds, number
 from secateur.core.errors import RecipeError
 from secateur.core.task import Task
 from secateur.metrics.kind import kind_of
@@ -174,6 +174,27 @@ class View:
         return [(name, _statistics(row)) for name, row in rows]
 
     @property
+    def energy(self) -> EnergyRow | None:
+        """What one inference takes, where ``bench.json`` tells."""
+        found = self.entry.bench.energy if self.entry.bench else None
+        return found if isinstance(found, EnergyRow) else None
+
+    @property
+    def energy_said(self) -> str:
+        """The energy in a sentence, or why there is none."""
+        found = self.entry.bench.energy if self.entry.bench else None
+        if isinstance(found, NoEnergy):
+            return f"not measurable on the machine that was benched: {found.not_measurable}"
+        if found is None:
+            return "not known: secateur bench measures it, where the machine has a meter"
+        noise = ", within this meter's noise" if found.within_noise else ""
+        return (
+            f"{millijoules(found.per_inference_mj)} ± {found.standard_error_mj:.2g} per inference "
+            f"above idle{noise} (standard error of {found.rounds} rounds; {found.source}; idle "
+            f"{found.idle_w:.3g} W, busy {found.busy_w:.3g} W)"
+        )
+
+    @property
     def noisy(self) -> bool:
         """Whether a latency varied by more than the protocol allows."""
         rows = self.manifest["latency_ms"].values()
@@ -194,6 +215,11 @@ class View:
             rows.append(
                 ("Latency", self.latency("parent"), self.latency("cut"), milliseconds, note)
             )
+        if self.energy is not None:
+            note = (
+                f"above idle, {self.energy.meter}{', within its noise' * self.energy.within_noise}"
+            )
+            rows.append(("Energy", None, self.energy.per_inference_mj, millijoules, note))
         return [Tile(n, say(a), say(b), change(a, b), note) for n, a, b, say, note in rows]
 
     @cached_property
