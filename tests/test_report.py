@@ -340,6 +340,7 @@ def test_a_browser_shows_the_page(
     axe = pytest.importorskip(
         "axe_playwright_python.sync_playwright", reason="pip install axe-playwright-python"
     )
+    benched(folder / "x86-64-cpu/fp32", energy=LAPTOP)
     report(folder)
     context = browser.new_context(viewport={"width": width, "height": 844}, color_scheme=scheme)
     tab, said, asked = context.new_page(), [], []
