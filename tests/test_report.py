@@ -215,6 +215,19 @@ def benched(bundle: Path, **energy: Any) -> None:
     }))  # fmt: skip
 
 
+@pytest.mark.parametrize("noisy", [True, False])
+def test_a_bench_on_a_noisy_machine_is_said_to_be(folder: Path, noisy: bool) -> None:
+    pi = folder / "raspberry-pi-5/fp32"  # which its build could not measure
+    benched(pi)
+    record = json.loads((pi / "bench.json").read_text())
+    record["latency"]["host_to_host"]["noisy"] = noisy
+    (pi / "bench.json").write_text(json.dumps(record))
+    text = page_of(folder / "raspberry-pi-5").text
+    assert ("host to host (bench, ort 1.2, 4 threads), noisy" in text) == noisy
+    assert bool(re.search(r"median, \d threads?, noisy", text)) == noisy
+    assert ("the machine was noisy" in text) == noisy
+
+
 def energy_plots(page: Page) -> list[str]:
     return [title for a in page.all("svg")
             if "against energy" in (title := a.get("aria-label") or "")]  # fmt: skip
