@@ -90,11 +90,15 @@ class Images(quantization.CalibrationDataReader):  # type: ignore[misc]
 
 
 def quantise(bench: Bench, out: Path) -> None:
-    """Write ``int8.onnx`` beside ``fp32.onnx``."""
+    """Write ``int8.onnx`` beside ``fp32.onnx``.
+
+    With signed activations, the default, ONNX Runtime leaves 30 of 81 convolutions in fp32 here.
+    """
     quant_pre_process(out / "fp32.onnx", out / "prepared.onnx")
     quantization.quantize_static(
-        out / "prepared.onnx", out / "int8.onnx", Images(bench), per_channel=True
-    )
+        out / "prepared.onnx", out / "int8.onnx", Images(bench), per_channel=True,
+        activation_type=quantization.QuantType.QUInt8,
+    )  # fmt: skip
     (out / "prepared.onnx").unlink()
 
 
