@@ -200,6 +200,12 @@ def peers_table(suite: dict[str, Any], *, whole: bool = False) -> str:
         "Lines: without blank ones, comments and docstrings; data, losses and parent not counted.",
         "Minutes: of one core, the whole job, both precisions.",
     ]
+    if whole:
+        lines += [
+            "FastNAS stops at this network's batch norms and heads, so they are rewritten into equal",
+            "functions; its second budget finds the statistics of the first. Olive cuts nothing.",
+            "Uniform networks trained for as long as the parent was are not among them.",
+        ]
     return "\n".join([*lines, ""])
 
 
