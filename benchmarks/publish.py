@@ -202,9 +202,9 @@ def peers_table(suite: dict[str, Any], *, whole: bool = False) -> str:
     ]
     if whole:
         lines += [
-            "FastNAS stops at this network's batch norms and heads, so they are rewritten into equal",
-            "functions; its second budget finds the statistics of the first. Olive cuts nothing.",
-            "Uniform networks trained for as long as the parent was are not among them.",
+            "FastNAS stops at this network's batch norms and heads: they are rewritten into",
+            "equal functions; its second budget finds the statistics of the first. Olive cuts",
+            "nothing. Uniform networks trained as long as the parent was are not among them.",
         ]
     return "\n".join([*lines, ""])
 
