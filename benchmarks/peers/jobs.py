@@ -110,7 +110,6 @@ def run_job(cell: Cell) -> dict[str, Any]:
     row: dict[str, Any] = {
         "wall_s": round(time.monotonic() - started),
         "cpu_s": round(cpu),
-        "lines": sum(map(lines_of_code, (HERE / name for name in peer.written))),
     }
     if not any((cell.folder / f"{mode}.onnx").exists() for mode in PRECISIONS):
         said = log.read_text(encoding="utf-8").strip().splitlines() or [f"exit code {code}"]
@@ -133,6 +132,11 @@ def own_python(peer: Peer) -> str:
         install = [str(python), "-m", "pip", "install", "-q", peer.package, *peer.needs]
         subprocess.run(install, check=True)
     return str(python)
+
+
+def lines_written(name: str) -> int:
+    """Return how many lines of code an engineer writes for a peer, or for ours."""
+    return sum(lines_of_code(HERE / file) for file in PEERS[name].written)
 
 
 def lines_of_code(path: Path) -> int:

@@ -29,7 +29,7 @@ import numpy as np
 import onnx
 import torch
 from fusion.bench import PARENT, Bench
-from peers.jobs import DROP, PEERS, PRECISIONS, WORK, Cell, package_versions, run_job
+from peers.jobs import DROP, PEERS, PRECISIONS, WORK, Cell, lines_written, package_versions, run_job
 from secateur.bench.accuracy import evaluate
 from secateur.bench.latency import summarise
 from secateur.core.progress import shown
@@ -68,7 +68,8 @@ def main() -> None:
                 if not options.quick:
                     append_row(CELLS, found[-1])
         rows = [row for row in (_of(cell, found) for cell in cells(steps)) if row is not None]
-        rows = timed(bench, [parent_row(parent), *rows])
+        told = [{**row, "lines": lines_written(row["peer"])} for row in rows]
+        rows = timed(bench, [parent_row(parent), *told])
     if options.quick:
         print(json.dumps(rows, indent=2))
         return
