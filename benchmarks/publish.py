@@ -165,7 +165,52 @@ def merging_table(suite: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
+def peers_table(suite: dict[str, Any], *, whole: bool = False) -> str:
+    """Return ours and every peer at each budget; ``whole``: with every metric and percentile."""
+    parent = next(row for row in suite["rows"] if row["peer"] == "parent")
+    metrics = [(task, metric) for task, found in parent["bundles"]["fp32"]["metrics"].items()
+               for metric in found] if whole else []  # fmt: skip
+    percentiles = ("p50", "p90", "p99") if whole else ("p50",)
+    head = ["MACs", "precision", "ΔT %", "worst task %", *(f"{t} {m}" for t, m in metrics),
+            *(f"{p} ms" for p in percentiles), "MB", "lines written", "minutes"]  # fmt: skip
+    lines = ["", f"| | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
+    for row in suite["rows"]:
+        if "failed" in row:
+            lines.append(f"| {row['peer']}, {row['keep']:.0%}: {row['failed']} "
+                         + "|" * (len(head) + 1))  # fmt: skip
+        for precision, bundle in row.get("bundles", {}).items():
+            cells = [
+                f"{bundle['macs'] / parent['bundles']['fp32']['macs']:.0%}", precision,
+                f"{bundle['delta_t']:+.1f}", f"{bundle['worst']:+.1f}",
+                *(f"{bundle['metrics'][t][m]:.4g}" for t, m in metrics),
+                *(f"{bundle['latency_ms'][p]:.2f}" for p in percentiles),
+                f"{bundle['bytes'] / 1e6:.2f}",
+                str(row.get("lines", "")), f"{row['cpu_s'] / 60:.0f}" if "cpu_s" in row else "",
+            ]  # fmt: skip
+            lines.append(f"| {row['peer']} | {' | '.join(cells)} |")
+    noisy = any(bundle["latency_ms"]["noisy"] for row in suite["rows"]
+                for bundle in row.get("bundles", {}).values())  # fmt: skip
+    lines += [
+        "",
+        "ΔT and the worst task on the 654 test images; EfficientNet-Lite0 with segmentation, depth",
+        "and normals at 96x128. The same parent, training images, share of MACs and 15 % of the",
+        "parent's steps for all, one seed; all files timed in turns, ONNX Runtime, 1 thread"
+        + (" (a busy" if noisy else "."),
+        *(["machine: flagged noisy)."] if noisy else []),
+        "Lines: without blank ones, comments and docstrings; data, losses and parent not counted.",
+        "Minutes: of one core, the whole job, both precisions.",
+    ]
+    if whole:
+        lines += [
+            "FastNAS stops at this network's batch norms and heads: they are rewritten into",
+            "equal functions; its second budget finds the statistics of the first. Olive cuts",
+            "nothing. Uniform networks trained as long as the parent was are not among them.",
+        ]
+    return "\n".join([*lines, ""])
+
+
 TABLES = {
+    "peers": peers_table,
     "fusion": fusion_table,
     "compensation": training_free_table,
     "value_fusion": merging_table,
@@ -194,6 +239,11 @@ def index(suites: dict[str, Any]) -> str:
         "## Every rule, rival and part of the cut",
         fusion_table(suites["fusion"], parts=True),
         "",
+        *(
+            ["## Peers, side by side", peers_table(suites["peers"], whole=True), ""]
+            if "peers" in suites
+            else []
+        ),
         "Parents and their cards: `parents/`; trained by `train_parent.py`.",
         "",
     ]

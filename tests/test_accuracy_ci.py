@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,6 +25,7 @@ from secateur.bench.latency import Protocol, measure, summarise
 from secateur.core import registry
 from secateur.core.task import Task
 from secateur.data.loading import open_reader
+from secateur.flow.measure import bench
 from secateur.flow.verify import verify
 from secateur.metrics.delta import delta
 from secateur.metrics.kind import kind_of
@@ -313,6 +315,26 @@ def one_core() -> Iterator[int]:
     os.sched_setaffinity(0, {core})
     yield core
     os.sched_setaffinity(0, before)
+
+
+def test_a_bench_during_which_others_take_the_cpu_says_so(bundle: Path, one_core: int) -> None:
+    script = f"import os\nos.sched_setaffinity(0, {{{one_core}}})\nwhile True: pass"
+    hogs: list[subprocess.Popen[bytes]] = []
+    later = threading.Timer(  # well within the run
+        0.7, lambda: hogs.extend(subprocess.Popen([sys.executable, "-c", script]) for _ in range(3))
+    )
+    later.start()
+    try:
+        record = bench(bundle, protocol=Protocol(warmup_ms=50, seconds=2, runs=200))
+    finally:
+        later.join()
+        for hog in hogs:
+            hog.kill()
+            hog.wait()
+    written = json.loads((bundle / "bench.json").read_text())
+    assert len(hogs) == 3 and written["latency"] == json.loads(json.dumps(record["latency"]))
+    row = written["latency"]["host_to_host"]
+    assert row["noisy"] and row["max_ms"] > 2 * row["median_ms"]  # told, not averaged away
 
 
 def test_a_cpu_hogged_mid_run_is_noisy(one_core: int) -> None:

@@ -242,3 +242,72 @@ def test_what_is_no_bench_is_the_users_error(capsys, tmp_path: Path, text: str, 
     assert code == 2 and says in stderr.replace("\n", " ") and "Traceback" not in stderr
     code, _, stderr = run(capsys, "compare", good, tmp_path / "absent")
     assert code == 2 and "is not a bundle" in stderr
+
+
+def energy(mj: float, error: float = 0.1, **more: object) -> dict[str, object]:
+    """What a laptop's bench says of one inference."""
+    return {"per_inference_mj": mj, "standard_error_mj": error, "within_noise": False,
+            "idle_w": 4.0, "busy_w": 12.0, "inferences": 900, "rounds": 5,
+            "meter": "powercap (RAPL)", "covers": ["package-0"], **more}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "verdict", "regressions"),
+    [
+        (10.0, 12.0, "more", 1),
+        (10.0, 10.4, "more", 0),  # beyond the noise, and within 5 %
+        (10.0, 10.2, "no difference", 0),  # less than two errors of 0.14
+        (10.0, 8.0, "less", 0),
+    ],
+)
+def test_energy_differs_beyond_its_error_only(
+    tmp_path: Path, capsys, a: float, b: float, verdict: str, regressions: int
+) -> None:
+    first = write_bench(tmp_path / "a.json", 5.0, energy=energy(a))
+    second = write_bench(tmp_path / "b.json", 5.0, energy=energy(b))
+    result = compare(first, second)
+    assert result.energy is not None and result.energy.verdict == verdict
+    assert result.energy.standard_error_mj == pytest.approx(0.1 * 2**0.5)
+    assert len(result.regressions) == regressions
+    code, out, _ = run(capsys, "compare", first, second)
+    assert code == regressions and "energy than A beyond the noise" in out
+    assert ("B takes 12 mJ per inference, A 10 mJ, allowed 5 % more" in out) == bool(regressions)
+
+
+@pytest.mark.parametrize(
+    ("told", "why"),
+    [
+        ({"not_measurable": "there is no counter"}, "not measurable where"),
+        (None, "says nothing of it; bench it again"),
+        (energy(10.0, meter="INA3221 sensors", covers=["VDD_IN"]), "B by INA3221 sensors: VDD_IN"),
+        (energy(10.0, covers=["package-0", "package-0 dram"]), "B by powercap (RAPL): package-0, "),
+    ],
+)
+def test_energies_that_are_not_alike_are_not_compared(
+    tmp_path: Path, told: dict[str, object] | None, why: str
+) -> None:
+    more = {} if told is None else {"energy": told}
+    first = write_bench(tmp_path / "a.json", 5.0, energy=energy(10.0))
+    second = write_bench(tmp_path / "b.json", 5.0, **more)
+    result = compare(first, second)
+    assert result.energy is None and result.regressions == ()
+    (note,) = (n for n in result.notes if n.startswith("energy is not compared"))
+    assert why in note
+
+
+def test_bundles_that_were_benched_tell_their_energy_too(bundle: Path, other: Path) -> None:
+    digest = manifest_of(bundle)["files"]["model.onnx"]["sha256"]
+    write_bench(bundle / "bench.json", 5.0, model_sha256=digest, energy=energy(10.0))
+    write_bench(other / "bench.json", 5.0, model_sha256=digest, energy=energy(9.0))
+    result = compare(bundle, other, threshold=50, protocol=SHORT)
+    assert result.latency is not None and result.latency.how == "in turns"
+    assert result.energy is not None and result.energy.verdict == "less"
+    write_bench(other / "bench.json", 5.0, model_sha256="0" * 64, energy=energy(9.0))
+    result = compare(bundle, other, threshold=50, protocol=SHORT)
+    assert result.energy is None and any("measured on another model" in n for n in result.notes)
+
+
+def test_an_energy_that_is_no_number_is_refused(tmp_path: Path, capsys) -> None:
+    first = write_bench(tmp_path / "a.json", 5.0, energy=energy(float("nan")))
+    code, _, err = run(capsys, "compare", first, first)
+    assert code == 2 and "energy" in err and "a.json" in err

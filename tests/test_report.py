@@ -197,6 +197,66 @@ def test_a_bench_is_shown_where_the_build_could_not_measure(folder: Path, capsys
     assert "8.12 ms" in page.text and "bench, ort 1.2, 4 threads" in page.text
 
 
+LAPTOP = {"meter": "powercap (RAPL)", "covers": ["package-0"], "per_inference_mj": 12.345,
+          "standard_error_mj": 0.4321, "within_noise": False, "idle_w": 9.05, "busy_w": 24.1,
+          "inferences": 900, "rounds": 5}  # fmt: skip
+BOARD = {**LAPTOP, "meter": "INA3221 sensors", "covers": ["VDD_IN"], "per_inference_mj": 45.6}
+
+
+def benched(bundle: Path, **energy: Any) -> None:
+    """Write a bench of the bundle's own model that tells this energy."""
+    row = {"min_ms": 7.0, "median_ms": 8.125, "percentiles_ms": {}, "max_ms": 10.0, "runs": 9,
+           "coefficient_of_variation": 0.1, "noisy": False}  # fmt: skip
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    (bundle / "bench.json").write_text(json.dumps({
+        "device": "local", "target": manifest["device"], "precision": "fp32", "runtime": "ort 1.2",
+        "threads": 4, "model_sha256": manifest["files"]["model.onnx"]["sha256"], "host": {},
+        "latency": {"host_to_host": row}, **energy,
+    }))  # fmt: skip
+
+
+@pytest.mark.parametrize("noisy", [True, False])
+def test_a_bench_on_a_noisy_machine_is_said_to_be(folder: Path, noisy: bool) -> None:
+    pi = folder / "raspberry-pi-5/fp32"  # which its build could not measure
+    benched(pi)
+    record = json.loads((pi / "bench.json").read_text())
+    record["latency"]["host_to_host"]["noisy"] = noisy
+    (pi / "bench.json").write_text(json.dumps(record))
+    text = page_of(folder / "raspberry-pi-5").text
+    assert ("host to host (bench, ort 1.2, 4 threads), noisy" in text) == noisy
+    assert bool(re.search(r"median, \d threads?, noisy", text)) == noisy
+    assert ("the machine was noisy" in text) == noisy
+
+
+def energy_plots(page: Page) -> list[str]:
+    return [title for a in page.all("svg")
+            if "against energy" in (title := a.get("aria-label") or "")]  # fmt: skip
+
+
+def test_energy_is_told_and_drawn_where_it_was_measured(folder: Path) -> None:
+    page = page_of(folder)
+    assert energy_plots(page) == [] and "secateur bench measures it" in page.text
+    benched(folder / "x86-64-cpu/fp32", energy=LAPTOP)
+    benched(folder / "raspberry-pi-5/fp32", energy=BOARD)
+    page = page_of(folder)
+    laptop, board = sorted(energy_plots(page), reverse=True)  # two meters are not one axis
+    assert "x86-64-cpu (powercap (RAPL): package-0)" in laptop
+    assert "raspberry-pi-5 (INA3221 sensors: VDD_IN)" in board
+    said = "12.3 mJ ± 0.43 per inference above idle (standard error of 5 rounds; powercap (RAPL)"
+    assert said in page.text and "45.6 mJ" in page.text
+    tips = [a["data-tip"] or "" for a in page.all("g") if "dot" in (a.get("class") or "")]
+    assert sum("12.3 mJ" in tip for tip in tips) == sum("45.6 mJ" in tip for tip in tips) == 1
+
+
+def test_energy_that_says_nothing_is_not_drawn(folder: Path) -> None:
+    benched(folder / "x86-64-cpu/fp32", energy={**LAPTOP, "within_noise": True})
+    reason = "there is no counter of energy in /sys/class/powercap"
+    benched(folder / "raspberry-pi-5/fp32", energy={"not_measurable": reason})
+    page = page_of(folder)
+    assert energy_plots(page) == [] and "within this meter's noise" in page.text
+    assert f"not measurable on the machine that was benched: {reason}" in page.text
+
+
 def test_headings_tables_and_figures_can_be_read_aloud(folder: Path) -> None:
     page = page_of(folder)
     assert page.all("html")[0]["lang"] == "en" and len(page.all("h1")) == 1
@@ -293,6 +353,7 @@ def test_a_browser_shows_the_page(
     axe = pytest.importorskip(
         "axe_playwright_python.sync_playwright", reason="pip install axe-playwright-python"
     )
+    benched(folder / "x86-64-cpu/fp32", energy=LAPTOP)
     report(folder)
     context = browser.new_context(viewport={"width": width, "height": 844}, color_scheme=scheme)
     tab, said, asked = context.new_page(), [], []

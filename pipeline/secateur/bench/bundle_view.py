@@ -11,8 +11,8 @@ from functools import cached_property
 from typing import Any
 
 from secateur.bench.charts import Layer, Skyline, skyline
-from secateur.bench.record import BenchRecord
-from secateur.bench.wording import change, count, megabytes, milliseconds, number
+from secateur.bench.record import BenchRecord, EnergyRow, NoEnergy
+from secateur.bench.wording import change, count, megabytes, millijoules, milliseconds, number
 from secateur.core.errors import RecipeError
 from secateur.core.task import Task
 from secateur.metrics.kind import kind_of
@@ -171,13 +171,38 @@ class View:
             where = f"bench, {self.entry.bench.runtime}, {self.entry.bench.threads} threads"
             for name, found in self.entry.bench.latency.items():
                 rows.append((f"{name.replace('_', ' ')} ({where})", found.model_dump()))
-        return [(name, _statistics(row)) for name, row in rows]
+        return [(name + ", noisy" * (row.get("noisy") is True), _statistics(row))
+                for name, row in rows]  # fmt: skip
+
+    @property
+    def energy(self) -> EnergyRow | None:
+        """What one inference takes, where ``bench.json`` tells."""
+        found = self.entry.bench.energy if self.entry.bench else None
+        return found if isinstance(found, EnergyRow) else None
+
+    @property
+    def energy_said(self) -> str:
+        """The energy in a sentence, or why there is none."""
+        found = self.entry.bench.energy if self.entry.bench else None
+        if isinstance(found, NoEnergy):
+            return f"not measurable on the machine that was benched: {found.not_measurable}"
+        if found is None:
+            return "not known: secateur bench measures it, where the machine has a meter"
+        noise = ", within this meter's noise" if found.within_noise else ""
+        return (
+            f"{millijoules(found.per_inference_mj)} ± {found.standard_error_mj:.2g} per inference "
+            f"above idle{noise} (standard error of {found.rounds} rounds; {found.source}; idle "
+            f"{found.idle_w:.3g} W, busy {found.busy_w:.3g} W)"
+        )
 
     @property
     def noisy(self) -> bool:
-        """Whether a latency varied by more than the protocol allows."""
-        rows = self.manifest["latency_ms"].values()
-        return any(isinstance(row, Mapping) and row.get("noisy") is True for row in rows)
+        """Whether the latency that is shown varied by more than the protocol allows."""
+        rows = [row for row in self.manifest["latency_ms"].values() if isinstance(row, Mapping)]
+        bench = self.entry.bench
+        if not rows and bench and "host_to_host" in bench.latency:
+            return bench.latency["host_to_host"].noisy
+        return any(row.get("noisy") is True for row in rows)
 
     @property
     def tiles(self) -> list[Tile]:
@@ -194,6 +219,11 @@ class View:
             rows.append(
                 ("Latency", self.latency("parent"), self.latency("cut"), milliseconds, note)
             )
+        if self.energy is not None:
+            note = (
+                f"above idle, {self.energy.meter}{', within its noise' * self.energy.within_noise}"
+            )
+            rows.append(("Energy", None, self.energy.per_inference_mj, millijoules, note))
         return [Tile(n, say(a), say(b), change(a, b), note) for n, a, b, say, note in rows]
 
     @cached_property

@@ -3,6 +3,8 @@
 Calls that follow one another share whatever the machine is busy with, so a call is no independent
 sample; blocks of calls are resampled (a block bootstrap, Künsch 1989), and where A and B took
 turns, a pair of neighbouring blocks stays together.
+
+Energies are means with their own errors; their difference is held against both.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from secateur.bench.energy import NOISE
 from secateur.bench.latency import BLOCKS, Protocol
+from secateur.bench.record import EnergyRow
 from secateur.core.progress import track
 
 Call = Callable[[], object]
@@ -43,6 +47,34 @@ class Ratio:
     def exceeds(self, percent: float) -> bool:
         """Say whether B is slower beyond the noise, and by more than ``percent``."""
         return self.verdict == "slower" and self.value > 1 + percent / 100
+
+
+@dataclass(frozen=True)
+class EnergyChange:
+    """Millijoules of one inference in A and B, from two bench.json, and the difference's error.
+
+    A difference counts from two standard errors on.
+    """
+
+    a_mj: float
+    b_mj: float
+    standard_error_mj: float
+    source: str
+    verdict: Literal["less", "more", "no difference"]
+
+    def exceeds(self, percent: float) -> bool:
+        """Say whether B takes more beyond the noise, and by more than ``percent``."""
+        return self.verdict == "more" and self.b_mj > self.a_mj + abs(self.a_mj) * percent / 100
+
+
+def energy_change(a: EnergyRow, b: EnergyRow) -> EnergyChange:
+    """Return the change from A to B; both from the same source."""
+    error = math.hypot(a.standard_error_mj, b.standard_error_mj)
+    more = b.per_inference_mj - a.per_inference_mj
+    verdict: Literal["less", "more", "no difference"] = "no difference"
+    if abs(more) > NOISE * error:
+        verdict = "more" if more > 0 else "less"
+    return EnergyChange(a.per_inference_mj, b.per_inference_mj, error, a.source, verdict)
 
 
 def take_turns(

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from secateur.core.errors import BundleError
 
 Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class _Lenient(BaseModel):
@@ -32,6 +33,33 @@ class LatencyRow(_Lenient):
     block_medians_ms: tuple[Milliseconds, ...] = ()
 
 
+class EnergyRow(_Lenient):
+    """Millijoules of one inference above idle, their standard error, and what the meter covers.
+
+    Within the noise they may be below nothing.
+    """
+
+    per_inference_mj: Finite
+    standard_error_mj: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    within_noise: bool
+    idle_w: Finite
+    busy_w: Finite
+    rounds: int
+    meter: str
+    covers: tuple[str, ...]
+
+    @property
+    def source(self) -> str:
+        """The meter and what it covers: figures of another source are not to be held beside."""
+        return f"{self.meter}: {', '.join(self.covers)}"
+
+
+class NoEnergy(_Lenient):
+    """Why the machine told no energy."""
+
+    not_measurable: str
+
+
 class BenchHost(_Lenient):
     """The machine that was measured on."""
 
@@ -49,6 +77,7 @@ class BenchRecord(_Lenient):
     model_sha256: str
     latency: dict[str, LatencyRow]
     host: BenchHost
+    energy: EnergyRow | NoEnergy | None = None  # older files say nothing
 
 
 def read_bench(path: Path) -> BenchRecord:

@@ -15,7 +15,15 @@ import secateur
 from secateur.bench.bundle_view import Entry, View
 from secateur.bench.charts import Candidate, Scatter, scatter
 from secateur.bench.latency import NOISY_ABOVE
-from secateur.bench.wording import FILTERS, count, megabytes, milliseconds, number, percent
+from secateur.bench.wording import (
+    FILTERS,
+    count,
+    megabytes,
+    millijoules,
+    milliseconds,
+    number,
+    percent,
+)
 
 PAGE = Path(__file__).parent / "page"
 Cost = Callable[[View, str], float | None]
@@ -50,6 +58,11 @@ class Family:
                 span = f"{milliseconds(min(times))} to {milliseconds(max(times))}"
                 found.append(f"{device}: {span}")
         return found
+
+    @property
+    def tells_energy(self) -> bool:
+        """Whether any was measured."""
+        return any(view.energy is not None for view in self.views)
 
     @property
     def parent(self) -> View:
@@ -106,15 +119,22 @@ def _model_name(view: View) -> str:
 
 
 def _plots(views: Sequence[View]) -> list[Scatter]:
-    """Return accuracy against each cost; latencies only beside those of the same device."""
+    """Return accuracy against each cost; latencies only beside those of the same device.
+
+    Energies only beside those of the same meter on the same device; none that are within its noise.
+    """
     plots = [
-        _plot("Accuracy against computation", "M MACs", views, _cost("macs"), count),
-        _plot("Accuracy against size", "MB of ONNX", views, _cost("onnx_bytes"), megabytes),
+        _plot("Accuracy against computation", "M MACs", views, _cost("macs"), count, 1e6),
+        _plot("Accuracy against size", "MB of ONNX", views, _cost("onnx_bytes"), megabytes, 1e6),
     ]
     for device in dict.fromkeys(str(view.manifest["device"]) for view in views):
         here = [view for view in views if view.manifest["device"] == device]
         title = f"Accuracy against latency on {device}"
         plots.append(_plot(title, "ms, median", here, View.latency, milliseconds))
+        for source in dict.fromkeys(v.energy.source for v in here if v.energy is not None):
+            same = [v for v in here if v.energy is not None and v.energy.source == source]
+            title = f"Accuracy against energy on {device} ({source})"
+            plots.append(_plot(title, "mJ above idle, one inference", same, _energy, millijoules))
     return [plot for plot in plots if plot is not None]
 
 
@@ -125,8 +145,16 @@ def _cost(name: str) -> Cost:
     return read
 
 
-def _plot(title: str, x_label: str, views: Sequence[View], cost: Cost, say: Say) -> Scatter | None:
-    unit = 1.0 if x_label.startswith("ms") else 1e6
+def _energy(view: View, which: str) -> float | None:
+    """Return the bundle's energy; nobody has measured its parent's."""
+    if which == "parent" or view.energy is None or view.energy.within_noise:
+        return None
+    return view.energy.per_inference_mj
+
+
+def _plot(
+    title: str, x_label: str, views: Sequence[View], cost: Cost, say: Say, unit: float = 1.0
+) -> Scatter | None:
     found = []
     before = cost(views[0], "parent")
     if before is not None:

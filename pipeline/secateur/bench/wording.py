@@ -42,6 +42,12 @@ def milliseconds(value: object) -> str:
     return NONE if amount is None else f"{_digits(amount, 3)} ms"
 
 
+def millijoules(value: object) -> str:
+    """12.345 -> ``12.3 mJ``."""
+    amount = number(value)
+    return NONE if amount is None else f"{_digits(amount, 3)} mJ".replace("-", "−")
+
+
 def plain(value: object) -> str:
     """Four significant digits."""
     amount = number(value)
@@ -76,5 +82,5 @@ def rounded_percent(value: float | None) -> str:
     return NONE if value is None else f"{value:+.0f} %".replace("-", "−").replace("+0 %", "0 %")
 
 
-FILTERS = {f.__name__: f for f in
-           (count, megabytes, milliseconds, plain, tiny, percent, rounded_percent)}  # fmt: skip
+FILTERS = {f.__name__: f for f in (count, megabytes, milliseconds, millijoules, plain, tiny,
+                                  percent, rounded_percent)}  # fmt: skip

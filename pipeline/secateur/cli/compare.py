@@ -26,17 +26,18 @@ def compare(
     a: SideArgument,
     b: SideArgument,
     threshold: Annotated[
-        float, typer.Option(min=0, help="How much slower B may be, in percent.")
+        float, typer.Option(min=0, help="How much slower or hungrier B may be, in percent.")
     ] = 5.0,
     max_drop: Annotated[
         float, typer.Option(min=0, help="How much worse a task of B may be, in percent.")
     ] = 1.0,
     as_json: JsonOption = False,
 ) -> None:
-    """B beside A; exit 1 if B is slower, or a task worse, by more than is allowed.
+    """B beside A; exit 1 if B is slower or hungrier, or a task worse, by more than is allowed.
 
     Two bundles for a machine like this one are run in turns here. Elsewhere, and for two
-    bench.json, the stored latencies are compared. Faster or slower is said only beyond the noise.
+    bench.json, the stored latencies are compared; so is the energy, where both machines told it.
+    Faster or slower, less or more, is said only beyond the noise.
 
     Example: secateur compare out/main/x86-64-cpu/fp32 out/x86-64-cpu/fp32 --threshold 5
     """
@@ -73,6 +74,10 @@ def _print(result: Comparison, console: Console) -> None:
             f"{latency.b_ms:.4g}",
             f"{latency.ratio.value:.4f}",
         )
+    energy = result.energy
+    if energy is not None:
+        share = f"{energy.b_mj / energy.a_mj:.4f}" if energy.a_mj > 0 else "–"
+        table.add_row("mJ above idle", f"{energy.a_mj:.4g}", f"{energy.b_mj:.4g}", share)
     if table.row_count:
         console.print(table)
     if latency is not None:
@@ -82,6 +87,13 @@ def _print(result: Comparison, console: Console) -> None:
             f"B is {verdict} than A beyond the noise ({where}): "
             f"{latency.ratio.value:.3f} of A's time, 95 % interval {latency.ratio.low:.3f} to "
             f"{latency.ratio.high:.3f}",
+            soft_wrap=True, highlight=False,
+        )  # fmt: skip
+    if energy is not None:
+        said = energy.verdict if energy.verdict != "no difference" else "no less, no more"
+        console.print(
+            f"B takes {said} energy than A beyond the noise (from two bench.json, {energy.source}; "
+            f"standard error of the difference {energy.standard_error_mj:.2g} mJ)",
             soft_wrap=True, highlight=False,
         )  # fmt: skip
     for note in result.notes:

@@ -9,9 +9,15 @@ from typing import Literal
 
 import numpy as np
 
-from secateur.bench.compare import Ratio, ratio_of_medians, take_turns
+from secateur.bench.compare import (
+    EnergyChange,
+    Ratio,
+    energy_change,
+    ratio_of_medians,
+    take_turns,
+)
 from secateur.bench.latency import Protocol
-from secateur.bench.record import BenchRecord, read_bench
+from secateur.bench.record import BenchRecord, NoEnergy, read_bench
 from secateur.bundle.manifest import Manifest
 from secateur.bundle.read import check_files, model_files, read_bundle
 from secateur.bundle.runner import preprocess
@@ -59,12 +65,13 @@ class CostChange:
 
 @dataclass(frozen=True)
 class Comparison:
-    """``latency`` is None and ``tasks`` empty where ``notes`` say why.
+    """``latency`` and ``energy`` are None and ``tasks`` empty where ``notes`` say why.
 
     ``regressions`` say in words what got worse by more than is allowed.
     """
 
     latency: LatencyChange | None
+    energy: EnergyChange | None
     tasks: Mapping[str, TaskChange]
     costs: tuple[CostChange, ...]
     notes: tuple[str, ...]
@@ -89,8 +96,8 @@ def compare(
     """Compare B with A; each is a bundle's folder or a ``bench.json``.
 
     Two bundles for a machine like this one are run in turns here; else what is stored is compared.
-    ``threshold``: how much slower, and ``max_drop``: how much worse per task, in percent, is no
-    regression yet.
+    ``threshold``: how much slower or hungrier, and ``max_drop``: how much worse per task, in
+    percent, is no regression yet.
 
     Raises:
         BundleError, VerifyError: one of them cannot be read, or is not whole.
@@ -98,13 +105,15 @@ def compare(
     """
     sides, notes = (_open(a), _open(b)), list[str]()
     latency = _in_turns(*sides, protocol) or _stored(*sides, notes)
+    energy = _energy(*sides, notes)
     tasks = _tasks(*sides, notes)
     return Comparison(
         latency,
+        energy,
         tasks,
         _costs(*sides),
         tuple(notes),
-        tuple(_regressions(latency, tasks, threshold, max_drop)),
+        tuple(_regressions(latency, energy, tasks, threshold, max_drop)),
     )
 
 
@@ -187,6 +196,40 @@ def _change(how: Literal["in turns", "stored"], a: np.ndarray, b: np.ndarray) ->
     return LatencyChange(how, float(np.median(a)), float(np.median(b)), ratio, ratio.verdict)
 
 
+def _energy(a: _Side, b: _Side, notes: list[str]) -> EnergyChange | None:
+    """Compare what two bench.json tell of energy; where neither was benched, nothing is said."""
+    if a.bench is None and b.bench is None:
+        return None
+    rows = []
+    for side in (a, b):
+        found = side.bench.energy if side.bench else None
+        if side.bench is None:
+            why = f"{side.path} has no bench.json"
+        elif side.manifest is not None and not _is_of(side.bench, side.manifest):
+            why = f"the bench.json of {side.path} was measured on another model"
+        elif isinstance(found, NoEnergy):
+            why = f"not measurable where {side.path} was benched ({found.not_measurable})"
+        elif found is None:
+            why = f"the bench.json of {side.path} says nothing of it; bench it again"
+        else:
+            rows.append(found)
+            continue
+        notes.append(f"energy is not compared: {why}")
+        return None
+    first, second = rows
+    if first.source != second.source or _machine(a) != _machine(b):
+        notes.append(
+            f"energy is not compared: A was measured by {first.source} on {_machine(a)}, "
+            f"B by {second.source} on {_machine(b)}"
+        )
+        return None
+    return energy_change(first, second)
+
+
+def _machine(side: _Side) -> str:
+    return side.bench.host.cpu if side.bench else "unknown"
+
+
 def _tasks(a: _Side, b: _Side, notes: list[str]) -> dict[str, TaskChange]:
     if a.manifest is None or b.manifest is None:
         notes.append("accuracy is not compared: a bench.json has none; give the bundles' folders")
@@ -217,6 +260,7 @@ def _costs(a: _Side, b: _Side) -> tuple[CostChange, ...]:
 
 def _regressions(
     latency: LatencyChange | None,
+    energy: EnergyChange | None,
     tasks: Mapping[str, TaskChange],
     threshold: float,
     max_drop: float,
@@ -225,6 +269,11 @@ def _regressions(
     if latency is not None and latency.ratio.exceeds(threshold):
         slower = 100 * (latency.ratio.value - 1)
         found.append(f"B is {slower:.1f} % slower than A, allowed {threshold:g} %")
+    if energy is not None and energy.exceeds(threshold):
+        found.append(
+            f"B takes {energy.b_mj:.3g} mJ per inference, A {energy.a_mj:.3g} mJ, allowed "
+            f"{threshold:g} % more"
+        )
     for name, task in tasks.items():
         if not task.change_percent >= -max_drop:  # not a number is a regression too
             found.append(

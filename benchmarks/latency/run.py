@@ -1,0 +1,158 @@
+"""Can a latency be believed: python benchmarks/latency/run.py [--bundle DIR] [--benches 5]
+
+One bundle (of examples/scenes.yaml, unless told otherwise) benched five times, each in a process of
+its own: how far the medians differ, and whether what differs is flagged. Then the protocol beside a
+plain loop over ``time.perf_counter``, in turns, in sessions opened anew; and beside ONNX Runtime's
+own profile of the very same calls, since a profile costs time itself (told, too: about seven
+microseconds a node here). Takes about five minutes. On a busy machine the flags are what is tested.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+from secateur.bench.latency import Protocol, measure
+from secateur.bundle.read import read_bundle
+from secateur.bundle.runner import preprocess
+from secateur.bundle.write import CHECK_FILE
+from secateur.core.progress import shown, track
+from secateur.flow.build import build
+from secateur.flow.predict import bundle_session
+from secateur.flow.recipe import load_recipe
+from suite import Show, exit_status, write_suite
+
+ROOT = Path(__file__).resolve().parents[2]
+SPREAD, AGREEMENT = 0.05, 0.03
+ROUNDS, RUNS, WARM_UP = 15, 60, 10
+Row = dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bundle", type=Path, help="default: one is built")
+    parser.add_argument("--benches", type=int, default=5)
+    options = parser.parse_args()
+    with shown():
+        folder = options.bundle or built()
+        rows = [benched(folder, number) for number in range(options.benches)]
+        ways = side_by_side(folder)
+    shows = [*repeatability(rows), *agreement(ways)]
+    what = {"what": "bundle", "macs": read_bundle(folder).cost.macs}
+    command = "python benchmarks/latency/run.py"
+    write_suite("latency", command, [0], [what, *rows, {"what": "side by side", **ways}], shows)
+    exit_status(shows)
+
+
+def built() -> Path:
+    recipe = load_recipe(ROOT / "examples" / "scenes.yaml")
+    return build(recipe, "x86-64-cpu", ROOT / "out" / "latency").folder
+
+
+def benched(folder: Path, number: int) -> Row:
+    """Bench as a user does; return the runtime's call alone."""
+    words = [sys.executable, "-m", "secateur", "bench", str(folder), "--json"]
+    said = subprocess.run(words, check=True, capture_output=True, text=True, cwd=ROOT)
+    record = json.loads(said.stdout)
+    row = record["latency"]["host_to_host"]
+    return {
+        "what": "bench", "number": number + 1, "p50_ms": row["median_ms"],
+        "p99_ms": row["percentiles_ms"]["p99"], "runs": row["runs"], "noisy": row["noisy"],
+        "coefficient_of_variation": row["coefficient_of_variation"],
+        "load_1min": record["host"]["load_1min"],
+    }  # fmt: skip
+
+
+def repeatability(rows: Sequence[Row]) -> list[Show]:
+    """Claim that medians agree, but for those that were flagged."""
+    quiet = [row["p50_ms"] for row in rows if not row["noisy"]]
+    apart = (max(quiet) - min(quiet)) / statistics.median(quiet) if len(quiet) > 1 else 0.0
+    claim = "spread of p50 over the benches of one bundle that were not flagged noisy"
+    return [Show(f"{claim} ({len(quiet)} of {len(rows)})", SPREAD, apart, "<=")]
+
+
+def side_by_side(folder: Path) -> dict[str, float]:
+    """Return p50 in ms by our protocol, by a plain loop and by ONNX Runtime's profile.
+
+    They take turns, in sessions opened anew; a figure is the middle of all sessions' medians.
+    """
+    manifest = read_bundle(folder)
+    with np.load(folder / CHECK_FILE, allow_pickle=False) as stored:
+        image = preprocess(stored["image"], manifest.input.model_dump())  # type: ignore[no-untyped-call]
+    found: dict[str, list[float]] = {}
+    for _ in track(range(ROUNDS), "three ways in turns", ROUNDS):
+        session = bundle_session(folder, manifest, 1)
+        row = {
+            "protocol": by_protocol(partial(session.run, image)),
+            "plain loop": plain_loop(opened(folder / "model.onnx"), image),
+            **profiled(folder / "model.onnx", image),
+        }
+        for way, ms in row.items():
+            found.setdefault(way, []).append(ms)
+    return {way: statistics.median(values) for way, values in found.items()}
+
+
+def by_protocol(call: Callable[[], object]) -> float:
+    """Return the median ms of a call by the protocol that every bench uses."""
+    return measure({"call": call}, Protocol(100, 0, RUNS))["call"].median_ms
+
+
+def opened(model: Path, profile: str = "") -> onnxruntime.InferenceSession:
+    """Open a session as anybody would, with one thread; with ``profile`` it writes one there."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    if profile:
+        options.enable_profiling, options.profile_file_prefix = True, profile
+    return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+
+
+def plain_loop(session: onnxruntime.InferenceSession, image: NDArray[np.float32]) -> float:
+    """Return the median ms of calls in the loop that everybody writes."""
+    feed = {session.get_inputs()[0].name: image}
+    times = []
+    for _ in range(WARM_UP + RUNS):
+        start = time.perf_counter()
+        session.run(None, feed)
+        times.append(1000 * (time.perf_counter() - start))
+    return float(statistics.median(times[WARM_UP:]))
+
+
+def profiled(model: Path, image: NDArray[np.float32]) -> dict[str, float]:
+    """Return the median ms of the same calls by the protocol and by the runtime's own profile."""
+    with tempfile.TemporaryDirectory() as scratch:
+        session = opened(model, f"{scratch}/profile")
+        feed = {session.get_inputs()[0].name: image}
+        protocol = by_protocol(partial(session.run, None, feed))
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    runs = [event["dur"] / 1000 for event in events if event["name"] == "model_run"]
+    return {
+        "protocol, profiled": protocol,
+        "runtime's profile": statistics.median(runs[-RUNS:]),  # those before warm up
+    }
+
+
+def agreement(ways: dict[str, float]) -> list[Show]:
+    """Claim that the protocol says what the others say."""
+    pairs = {"plain loop": "protocol", "runtime's profile": "protocol, profiled"}
+    return [
+        Show(f"protocol's p50 against {way}, relative difference", AGREEMENT,
+             abs(ways[ours] / ways[way] - 1), "<=")
+        for way, ours in pairs.items()
+    ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
