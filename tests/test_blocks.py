@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -187,6 +188,21 @@ def test_a_block_that_adds_nothing_goes_and_its_channels_stay_with_others(
     assert 0 < plan.lost["depth"] <= 0.7 + 1e-6  # what the block took counts, too
     assert PrunePlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
     assert budgets.plan_within(job, X86).plan == plan  # the same again, from the cache
+
+
+@pytest.mark.parametrize("mode", ["fp32", "int8"])
+def test_operators_without_a_block_are_those_of_the_whole_network(
+    tmp_path, monkeypatch, mode: str
+) -> None:
+    """So what was measured of the one is known of the other."""
+    precision = f"precision: {{mode: {mode}, calibrator: minmax, images: 8}}\n"
+    job = job_of(tmp_path, monkeypatch, BLOCKS_RECIPE + precision)
+    whole = budgets.basis_of(job, X86)
+    shorter = budgets.basis_of(replace(job, removed=find_blocks(job.selected, job.example)), X86)
+    kinds = {each.kind for each in whole.timed.timed}
+    assert {each.kind for each in shorter.timed.timed} < kinds
+    names = {each.kind.place for each in shorter.timed.timed}
+    assert len(names) == len(shorter.timed.timed)  # each has a place of its own
 
 
 def test_where_no_narrow_network_fits_a_shorter_one_is_built(

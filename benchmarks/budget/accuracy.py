@@ -47,7 +47,7 @@ from secateur.flow.blocks import Outline, best_removal
 from secateur.flow.latency import latency_limit, narrowed
 from secateur.flow.stages import scores_for
 from secateur.lower import export_onnx
-from secateur.lower.operators import list_operators
+from secateur.lower.operators import list_operators, placed_as
 from secateur.prune import (
     MacsModel,
     apply_plan,
@@ -202,8 +202,12 @@ class Race:
         model = without_blocks(self.turned.parent, removed)
         groups = find_groups(model, self.bench.example) if removed else self.groups
         file = self._file(model, "outline") if removed else self.parent_file
-        return Shorter(self, removed, groups, macs_model(model, groups, self.bench.example),
-                       list_operators(file, layer_widths(model, groups)))  # fmt: skip
+        operators = list_operators(file, layer_widths(model, groups))
+        if removed:
+            whole = list_operators(self.parent_file, layer_widths(self.turned.parent, groups))
+            operators = placed_as(operators, file, whole, self.parent_file)
+        cost = macs_model(model, groups, self.bench.example)
+        return Shorter(self, removed, groups, cost, operators)
 
     def _by_share(self, planner: str, seed: int) -> Row:
         """Find the share of MACs at which the planner's cut takes the wanted time.

@@ -42,6 +42,7 @@ from secateur.flow.latency import (
 )
 from secateur.flow.stages import exported
 from secateur.flow.warm_start import Planned, plan_job
+from secateur.lower.operators import placed_as
 from secateur.prune import apply_plan, count_macs, find_groups, macs_model
 from secateur.prune.costs import macs_limit, params_limit, size_limit
 from secateur.prune.problem import Limit
@@ -159,11 +160,14 @@ class Basis:
 
     @cached_property
     def timed(self) -> Operators:
-        """Those in the precision that plans are timed in."""
-        if timed_precision(self.job) == "fp32":
-            return self.operators
+        """Those in the precision that plans are timed in, at their places in the whole network."""
         file = timed_file(self.job, self.target, self.job.outline, self.job.outline_key)
-        return network_operators(self.job, self.groups, file)
+        found = network_operators(self.job, self.groups, file)
+        if not self.job.removed:
+            return found
+        whole = timed_file(self.job, self.target)
+        of_whole = network_operators(replace(self.job, removed=()), self.groups, whole)
+        return placed_as(found, file, of_whole, whole)
 
 
 def basis_of(job: Job, target: Target) -> Basis:

@@ -8,6 +8,7 @@ are known before it is made.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,35 @@ def list_operators(model: Path, widths: Mapping[str, tuple[Width, Width]]) -> Op
     proto, walk = walk_widths(model, widths)
     live = tuple(_live_sets(proto, walk))
     return Operators(tuple(walk.timed), walk.bare, live, walk.places)
+
+
+def placed_as(operators: Operators, shorter: Path, of_whole: Operators, whole: Path) -> Operators:
+    """Return the ``operators`` of ``shorter`` at the places that they have in ``whole``.
+
+    ``shorter`` is the network of ``whole`` without some blocks: what is measured of an operator in
+    the one holds in the other, but an export numbers the nodes of each anew.
+    """
+    modules, whole_modules = _modules(shorter), _modules(whole)
+    there = [
+        ((replace(each.kind, place=""), whole_modules.get(each.name)), each.kind)
+        for each in of_whole.timed
+    ]
+    placed, at = [], 0
+    for each in operators.timed:
+        wanted = replace(each.kind, place=""), modules.get(each.name)
+        found = next((n for n in range(at, len(there)) if there[n][0] == wanted), None)
+        if found is not None:
+            each, at = replace(each, kind=there[found][1]), found + 1
+        placed.append(each)
+    return replace(operators, timed=tuple(placed))
+
+
+def _modules(model: Path) -> dict[str, str]:
+    """Return each node's torch module, "" where unknown."""
+    return {
+        node.name: next((str(m.value) for m in node.metadata_props if m.key == MODULE_KEY), "")
+        for node in onnx.load(model, load_external_data=False).graph.node
+    }
 
 
 def walk_widths(
