@@ -23,6 +23,7 @@ from secateur.core.files import atomic_path
 from secateur.core.model import MultiTaskModel
 
 OPSET = 20
+FORM = 2  # of what is written for the same model: files in another are exported anew
 INPUT_NAME = "image"
 MAX_BATCH = 64
 MODULE_KEY = "secateur.module"  # of a node's metadata: the torch module that it comes from
