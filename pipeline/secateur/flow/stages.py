@@ -29,7 +29,7 @@ from secateur.fusion.scores import NEEDS_AGREEMENT, GroupScores, fuse, rule_of
 from secateur.importance.agreement import agreement
 from secateur.importance.bank import load_scores, save_scores, score_tasks, task_data
 from secateur.lower import export_onnx
-from secateur.lower.export import OPSET
+from secateur.lower.export import FORM, OPSET
 from secateur.metrics.delta import Delta, delta
 from secateur.metrics.kind import kind_of
 from secateur.prune import (
@@ -351,7 +351,7 @@ def exported(job: Job, model: MultiTaskModel, key: str) -> Path:
 def onnx_file(model: MultiTaskModel, spec: ModelInput, cache: StageCache, key: str) -> Path:
     """Return an ONNX file of a model whose weights ``key`` names, made now or found."""
     outputs = [(task.name, task.output) for task in model.tasks]
-    path = cache.folder("onnx", key, outputs, asdict(spec), OPSET) / "model.onnx"
+    path = cache.folder("onnx", key, outputs, asdict(spec), OPSET, FORM) / "model.onnx"
     if not path.exists():
         export_onnx(model, spec.example(), path)
     return path
