@@ -3,8 +3,9 @@
 ResNet-50 with three heads at 224x224 (random weights: time does not read them), cut to 0.27 of its
 MACs, fp32 and int8, one thread. Ours plans on the target's channel grid, by random scores, so that
 groups are cut very unequally: by MACs alone, and by MACs and milliseconds together, with the least
-milliseconds for which there is a plan in steps of 2 %. torch-pruning cuts every layer by a ratio,
-with and without rounding. Each cut's p50 over the parent's, all in turns, on a quiet machine.
+milliseconds (found by halving) for which a plan still uses its MACs. torch-pruning cuts every layer
+by a ratio, with and without rounding. Each cut's p50 over the parent's, all in turns, on a quiet
+machine.
 """
 
 from __future__ import annotations
@@ -42,10 +43,9 @@ SHARE = 0.27
 SEEDS = (0, 1, 2)
 PRECISIONS: tuple[Precision, ...] = ("fp32", "int8")
 MOST = {"fp32": 1.05, "int8": 1.2}  # of the share of MACs
-TRIALS = 8  # of the bisection for torch-pruning's ratio
+TRIALS = 8  # of each bisection: for torch-pruning's ratio, for our milliseconds
 OURS = ("MACs", "MACs and ms")
 NEAR = 0.97  # of the MACs allowed: a plan that leaves more unused is not one at that share
-STEP = 0.02  # of the parent's time, between the budgets that are tried
 ROUNDED = {"torch-pruning, unrounded": None, "torch-pruning, round_to=16": 16}
 
 
@@ -103,17 +103,20 @@ def planned_with_ms(network: Network, precision: Precision, seed: int) -> list[i
     cost = macs_model(network.model, network.groups, network.spec.example())
     table, operators = profiled(network, precision)[0], network.operators(precision)
     parent_ms = table_estimate(operators, table, network.full).ms
+    most_macs = int(SHARE * cost.macs(network.full))
     counts: list[int] = []
-    for share in np.arange(2 * SHARE, 0, -STEP):
-        limits = (macs_limit(cost, int(SHARE * cost.macs(network.full))),
-                  latency_limit(operators, table, share * parent_ms))  # fmt: skip
+    low, high = SHARE / 2, 2 * SHARE  # of the parent's time: too little, surely enough
+    for trial in range(TRIALS):
+        share = (low + high) / 2 if trial else high
+        limits = (macs_limit(cost, most_macs), latency_limit(operators, table, share * parent_ms))
         try:
             found = _kept(network, precision, seed, limits)
         except PlanError:
-            break
-        if cost.macs(found) < NEAR * SHARE * cost.macs(network.full):
-            break  # milliseconds alone decide
-        counts = found
+            found = []
+        if found and cost.macs(found) >= NEAR * most_macs:
+            counts, high = found, share
+        else:  # no plan, or one that milliseconds alone decide
+            low = share
     return counts
 
 
