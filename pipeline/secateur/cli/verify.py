@@ -146,6 +146,8 @@ def bench(
     console = Console()
     console.print(table)
     console.print(energy_line(record["energy"]), soft_wrap=True, highlight=False, markup=False)
+    for line in state_lines(record.get("telemetry")):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
     console.print(f"{record['runtime']}, {record['threads']} thread(s), {record['host']['cpu']}; "
                   f"written to {bundle / 'bench.json'}", soft_wrap=True)  # fmt: skip
 
@@ -162,6 +164,21 @@ def energy_line(found: Mapping[str, Any]) -> str:
         f"{found['meter']}: {', '.join(found['covers'])}; idle {found['idle_w']:.3g} W, busy "
         f"{found['busy_w']:.3g} W)"
     )
+
+
+def state_lines(state: Mapping[str, Any] | None) -> list[str]:
+    """Return ``bench.json``'s telemetry in words; nothing where the device tells nothing."""
+    if state is None:
+        return []
+    mode, busy, lines = state["before"]["mode"], state["busy"], []
+    said = [f"power mode {mode['name']}"] if mode else []
+    if busy:
+        said += [f"{busy['power_w']:.3g} W"] if busy["power_w"] is not None else []
+        said += [f"{busy['hottest_c']:g} °C at most"] if busy["hottest_c"] is not None else []
+        said += ["GPU {:g} to {:g} MHz".format(*busy["gpu_mhz"])] if busy["gpu_mhz"] else []
+    if said:
+        lines.append(f"at work: {', '.join(said)}")
+    return lines + [f"note: {note}" for note in state["notes"]]
 
 
 def _benched(bundle: Path, device: str, threads: int | None, as_json: bool) -> dict[str, Any]:

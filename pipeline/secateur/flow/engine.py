@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from secateur.bundle.build_engine import OPTIONS
+from secateur.bundle.engine_options import OPTIONS
 from secateur.bundle.read import check_files, read_bundle
 from secateur.core.errors import DeviceError, RecipeError
 from secateur.devices.connect import connect
