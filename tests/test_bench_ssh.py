@@ -306,10 +306,12 @@ def told(samples: object, **changes: object) -> str:
     host = {"cpu": None, "arch": "x", "os": "x", "logical_cores": 1, "memory_gb": 1.0,
             "governor": None, "clock_mhz": None, "temperature_c": None,
             "load_1min": 0.1}  # fmt: skip
-    return json.dumps({
+    whole = {
         "samples_ms": samples, "phases": [], "temperature_before_c": None,
-        "temperature_after_c": None, "runtime": "x", "process_peak_memory_mb": 1.0, "host": host, "versions": {}, **changes,
-    })  # fmt: skip
+        "temperature_after_c": None, "runtime": "x", "process_peak_memory_mb": 1.0, "host": host,
+        "versions": {},
+    }  # fmt: skip
+    return json.dumps({**whole, **changes})
 
 
 GOOD = {"host_to_host": [1.0] * 20, "end_to_end": [2.0] * 20}

@@ -31,9 +31,9 @@ from secateur.bundle.engine_layers import engine_rows, join_rows, onnx_nodes
 from secateur.bundle.engine_options import DEFAULTS, batch_sizes
 from secateur.bundle.engine_tensorrt import progress_monitor
 from secateur.bundle.write import file_records, node_tasks, stand_alone, write_builder
-from secateur.core.errors import RecipeError
+from secateur.core.errors import DeviceError, RecipeError
 from secateur.devices.target import load_target
-from secateur.flow.engine import check_options
+from secateur.flow.engine import check_dla, check_options
 from secateur.flow.recipe import parse_recipe
 from secateur.lower.export import export_onnx
 from tensorrt_fake import INVENTORIES, FakeTensorRT
@@ -475,6 +475,27 @@ def test_wishes_are_held_against_the_target(text: str, target: str, said: str) -
         return
     with pytest.raises(RecipeError, match=said):
         check_options(recipe, load_target(target))
+
+
+@pytest.mark.parametrize(
+    ("target", "version", "said"),
+    [
+        ("jetson-agx-orin-64gb", (10, 3, 0), ""),
+        ("jetson-agx-orin-64gb", (10, 13, 3), "TensorRT 10.13.3 has no DLA on a jetson-agx-orin"),
+        ("jetson-agx-orin-64gb", (11, 4, 1), ""),
+        ("jetson-orin-nx-16gb", (11, 4, 1), "TensorRT 11.4.1 has no DLA on a jetson-orin-nx-16gb"),
+        ("jetson-thor-t5000", (10, 13), "TensorRT 10.13 has no DLA on a jetson-thor-t5000"),
+        ("jetson-orin-nano-8gb", (10, 3, 0), "has no DLA on a jetson-orin-nano-8gb"),
+    ],
+)
+def test_a_dla_depends_on_module_and_version(
+    target: str, version: tuple[int, ...], said: str
+) -> None:
+    if not said:
+        check_dla(load_target(target), version)
+        return
+    with pytest.raises(DeviceError, match=said):
+        check_dla(load_target(target), version)
 
 
 def test_a_folder_called_tensorrt_is_not_taken_for_it(
