@@ -11,6 +11,8 @@ import json
 import os
 import platform
 import resource
+import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -110,6 +112,23 @@ def latency(
     }
     with written(result) as part:
         part.write_text(json.dumps(found))
+
+
+def trtexec(result: str, command: list[str], reports: list[str]) -> None:
+    """Write what ``trtexec`` prints and the reports it writes, as JSON."""
+    places = (command[0], shutil.which("trtexec"))
+    program = next((place for place in places if place and Path(place).exists()), None)
+    if program is None:
+        raise FileNotFoundError("there is no trtexec here: sudo apt install libnvinfer-bin")
+    process = subprocess.run(
+        [program, *command[1:]], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+    )
+    found = {name: text_of(name) for name in reports}
+    with written(result) as part:
+        part.write_text(json.dumps({
+            "code": process.returncode, "output": process.stdout.decode("utf-8", "replace"),
+            "reports": {name: text for name, text in found.items() if text is not None},
+        }))  # fmt: skip
 
 
 def watch(
@@ -257,7 +276,9 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **loaded}
 
 
-VERBS: dict[str, Callable[..., None]] = {"infer": infer, "latency": latency}
+VERBS: dict[str, Callable[..., None]] = {
+    "infer": infer, "latency": latency, "trtexec": trtexec,
+}  # fmt: skip
 
 
 def main(argv: list[str]) -> int:

@@ -143,7 +143,8 @@ class Target(Strict):
             return []
         modes = self.power_modes or (PowerMode(name="", source=self.gpu.source),)
         rows = []
-        for precision, unit in (("int8", "TOPS"), ("fp16", "TFLOPS")):
+        units: dict[Literal["int8", "fp16"], str] = {"int8": "TOPS", "fp16": "TFLOPS"}
+        for precision, unit in units.items():
             rates = [(mode.name, self.gpu.dense_rate(precision, mode)) for mode in modes]
             said = [f"{rate:.3g}{name and f' in {name}'}" for name, rate in rates if rate]
             if said:

@@ -37,6 +37,7 @@ from secateur.devices.target import load_target, target_names
 from secateur.flow.cache import StageCache
 from secateur.flow.engine import check_fits
 from secateur.flow.recipe import Recipe
+from secateur.flow.second_opinion import engine_of, second_opinion, trtexec_order
 from secateur.flow.verify import VerifyResult, check_parity, judged, own_image
 from secateur.flow.watch import Watch, begin_watch, end_watch
 from secateur.lower import Parity
@@ -158,19 +159,25 @@ def bench_on_device(
     *,
     threads: int | None = None,
     protocol: Protocol | None = None,
+    trtexec: bool = False,
 ) -> dict[str, Any]:
     """Measure a bundle by its own ``run.py`` on a device and write ``bench.json`` into it.
+
+    ``trtexec``: and let TensorRT's own benchmark measure its engine, layer by layer.
 
     Raises:
         BundleError, VerifyError: the bundle is not whole, or its outputs there are wrong.
         DeviceError, ConnectionLost: see ``verify_on_device``.
     """
+    if trtexec:
+        trtexec_order(read_bundle(folder), engine_of(folder))  # before the long work
     with _board(folder, device, tell) as board:
         _checked_parity(board)  # what is measured must be right
         used = threads or board.manifest.threads
         watch = begin_watch(board.connection)
         told = board.latency(used, protocol or Protocol(), watch)
         state, energy = end_watch(watch, board.connection, told.phases)
+        opinion = second_opinion(board.bundle, board.manifest, folder) if trtexec else None
     manifest = board.manifest
     record = {
         "device": board.name,
@@ -182,6 +189,7 @@ def bench_on_device(
         "latency": {name: row.to_json() for name, row in _latencies(told).items()},
         "energy": energy,
         "telemetry": state,
+        **({"trtexec": opinion} if opinion else {}),
         "process_peak_memory_mb": told.process_peak_memory_mb,
         "host": _host(board.facts, told),
         "versions": told.versions,
