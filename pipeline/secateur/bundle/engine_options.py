@@ -12,19 +12,6 @@ from secateur.bundle.engine_errors import BuildProblem
 OPTIONS = "engine_options.json"  # of a bundle: changes to DEFAULTS
 DEFAULTS = {"batch": [1, 1, 1], "workspace_mib": None, "dla": None, "dla_only": False,
             "sparse": False, "tf32": True, "level": None, "compute_capabilities": []}  # fmt: skip
-RULES = {  # what an option must be, and how a message says it
-    "batch": (lambda value: is_batch(value), "N, or MIN:OPT:MAX from small to large"),
-    "workspace_mib": (lambda value: value is None or is_whole(value, 1), "MiB, 1 at least"),
-    "dla": (lambda value: value is None or is_whole(value, 0), "the number of a core, from 0"),
-    "dla_only": (lambda value: isinstance(value, bool), "true or false"),
-    "sparse": (lambda value: isinstance(value, bool), "true or false"),
-    "tf32": (lambda value: isinstance(value, bool), "true or false"),
-    "level": (lambda value: value is None or is_whole(value, 0, 5), "0 to 5"),
-    "compute_capabilities": (
-        lambda value: isinstance(value, list) and all(is_capability(each) for each in value),
-        "as 8.6",
-    ),
-}
 
 
 def is_whole(value, least, most=1 << 31):
@@ -41,6 +28,25 @@ def is_batch(value):
 def is_capability(value):
     """Whether a value is a compute capability such as 8.6."""
     return isinstance(value, str) and re.match(r"\d{1,2}\.\d$", value) is not None
+
+
+def is_switch(value):
+    """Whether a value is true or false."""
+    return isinstance(value, bool)
+
+
+RULES = {  # what an option must be, and how a message says it
+    "batch": (is_batch, "N, or MIN:OPT:MAX from small to large"),
+    "workspace_mib": (lambda value: value is None or is_whole(value, 1), "MiB, 1 at least"),
+    "dla": (lambda value: value is None or is_whole(value, 0), "the number of a core, from 0"),
+    "dla_only": (is_switch, "true or false"),
+    "sparse": (is_switch, "true or false"),
+    "tf32": (is_switch, "true or false"),
+    "level": (lambda value: value is None or is_whole(value, 0, 5), "0 to 5"),
+    "compute_capabilities": (
+        lambda value: isinstance(value, list) and all(map(is_capability, value)), "as 8.6",
+    ),
+}  # fmt: skip
 
 
 def batch_sizes(text):
