@@ -209,6 +209,58 @@ def peers_table(suite: dict[str, Any], *, whole: bool = False) -> str:
     return "\n".join([*lines, ""])
 
 
+def engines_table(suite: dict[str, Any]) -> str:
+    """Return bytes, layers and seconds of every engine, or why it could not be built."""
+    forms = ("fp32", "fp16", "int8")
+    lines = ["", f"| | {' | '.join(f'MB {f} | layers {f} | s {f}' for f in forms)} |",
+             "|---" * (1 + 3 * len(forms)) + "|"]  # fmt: skip
+    for row in suite["rows"]:
+        cells = []
+        for form in forms:
+            found = row[form]
+            cells += ["", "", found["fails"]] if "fails" in found else [
+                f"{found['bytes'] / 1e6:.1f}", str(found["layers"]), f"{found['cpu_seconds']:.1f}"
+            ]  # fmt: skip
+        lines.append(f"| {row['backbone']} | {' | '.join(cells)} |")
+    version = suite["rows"][0]["versions"]["tensorrt-rtx"]
+    lines += [
+        "",
+        "Backbones with three heads, random weights, cut to half their MACs, built without a GPU",
+        f"by the bundle's own build_engine.py with tensorrt-rtx {version}. Layers: of the parsed",
+        "network, before fusion. Seconds: of CPU time, the whole builder. Bytes: TensorRT-RTX",
+        "finishes kernels on the GPU, and what it keeps for that outweighs the weights of small",
+        "networks, most of all in int8: these are no sizes of TensorRT's own engines.",
+    ]
+    return "\n".join([*lines, ""])
+
+
+def sparsity_table(suite: dict[str, Any]) -> str:
+    """Return what 2:4 sparsity costs each task, before and after recovery."""
+    rows = [row for row in suite["rows"] if "before" in row]
+    tasks = list(rows[0]["before"]["change_percent"])
+    lines = ["", f"| | | ΔT % | worst task % | {' | '.join(f'{t} %' for t in tasks)} |",
+             "|---" * (4 + len(tasks)) + "|"]  # fmt: skip
+    for row in rows:
+        for when in ("before", "after"):
+            if when in row:
+                found = row[when]
+                changes = [f"{found['change_percent'][task]:+.2f}" for task in tasks]
+                lines.append(f"| {row['method']} | {when} recovery | {found['delta_t']:+.2f} "
+                             f"| {found['worst']:+.2f} | {' | '.join(changes)} |")  # fmt: skip
+    exported = next(row for row in suite["rows"] if row["method"] == "exported")
+    files = ", ".join(
+        f"{form} {exported[form]['eligible'] - exported[form]['not_2_to_4']} of "
+        f"{exported[form]['eligible']}"
+        for form in ("fp32", "fp16", "int8")
+    )
+    lines += [
+        "",
+        "Half of the MACs of nyuv2_lite0_96x128 removed, then 2:4; the 654 test images, one seed.",
+        f"Eligible layers that are 2:4 in the exported file: {files}.",
+    ]
+    return "\n".join([*lines, ""])
+
+
 TABLES = {
     "peers": peers_table,
     "fusion": fusion_table,
@@ -244,6 +296,12 @@ def index(suites: dict[str, Any]) -> str:
             if "peers" in suites
             else []
         ),
+        "## Engines of cut networks",
+        engines_table(suites["tensorrt"]),
+        "",
+        "## 2:4 sparsity after the cut",
+        sparsity_table(suites["sparsity"]),
+        "",
         "Parents and their cards: `parents/`; trained by `train_parent.py`.",
         "",
     ]

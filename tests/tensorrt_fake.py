@@ -73,6 +73,7 @@ class FakeTensorRT:
             if "." not in name:
                 setattr(self, name, enum.IntEnum(name, members))
         self.ILogger = type("ILogger", (), {"__init__": lambda self: None})
+        self.IProgressMonitor = type("IProgressMonitor", (), {"__init__": lambda self: None})
         tensor = FakeObject(self, "ITensor", name="image", shape=shape)
         output = FakeObject(self, "ITensor", name="depth")
         self._network = FakeObject(

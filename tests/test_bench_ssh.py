@@ -17,6 +17,7 @@ import psutil
 import pytest
 from cli_run import run
 from secateur.bench.latency import Protocol
+from secateur.bundle import build_engine
 from secateur.core.errors import ConnectionLost, DeviceError, SecateurError, VerifyError
 from secateur.core.files import file_sha256
 from secateur.devices.connect import connect
@@ -25,6 +26,8 @@ from secateur.devices.remote_run import RemoteBundle, Work, bundle_on_device
 from secateur.flow.remote import bench_on_device, verify_on_device
 from secateur.flow.verify import verify
 from sshd import Device, need_sshd, started
+from test_run_tensorrt import has_gpu
+from test_telemetry import NANO, planted
 
 QUICK = Protocol(warmup_ms=5, seconds=0.05, runs=20)
 DEVICE = "ssh://device"
@@ -102,6 +105,26 @@ def test_bench_measures_there_by_the_protocol(
     assert device.builds() == [] and left_here(tmp_path) == []
     code, out, _ = run(capsys, "compare", bundle / "bench.json", bundle / "bench.json", "--json")
     assert code == 0 and json.loads(out)["latency"]["ratio"]["value"] == 1
+
+
+def test_a_module_is_watched_while_it_works(
+    device: Device, bundle: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """The device has the files of an Orin Nano beside its own."""
+    root = tmp_path / "module"
+    root.mkdir()
+    monkeypatch.setattr("secateur.flow.watch.ROOT", str(planted(root, NANO)))
+    monkeypatch.setattr("secateur.flow.watch.ROUNDS", 2)
+    code, out, err = run(capsys, "bench", bundle, "--device", DEVICE, "--json")
+    record = json.loads(out)
+    assert code == 0, err
+    state = record["telemetry"]
+    assert state["before"]["mode"]["name"] == "25W" and state["busy"]["looks"] > 6
+    assert state["busy"]["power_w"] == pytest.approx(4.984 * 1.856, abs=1e-3)
+    assert state["before"] == state["after"] and "jetson_clocks" in state["notes"][0]
+    energy = record["energy"]  # the same at rest as at work
+    assert energy["busy_w"] == pytest.approx(energy["idle_w"]) and energy["within_noise"]
+    assert energy["covers"] == ["VDD_IN"] and energy["inferences"] > 2
 
 
 def test_verify_there_is_verify_here(
@@ -283,10 +306,12 @@ def told(samples: object, **changes: object) -> str:
     host = {"cpu": None, "arch": "x", "os": "x", "logical_cores": 1, "memory_gb": 1.0,
             "governor": None, "clock_mhz": None, "temperature_c": None,
             "load_1min": 0.1}  # fmt: skip
-    return json.dumps({
-        "samples_ms": samples, "temperature_before_c": None, "temperature_after_c": None,
-        "runtime": "x", "process_peak_memory_mb": 1.0, "host": host, "versions": {}, **changes,
-    })  # fmt: skip
+    whole = {
+        "samples_ms": samples, "phases": [], "temperature_before_c": None,
+        "temperature_after_c": None, "runtime": "x", "process_peak_memory_mb": 1.0, "host": host,
+        "versions": {},
+    }  # fmt: skip
+    return json.dumps({**whole, **changes})
 
 
 GOOD = {"host_to_host": [1.0] * 20, "end_to_end": [2.0] * 20}
@@ -305,6 +330,9 @@ GOOD = {"host_to_host": [1.0] * 20, "end_to_end": [2.0] * 20}
         (told({**GOOD, "host_to_host": ["1"] * 20}), "valid number"),
         (told(GOOD, runtime="x" * 1000), "runtime"),
         (told(GOOD, extra="\x1b[2J"), "extra"),
+        (told(GOOD, phases=[{"phase": "asleep"}]), "phases.0.phase"),
+        (told(GOOD, phases=[{"phase": "idle", "seconds": 1.0, "calls": 1, "looks": [
+            {"at": 0.1, "files": {"/sys/x": "y" * 201}}]}]), "phases.0.looks.0.files"),
         (told(GOOD, process_peak_memory_mb=float("inf")), "process_peak_memory_mb"),
     ],
 )  # fmt: skip
@@ -406,6 +434,27 @@ def test_a_bundle_for_another_architecture(device: Device, bundle: Path) -> None
 def test_a_bundle_that_has_no_engine_yet(device: Device, bundle: Path) -> None:
     change_device(bundle, "rtx-pc")
     refused(bundle, DEVICE, "has no engine yet", "secateur build RECIPE --target rtx-pc --device")
+
+
+@pytest.mark.skipif(has_gpu(), reason="for a machine without a GPU")
+def test_an_engine_without_a_gpu_ends_in_a_sentence(
+    device: Device, bundle: Path, tmp_path: Path
+) -> None:
+    """A real engine is copied and checked there; what opens it says that CUDA is missing."""
+    rtx = pytest.importorskip("tensorrt_rtx", reason="pip install tensorrt-rtx")
+    change_device(bundle, "rtx-pc")
+    build_engine.build(bundle, None, rtx)
+    for verb in (verify_on_device, bench_on_device):
+        with pytest.raises(DeviceError, match=r"ssh://device: .*CUDA") as stop:
+            verb(bundle, DEVICE, lambda _: None)
+        assert "\n" not in str(stop.value)
+    assert device.builds() == [] and left_here(tmp_path) == []
+    (tmp_path / "modules" / "tensorrt_rtx.py").write_text("raise ImportError('none')\n")
+    refused(bundle, DEVICE, "has no tensorrt_rtx", "pip install tensorrt-rtx")
+    engine = json.loads((bundle / "engine.json").read_text())
+    (bundle / "model.engine").write_bytes(b"altered")
+    (tmp_path / "modules" / "tensorrt_rtx.py").unlink()
+    refused(bundle, DEVICE, f"{engine['files']['model.engine'][:12]}", "")
 
 
 def test_a_device_without_the_runtime(device: Device, bundle: Path, tmp_path: Path) -> None:

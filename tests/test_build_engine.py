@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,21 +17,29 @@ import pytest
 from cli_run import RECIPE
 from conftest import SPEC, tiny_model
 from onnx import TensorProto, helper
-from secateur.bundle import build_engine, engine_device
-from secateur.bundle.build_engine import batch_sizes, build
+from secateur.bundle import build_engine, engine_device, engine_supervise, engine_tensorrt
+from secateur.bundle.build_engine import build
 from secateur.bundle.engine_device import check_engine, device_facts
-from secateur.bundle.engine_errors import BuildProblem, EngineProblem, explain, explain_parsing
+from secateur.bundle.engine_errors import (
+    BuildProblem,
+    EngineProblem,
+    explain,
+    explain_parsing,
+    room,
+)
 from secateur.bundle.engine_layers import engine_rows, join_rows, onnx_nodes
+from secateur.bundle.engine_options import DEFAULTS, batch_sizes
+from secateur.bundle.engine_tensorrt import progress_monitor
 from secateur.bundle.write import file_records, node_tasks, stand_alone, write_builder
-from secateur.core.errors import RecipeError
+from secateur.core.errors import DeviceError, RecipeError
 from secateur.devices.target import load_target
-from secateur.flow.engine import check_options
+from secateur.flow.engine import check_dla, check_options
 from secateur.flow.recipe import parse_recipe
 from secateur.lower.export import export_onnx
 from tensorrt_fake import INVENTORIES, FakeTensorRT
 
 SOURCE = stand_alone(build_engine)
-WORDS = {"version": "10.3.0", "free": "2000 MiB", "workspace": "1000 MiB"}
+WORDS = {"version": "10.3.0", "room": room(2000 << 20, 1000 << 20)}
 
 
 def small_onnx(folder: Path, operator: str = "Relu", **changes: Any) -> Path:
@@ -85,6 +96,11 @@ def test_files_that_are_not_the_bundles_are_refused_before_anything_else(tmp_pat
     assert "not the file of this manifest" in run_alone(tmp_path).stderr
     (tmp_path / "manifest.json").write_text('{"files": {"mod')
     assert "manifest.json is damaged" in run_alone(tmp_path).stderr
+    (tmp_path / "manifest.json").write_text('{"files": 3}')
+    assert "manifest.json does not name model.onnx" in run_alone(tmp_path).stderr
+    (tmp_path / "manifest.json").unlink()
+    (tmp_path / "nodes.json").write_text('{"nodes": {"first": 3}}')
+    assert "nodes.json is damaged" in run_alone(tmp_path).stderr
     (tmp_path / "model.onnx").unlink()
     assert "there is no" in run_alone(tmp_path).stderr
     assert "no engine to check" in run_alone(tmp_path, "--check").stderr
@@ -172,7 +188,7 @@ def test_a_layers_metadata_are_believed_before_its_name() -> None:
         ("Error Code 2: OutOfMemory (Requested size was 4294967296 bytes.)", "smaller --workspace"),
         ("Error Code 10: Internal Error (Could not find any implementation for node "
          "{ForeignNode[a.b...c]} due to insufficient workspace. See verbose log.)",
-         "no kernel for {ForeignNode[a.b...c]} fits into the workspace (1000 MiB"),
+         "for {ForeignNode[a.b...c]} fits into the workspace (2000 MiB free, workspace 1000 MiB)"),
         ("Could not find any implementation for node /m.1/Conv + PWN(/act).)",
          "no kernel for /m.1/Conv + PWN(/act) fits"),
         ("Cannot compile operation 'n' for Turing (SM75): FP32 GEMM is not supported", "as fp16"),
@@ -249,7 +265,7 @@ FACTS = {
 }  # fmt: skip
 FILES = {"model.onnx": "a" * 64, "model.engine": "b" * 64}
 ENGINE = {"schema_version": 1, "device": FACTS, "files": {**FILES, "timing.cache": "c" * 64},
-          "options": dict(build_engine.DEFAULTS)}  # fmt: skip
+          "options": dict(DEFAULTS)}  # fmt: skip
 
 
 def test_an_engine_of_this_very_device_is_opened() -> None:
@@ -351,7 +367,7 @@ def test_the_bundles_own_options_are_the_default(tmp_path: Path) -> None:
     write_builder(small_onnx(tmp_path), own)
     trt = FakeTensorRT(INVENTORIES["tensorrt_10.3"], inspected=INSPECTED)
     engine = build(tmp_path, {"level": 2}, trt)
-    assert engine["options"] == {**build_engine.DEFAULTS, **own, "level": 2}
+    assert engine["options"] == {**DEFAULTS, **own, "level": 2}
     assert trt.calls["set_memory_pool_limit"] == [(trt.MemoryPoolType.WORKSPACE, 256 << 20)]
     assert trt.calls["set_shape"] == [("image", *((size, 3, 32, 48) for size in (1, 2, 4)))]
     assert [flag.name for (flag,) in trt.calls["set_flag"]] == ["SPARSE_WEIGHTS"]
@@ -371,6 +387,43 @@ def test_options_of_another_version_are_one_sentence(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"batch": "x"}, "batch is 'x', give N, or MIN:OPT:MAX"),
+        ({"batch": [4, 1, 1]}, "batch is [4, 1, 1]"),
+        ({"workspace_mib": "many"}, "workspace_mib is 'many', give MiB"),
+        ({"workspace_mib": -5}, "workspace_mib is -5"),
+        ({"dla": -1}, "dla is -1, give the number of a core"),
+        ({"dla": True}, "dla is True"),
+        ({"dla_only": True}, "dla_only needs a core: give --dla CORE, too"),
+        ({"sparse": 1}, "sparse is 1, give true or false"),
+        ({"level": 9}, "level is 9, give 0 to 5"),
+        ({"compute_capabilities": ["foo"]}, "compute_capabilities is ['foo'], give as 8.6"),
+        ({"compute_capabilities": 86}, "compute_capabilities is 86"),
+    ],
+)
+def test_options_that_cannot_be_are_one_sentence(
+    tmp_path: Path, options: dict[str, Any], said: str
+) -> None:
+    write_builder(small_onnx(tmp_path), options)
+    result = run_alone(tmp_path)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert said in result.stderr
+    write_builder(tmp_path)
+    with pytest.raises(BuildProblem) as stop:
+        build(tmp_path, options, FakeTensorRT(INVENTORIES["tensorrt_10.3"], dla_cores=2))
+    assert said in str(stop.value)
+
+
+@pytest.mark.parametrize("words", [("--workspace", "-5"), ("--dla", "-1"), ("--dla-only",)])
+def test_so_are_those_of_the_command_line(tmp_path: Path, words: tuple[str, ...]) -> None:
+    write_builder(small_onnx(tmp_path))
+    result = run_alone(tmp_path, *words)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "give " in result.stderr
+
+
+@pytest.mark.parametrize(
     ("text", "options"),
     [
         ("", {}),
@@ -383,7 +436,7 @@ def test_options_of_another_version_are_one_sentence(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_a_recipes_wishes_are_the_builders_options(text: str, options: dict[str, Any]) -> None:
     found = parse_recipe(RECIPE + text, Path("r.yaml")).engine_options()
-    assert found == options and set(found) <= set(build_engine.DEFAULTS)
+    assert found == options and set(found) <= set(DEFAULTS)
 
 
 @pytest.mark.parametrize(
@@ -424,6 +477,27 @@ def test_wishes_are_held_against_the_target(text: str, target: str, said: str) -
         check_options(recipe, load_target(target))
 
 
+@pytest.mark.parametrize(
+    ("target", "version", "said"),
+    [
+        ("jetson-agx-orin-64gb", (10, 3, 0), ""),
+        ("jetson-agx-orin-64gb", (10, 13, 3), "TensorRT 10.13.3 has no DLA on a jetson-agx-orin"),
+        ("jetson-agx-orin-64gb", (11, 4, 1), ""),
+        ("jetson-orin-nx-16gb", (11, 4, 1), "TensorRT 11.4.1 has no DLA on a jetson-orin-nx-16gb"),
+        ("jetson-thor-t5000", (10, 13), "TensorRT 10.13 has no DLA on a jetson-thor-t5000"),
+        ("jetson-orin-nano-8gb", (10, 3, 0), "has no DLA on a jetson-orin-nano-8gb"),
+    ],
+)
+def test_a_dla_depends_on_module_and_version(
+    target: str, version: tuple[int, ...], said: str
+) -> None:
+    if not said:
+        check_dla(load_target(target), version)
+        return
+    with pytest.raises(DeviceError, match=said):
+        check_dla(load_target(target), version)
+
+
 def test_a_folder_called_tensorrt_is_not_taken_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -441,6 +515,32 @@ def test_a_timing_cache_of_another_device_is_replaced(tmp_path: Path) -> None:
     trt = FakeTensorRT(INVENTORIES["tensorrt_10.13"], inspected=INSPECTED, cache_fits=False)
     build(tmp_path, None, trt)
     assert trt.calls["create_timing_cache"] == [(b"foreign",), (b"",)]
+
+
+def test_a_long_build_tells_its_steps_and_can_be_stopped(monkeypatch, capsys) -> None:
+    """As a builder calls it: phases within phases, steps counted from 0."""
+    clock = iter(range(0, 1000, 3))
+    monkeypatch.setattr(engine_tensorrt.time, "monotonic", lambda: next(clock))
+    monitor = progress_monitor(FakeTensorRT(INVENTORIES["tensorrt_10.3"]))
+    monitor.phase_start("Building engine", None, 5)
+    monitor.phase_start("Timing tactics", "Building engine", 80)
+    assert [monitor.step_complete("Timing tactics", step) for step in range(4)] == [True] * 4
+    monitor.phase_finish("Timing tactics")
+    said = ["6 s: Timing tactics, step 2 of 80", "12 s: Timing tactics, step 4 of 80"]
+    assert capsys.readouterr().err.splitlines() == said
+
+    def interrupted() -> float:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine_tensorrt.time, "monotonic", interrupted)
+    assert monitor.step_complete("Timing tactics", 4) is False and monitor.stopped
+
+
+@pytest.mark.parametrize("name", INVENTORIES)
+def test_what_a_builder_calls_has_its_own_arguments(name: str) -> None:
+    monitor = type(progress_monitor(FakeTensorRT(INVENTORIES[name])))
+    for method, overloads in INVENTORIES[name]["classes"]["IProgressMonitor"].items():
+        assert [list(inspect.signature(getattr(monitor, method)).parameters)[1:]] == overloads
 
 
 def test_an_old_tensorrt_is_refused_by_version(monkeypatch) -> None:
@@ -487,6 +587,73 @@ def test_a_real_build(rtx: Any, request, precision: str) -> None:
     assert {o["format"] for row in last for o in row["outputs"]} == {kind}
     files = {name: engine["files"][name] for name in ("model.onnx", "model.engine")}
     assert check_engine(engine, device_facts(rtx), files) == []
+
+
+@pytest.mark.parametrize(
+    ("spare_mib", "said"),
+    [
+        (96, "memory ran out while building"),  # TensorRT reports it
+        (12, "as happens when memory|as it may when memory|memory ran out"),  # it aborts, or hangs
+    ],
+)
+def test_a_real_build_that_runs_out_of_memory_is_one_sentence(
+    rtx: Any, tiny_bundles: dict[str, Path], tmp_path: Path, spare_mib: int, said: str
+) -> None:
+    """Memory for the libraries and little more: the builder's own allocations fail."""
+    folder = shutil.copytree(tiny_bundles["fp32"], tmp_path / "bundle")
+    source = folder / "build_engine.py"
+    text = source.read_text().replace("STANDS_STILL = 180.0", "STANDS_STILL = 5.0")
+    limit = f"""\
+    import resource, tensorrt_rtx
+    _now = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (_now + ({spare_mib} << 20),) * 2)
+"""
+    main = 'if __name__ == "__main__":\n'
+    assert text.count(main) == 1
+    source.write_text(text.replace(main, f'if "--in-this-process" in sys.argv:\n{limit}\n{main}'))
+    result = subprocess.run(
+        [sys.executable, source], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert result.returncode == 2, result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert re.match(rf"error: .*({said})", last), result.stderr
+    assert "give a smaller --workspace or --batch, or add swap" in last
+    assert not (folder / "engine.json").exists()
+
+
+STAND_INS = {  # builders, in as many words, and what is said of each
+    "import os; os.abort()": "the builder was ended by signal 6, as happens when memory runs out",
+    "import os; os.kill(os.getpid(), 9)": "ended by signal 9",
+    "import time; time.sleep(99)": "the builder stood still for 1 s, as it may when memory",
+    "import sys; sys.exit(3)": "",
+    "import time\nend = time.time() + 2\nwhile time.time() < end: pass": "",  # slow, but at work
+}
+
+
+@pytest.mark.parametrize("program", STAND_INS)
+def test_a_builder_that_dies_or_hangs_is_one_sentence(
+    tmp_path: Path, monkeypatch, program: str
+) -> None:
+    monkeypatch.setattr(engine_supervise, "STANDS_STILL", 1.0)
+    (tmp_path / "program.py").write_text(program)
+    if said := STAND_INS[program]:
+        with pytest.raises(BuildProblem, match=said):
+            engine_supervise.supervised(tmp_path / "program.py", [])
+        return
+    wanted = 3 if "exit(3)" in program else 0
+    assert engine_supervise.supervised(tmp_path / "program.py", []) == wanted
+
+
+def test_a_real_build_goes_through_the_monitor(
+    rtx: Any, tiny_bundles: dict[str, Path], monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(engine_tensorrt, "TOLD_EVERY", -1.0)
+    build(tiny_bundles["fp32"], None, rtx)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 5
+    for line in lines:
+        step, most = map(int, line.rpartition("step ")[2].split(" of "))
+        assert 1 <= step <= most, line
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from cuda_host import HostCuda
 from secateur.bundle import build_engine, engine_cuda, engine_run, runner
 from secateur.bundle.engine_cuda import LibraryCuda, PythonCuda, load_cuda
 from secateur.bundle.engine_errors import EngineProblem
+from secateur.bundle.engine_options import DEFAULTS
 from secateur.bundle.engine_run import EngineSession
 from secateur.bundle.runner import BundleMismatch, Runner
 from secateur.bundle.write import stand_alone, write_runner
@@ -172,7 +173,7 @@ def full_engine_json(folder: Path) -> dict[str, Any]:
     engine["files"]["timing.cache"] = None
     told = {"bytes": len(PLAN), "layers": 3, "layers_of": "engine", "created": "now",
             "seconds": {"parse": 0.1, "build": 1.0}}  # fmt: skip
-    return {**engine, **told, "options": dict(build_engine.DEFAULTS)}
+    return {**engine, **told, "options": dict(DEFAULTS)}
 
 
 def test_whatever_a_field_of_engine_json_holds_it_is_named_or_harmless(

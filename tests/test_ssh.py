@@ -28,6 +28,7 @@ from secateur.devices.connect import connect
 from secateur.devices.connection import PipedConnection, clean
 from secateur.devices.local import LocalConnection
 from secateur.devices.remote_build import EngineRecord, Order, build_engine
+from secateur.devices.remote_job import Job, follow_job
 from secateur.devices.remote_probe import PythonFacts, check_python, probe, probe_python
 from secateur.devices.ssh import SshAddress, SshConnection, parse_address
 from secateur.lower.export import export_onnx
@@ -367,6 +368,40 @@ def test_a_build_that_ended_meanwhile_is_brought(device: Device, tmp_path: Path)
     wait_until((folder / "job.json").exists)
     check_brought(bundle, Call(order(bundle), bundle).ended())
     assert len(journal(tmp_path)) == 2 and device.builds() == []
+
+
+def test_a_build_that_nobody_wants_is_ended(device: Device, tmp_path: Path, capsys) -> None:
+    bundle = tmp_path / "bundle"
+    first = Call(order(bundle), bundle)
+    first.wait_until_said("parsing")
+    kill_ssh(first.connection)
+    first.ended()
+    (program,) = [each for each in psutil.process_iter(["cmdline"])
+                  if "build_engine.py" in (each.info["cmdline"] or ())]  # fmt: skip
+    doctor = ("doctor", "--device", "ssh://device", "--json")
+    (job,) = json.loads(run(capsys, *doctor)[1])["python"]["jobs"]
+    assert [folder.name for folder in device.builds()] == [job]
+    code, out, _ = run(capsys, *doctor, "--stop")
+    report = json.loads(out)
+    assert code == 0 and report["stopped"] == [job] and report["python"]["jobs"] == []
+    assert device.builds() == [] and not program.is_running()
+    assert json.loads(run(capsys, *doctor, "--stop")[1])["stopped"] == []
+    (tmp_path / "gate").touch()
+    check_brought(bundle, Call(order(bundle), bundle).ended())
+
+
+def test_who_stops_waiting_hears_how_to_end_the_build(tmp_path: Path, capsys) -> None:
+    class Stopped(LocalConnection):
+        def ask(self, verb: str, **arguments: Any) -> Iterator[dict[str, Any]]:
+            yield {"line": "parsing"}
+            raise KeyboardInterrupt
+
+    said: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        follow_job(Stopped(), Job("x", {}, [], "build", BuildError), said.append)
+    assert said[-1].startswith("the build goes on there; to end it: secateur doctor --device ")
+    code, _, err = run(capsys, "doctor", "--stop")
+    assert code == 2 and "name it with --device" in err
 
 
 def test_two_builds_on_one_device_take_turns(device: Device, tmp_path: Path) -> None:

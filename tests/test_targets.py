@@ -43,6 +43,19 @@ def written(folder: Path, **changes: Any) -> Path:
     return folder
 
 
+def test_everything_known_is_printed_with_whole_addresses(capsys) -> None:
+    code, out, _ = run(capsys, "targets", "jetson-orin-nano-8gb")
+    target = load_target("jetson-orin-nano-8gb")
+    assert code == 0 and "run by tensorrt, checked here with onnxruntime" in out
+    for row in target.rows():
+        assert f"\n{row.fact}: {row.value}" in out and " ".join(row.source.split()) in out
+    rates = {row.fact: row.value for row in target.rows() if row.fact.startswith("dense")}
+    assert rates["dense int8"].startswith("TOPS of the GPU alone, without sparsity: 6.69 in 7W")
+    assert "16.7 in MAXN_SUPER" in rates["dense fp16"]
+    listed = run(capsys, "targets")[1]
+    assert all(name in listed for name in target_names())
+
+
 def refusal(root: Path) -> str:
     with pytest.raises(DeviceError) as caught:
         load_target("jetson-agx-orin-64gb", root)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from secateur.devices import nvpmodel, probe, tegrastats, telemetry, tree
 from secateur.devices.target import load_target, target_names
 from secateur.devices.telemetry import Clock, read_telemetry
+from secateur.devices.version import in_series, parse_version
 
 # Orin Nano 8 GB Super, JetPack 6.2 (L4T 36.4.3), 25 W; cut down, with the caps of
 # nvpmodel_p3767_0003_super.conf
@@ -167,8 +168,15 @@ def test_orin_nano(tmp_path: Path) -> None:
     assert read.mode_is_applied is True
 
 
-def test_agx_orin_without_a_rail_for_the_whole(tmp_path: Path) -> None:
-    read = read_telemetry(planted(tmp_path, AGX))
+# The same on JetPack 6 (kernel 5.15) and 7 (6.8): small letters, and the GPU has another name
+AGX_6 = {name.replace("17000000.ga10b", "17000000.gpu"): text.replace("CPU-therm", "cpu-thermal")
+         for name, text in AGX.items()}  # fmt: skip
+
+
+@pytest.mark.parametrize("files", [AGX, AGX_6], ids=["jetpack 5", "jetpack 6 and 7"])
+def test_agx_orin_without_a_rail_for_the_whole(tmp_path: Path, files: dict[str, str]) -> None:
+    read = read_telemetry(planted(tmp_path, files))
+    assert read.gpu == Clock(1300.5, 1300.5, 1300.5, "nvhost_podgov") and read.hottest_c == 98
     assert read.module
     assert read.module.watts == pytest.approx(19.968 + 10 + 4.5)
     assert "VDDQ_VDD2_1V8AO" not in read.module.rails and "NC" not in read.rails_w
@@ -242,6 +250,11 @@ TEGRASTATS = {
     " CPU [25%@1344,0%@729] EMC_FREQ 3%@3199 GR3D_FREQ 99%@[1015] NVDEC off APE 200"
     " cpu@50.1C soc2@49.0C gpu@51.2C tj@51.2C cv1@-256C"
     " VDD_IN 9250mW/9100mW VDD_CPU_GPU_CV 4617mW/4336mW VDD_SOC 1978mW/1918mW",
+    # Orin NX 16 GB, JetPack 6.2, not as root: no memory clock, no GPU clock, cores switched off
+    "nx, jetpack 6": "07-16-2026 13:03:45 RAM 4120/15656MB (lfb 8x4MB) SWAP 3/7828MB (cached 1MB)"
+    " CPU [61%@1984,7%@1984,3%@729,0%@729,off,off,off,off] GR3D_FREQ 37% cv0@47.1C cpu@52.3C"
+    " soc2@45.5C soc0@48.2C cv1@47.9C gpu@50C tj@52.4C soc1@46.1C cv2@44.4C"
+    " VDD_IN 7956mW/7312mW VDD_CPU_GPU_CV 2363mW/2001mW VDD_SOC 2506mW/2411mW",
     # AGX Orin 64 GB, JetPack 6 (two GPCs)
     "agx, jetpack 6": "RAM 8181/62841MB (lfb 10x4MB) SWAP 0/31421MB CPU [1%@2201,100%@2201]"
     " EMC_FREQ 0%@3199 GR3D_FREQ 0%@[0,0] gpu@-256C tj@45.7C"
@@ -278,7 +291,13 @@ def test_tegrastats_of_jetpack_5() -> None:
 
 
 def test_tegrastats_of_jetpack_6() -> None:
-    nano, agx = said("nano, jetpack 6"), said("agx, jetpack 6")
+    nano, nx, agx = (said(f"{name}, jetpack 6") for name in ("nano", "nx", "agx"))
+    assert (nx.gpu_percent, nx.gpu_mhz, nx.emc_percent, nx.emc_mhz) == (37, None, None, None)
+    assert [core.mhz for core in nx.cores] == [1984, 1984, 729, 729, None, None, None, None]
+    assert nx.rails["VDD_CPU_GPU_CV"] == tegrastats.Rail(2.363, 2.001) and nx.ram_total_mb == 15656
+    assert (nx.temperatures_c["tj"], nx.temperatures_c["gpu"], len(nx.temperatures_c)) == (
+        52.4, 50, 9,
+    )  # fmt: skip
     assert (nano.gpu_percent, nano.gpu_mhz) == (99, 1015) and nano.temperatures_c["tj"] == 51.2
     assert "cv1" not in nano.temperatures_c
     assert agx.time is None and (agx.gpu_percent, agx.gpu_mhz) == (0, None)  # off: no clock
@@ -440,6 +459,56 @@ def test_thor_is_recognised_and_what_it_does_not_say_is_unknown() -> None:
     assert facts.tensorrt is None and facts.cuda is None and facts.memory_total is None
     target = probe.target_of(facts, [load_target(name) for name in target_names()])
     assert target and target.name == "jetson-thor-t5000"
+
+
+# Orin NX 16 GB, JetPack 6.2; AGX Orin 64 GB, JetPack 7.2; Orin Nano 8 GB, JetPack 7.2.1
+ORINS = {
+    "jetson-orin-nx-16gb": (
+        "NVIDIA Jetson Orin NX Engineering Reference Developer Kit",
+        "nvidia,p3768-0000+p3767-0000\0nvidia,p3767-0000\0nvidia,tegra234",
+        "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64, DATE: Wed "
+        "Jan  8 01:49:37 UTC 2025\n# KERNEL_VARIANT: oot",
+        ("10.3.0.30-1+cuda12.5", "cuda-cudart-12-6", "12.6.68-1"), "NV Power Mode: 15W\n2\n",
+        ("36.4.3", "10.3.0.30", "12.6.68", "15W", 2, False),
+    ),
+    "jetson-agx-orin-64gb": (
+        "NVIDIA Jetson AGX Orin Developer Kit",
+        "nvidia,p3737-0000+p3701-0005\0nvidia,p3701-0005\0nvidia,tegra234",
+        "# R39 (release), REVISION: 2.0, GCID: 45755727, BOARD: generic, EABI: aarch64, DATE: Mon "
+        "Jun  1 09:28:48 PM UTC 2026\n# KERNEL_VARIANT: oot\nTARGET_USERSPACE_LIB_DIR=nvidia",
+        ("10.16.1.11-1+cuda13.2", "cuda-cudart-13-2", "13.2.51-1"), "NV Power Mode: MAXN\n0\n",
+        ("39.2.0", "10.16.1.11", "13.2.51", "MAXN", 0, False),
+    ),
+    "jetson-orin-nano-8gb": (
+        "NVIDIA Jetson Orin Nano Developer Kit Super",
+        "nvidia,p3768-0000+p3767-0005-super\0nvidia,p3767-0005\0nvidia,tegra234",
+        "# R39 (release), REVISION: 2.1, GCID: 46758480, BOARD: generic, EABI: aarch64, DATE: Fri "
+        "Aug 7 05:54:22 AM UTC 2026",
+        ("10.16.1.11-1+cuda13.2", "cuda-cudart-13-2", "13.2.51-1"), "",
+        ("39.2.1", "10.16.1.11", "13.2.51", None, None, True),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ORINS)
+def test_orins_of_jetpack_6_and_7_are_recognised(name: str) -> None:
+    model, compatible, release, (tensorrt, cudart, cuda), mode, wanted = ORINS[name]
+    packages = (("libnvinfer10", tensorrt), ("python3-libnvinfer", tensorrt), (cudart, cuda))
+    facts = probe.parse_probe(
+        {probe.MODEL: model, probe.COMPATIBLE: compatible, probe.RELEASE: release},
+        {"uname": "aarch64\n", "nvpmodel": mode,
+         "dpkg": "".join(f"ii  {name} {version} arm64 NVIDIA's\n" for name, version in packages)},
+    )  # fmt: skip
+    assert (facts.l4t, facts.tensorrt, facts.cuda, facts.power_mode, facts.power_mode_id,
+            facts.super_mode) == wanted  # fmt: skip
+    assert facts.tensorrt_python == facts.tensorrt and facts.model == model
+    target = probe.target_of(facts, map(load_target, target_names()))
+    assert target is not None and target.name == name
+    stack = target.stack(facts.l4t or "")  # 39.2.1 is not in the profile, which says so
+    assert (stack is None) == (facts.l4t == "39.2.1")
+    assert stack is None or in_series(
+        parse_version(facts.tensorrt or "") or (), parse_version(stack.tensorrt) or ()
+    )
 
 
 @pytest.mark.parametrize(

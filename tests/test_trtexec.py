@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
+from cli_run import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from secateur.core.errors import BuildError
+from secateur.bundle.read import read_bundle
+from secateur.core.errors import BuildError, DeviceError, SecateurError
+from secateur.devices.local import LocalConnection
+from secateur.devices.remote_run import bundle_on_device
 from secateur.devices.trtexec import Building, Exports, Timing, engine_command, onnx_command
 from secateur.devices.trtexec_report import (
     METRICS,
@@ -17,6 +24,7 @@ from secateur.devices.trtexec_report import (
     parse_summary,
     parse_times,
 )
+from secateur.flow.second_opinion import said_of, second_opinion, trtexec_order
 
 ANY = st.binary(max_size=80).map(lambda raw: raw.decode("utf-8", "replace"))
 OLD, NEW = (10, 3, 0), (11, 1, 0)
@@ -366,6 +374,88 @@ def test_any_json_is_read_or_refused(value: object) -> None:
             parse(json.dumps(value))
         except BuildError as error:
             assert error.message.startswith("trtexec")
+
+
+# -- on a device: a program that prints and writes what trtexec would
+
+PROGRAM = """\
+#!/bin/sh
+echo "$@" > words
+for word in "$@"; do case $word in --exportProfile=*) cp {folder}/profile ${{word#*=}};; esac; done
+cat {folder}/summary
+"""
+TASKS = [
+    {"name": "Reformatting CopyNode for Input Tensor 0 to Conv_0 + Relu_1", "tasks": ["a", "b"]},
+    {"name": "Conv_0 + Relu_1", "tasks": ["b"]},
+]
+
+
+@pytest.fixture
+def engine_bundle(bundle: Path) -> Path:
+    """The built bundle, with what a build on TensorRT 10.3 leaves."""
+    (bundle / "model.engine").write_bytes(b"an engine")
+    table = {"device": {"runtime": "tensorrt", "tensorrt": "10.3.0"}, "options": {"batch": [1] * 3}}
+    (bundle / "engine.json").write_text(json.dumps(table))
+    (bundle / "layers.json").write_text(json.dumps({"layers": TASKS}))
+    return bundle
+
+
+def opinion(bundle: Path, tmp_path: Path, monkeypatch) -> dict[str, Any]:
+    """The second opinion of a program in this PATH."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "device"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    files = {"model.engine": bundle / "model.engine"}
+    with bundle_on_device(LocalConnection(), files, tmp_path / "desk", print) as there:
+        return second_opinion(there, read_bundle(bundle), bundle)
+
+
+def test_a_second_opinion_tells_each_tasks_share(
+    engine_bundle: Path, tmp_path: Path, monkeypatch
+) -> None:
+    for name, text in {"summary": SUMMARY, "profile": PROFILE}.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "trtexec").write_text(PROGRAM.format(folder=tmp_path))
+    (tmp_path / "trtexec").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    found = opinion(engine_bundle, tmp_path, monkeypatch)
+    assert found["summary"]["GPU Compute Time"]["median"] == 4.86
+    assert [row["tasks"] for row in found["layers"]] == [["a", "b"], ["b"], None]
+    assert found["ms_by_tasks"] == {"a+b": 0.08, "b": 0.32, "unknown": 0.0}
+    assert said_of(found) == [
+        "trtexec: median Latency 5.13, GPU Compute Time 4.86 ms; 203.7 qps",
+        "by tasks: b 0.32 ms, a+b 0.08 ms, unknown 0 ms",
+    ]
+    assert "--noDataTransfers" not in found["command"] and "--useSpinWait" in found["command"]
+    (tmp_path / "summary").write_text("&&&& FAILED TensorRT.trtexec [TensorRT v100300]\n")
+    with pytest.raises(BuildError, match="says no reason"):
+        opinion(engine_bundle, tmp_path, monkeypatch)
+
+
+def test_without_trtexec_there_it_is_said_how_to_get_it(
+    engine_bundle: Path, tmp_path: Path, monkeypatch
+) -> None:
+    with pytest.raises(DeviceError, match="no trtexec here: sudo apt install libnvinfer-bin"):
+        opinion(engine_bundle, tmp_path, monkeypatch)
+
+
+def test_what_trtexec_cannot_time_is_refused_before_it_runs(engine_bundle: Path, capsys) -> None:
+    manifest = read_bundle(engine_bundle)
+    for device, said in (
+        ({"runtime": "tensorrt_rtx", "tensorrt": "1.7"}, "the bundle's is of tensorrt_rtx"),
+        ({}, "the bundle's is of none"),
+        ({"runtime": "tensorrt", "tensorrt": "8.5.2"}, "TensorRT 8.5.2 is not known"),
+    ):
+        with pytest.raises(SecateurError, match=said):
+            trtexec_order(manifest, {"device": device})
+    table = {
+        "device": {"runtime": "tensorrt", "tensorrt": "11.4.1"},
+        "options": {"batch": [1, 4, 8]},
+    }
+    words = trtexec_order(manifest, table)["command"]
+    size = f"{manifest.input.height}x{manifest.input.width}"
+    assert f"--shapes=image:1x3x{size}" in words and "--includeDataTransfers" in words
+    code, _, err = run(capsys, "bench", engine_bundle, "--trtexec")
+    assert code == 2 and "--trtexec measures over ssh" in err
 
 
 def test_values_cannot_be_changed() -> None:

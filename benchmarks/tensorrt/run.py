@@ -24,6 +24,7 @@ from secateur.core.model import evaluating
 from secateur.core.progress import shown, track
 from secateur.devices.host import library_versions
 from secateur.lower import compare_outputs, export_onnx
+from secateur.lower.export import FORM
 from secateur.lower.quant import macs_share
 from secateur.prune import count_macs
 from secateur.runtimes.base import runtime_of
@@ -46,7 +47,7 @@ def main() -> None:
     options = parser.parse_args()
     cases = CASES[:2] if options.quick else CASES
     versions = {name: library_versions().get(name) for name in ("torch", "timm")}
-    versions["tensorrt-rtx"] = tensorrt_version()
+    versions |= {"tensorrt-rtx": tensorrt_version(), "exported form": str(FORM)}
     done = {row["backbone"]: row for row in read_rows(CELLS) if row["versions"] == versions}
     missing = [case for case in cases if case.backbone not in done]
     with shown():

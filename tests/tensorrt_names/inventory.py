@@ -33,8 +33,8 @@ WHEELS = {
 }
 CLASSES = (
     "Builder", "EngineInspector", "IBuilderConfig", "ICudaEngine", "IExecutionContext",
-    "IHostMemory", "ILayer", "ILogger", "INetworkDefinition", "IOptimizationProfile", "ITensor",
-    "ITimingCache", "OnnxParser", "ParserError", "Runtime",
+    "IHostMemory", "ILayer", "ILogger", "INetworkDefinition", "IOptimizationProfile",
+    "IProgressMonitor", "ITensor", "ITimingCache", "OnnxParser", "ParserError", "Runtime",
 )  # fmt: skip
 ENUMS = (
     "BuilderFlag", "ComputeCapability", "DataType", "DeviceType", "ErrorCode",

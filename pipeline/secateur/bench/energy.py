@@ -8,7 +8,7 @@ sampling error; what it cannot tell is how right the meter itself is.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -58,13 +58,16 @@ class Energy:
 
 
 @dataclass(frozen=True)
-class _Round:
+class Round:
+    """What was spent while idling around ``inferences``, and during them."""
+
     idle: Spent
     busy: Spent
     inferences: int
 
     @property
     def per_inference_mj(self) -> float:
+        """Millijoules of one inference above idle."""
         above = self.busy.joules - self.idle.watts * self.busy.seconds
         return 1000 * above / self.inferences
 
@@ -80,9 +83,18 @@ def measure_energy(
     protocol = protocol or EnergyProtocol()
     turns = track(range(protocol.rounds), "measuring energy", protocol.rounds)
     rounds = [_round(call, meter, protocol) for _ in turns]
+    return summarise_energy(rounds, meter.name, meter.covers)
+
+
+def summarise_energy(rounds: Sequence[Round], meter: str, covers: tuple[str, ...]) -> Energy:
+    """Return one inference's energy from two rounds or more of a meter of that name.
+
+    Raises:
+        DeviceError: its counters stand still.
+    """
     if not any(each.busy.joules for each in rounds):
         raise DeviceError(
-            f"{meter.name} stands still while the machine works",
+            f"{meter} stands still while the machine works",
             hint="run `secateur bench` on the machine itself, not in a virtual one",
         )
     found = np.array([each.per_inference_mj for each in rounds])
@@ -95,19 +107,19 @@ def measure_energy(
         busy_w=float(np.mean([each.busy.watts for each in rounds])),
         inferences=sum(each.inferences for each in rounds),
         rounds=len(rounds),
-        meter=meter.name,
-        covers=meter.covers,
+        meter=meter,
+        covers=covers,
     )
 
 
-def _round(call: Callable[[], object], meter: Meter, protocol: EnergyProtocol) -> _Round:
+def _round(call: Callable[[], object], meter: Meter, protocol: EnergyProtocol) -> Round:
     before = _idle(meter, protocol)
     _repeat(call, protocol.settle)
     done: list[int] = []
     busy = meter.spent_by(lambda: done.append(_repeat(call, protocol.seconds)))
     after = _idle(meter, protocol)
     idle = Spent(before.joules + after.joules, before.seconds + after.seconds)
-    return _Round(idle, busy, done[0])
+    return Round(idle, busy, done[0])
 
 
 def _idle(meter: Meter, protocol: EnergyProtocol) -> Spent:

@@ -32,16 +32,15 @@ from secateur.bundle.engine_errors import (
     EngineProblem,
     explain,
     explain_parsing,
-    in_mib,
+    room,
 )
 from secateur.bundle.engine_layers import engine_rows, join_rows, network_rows
-from secateur.bundle.engine_tensorrt import load_tensorrt, process_logger
+from secateur.bundle.engine_options import all_options, batch_sizes, node_table, read_table
+from secateur.bundle.engine_supervise import supervised
+from secateur.bundle.engine_tensorrt import load_tensorrt, process_logger, progress_monitor
 
 WORKSPACE_SHARE = 0.5  # of the free memory: the builder itself and the weights need the rest
 MIB = 1 << 20
-DEFAULTS = {"batch": [1, 1, 1], "workspace_mib": None, "dla": None, "dla_only": False,
-            "sparse": False, "tf32": True, "level": None, "compute_capabilities": []}  # fmt: skip
-OPTIONS = "engine_options.json"  # of a bundle: changes to DEFAULTS
 
 
 class Differences:
@@ -84,13 +83,25 @@ class Job:
         self.workspace = self.free and int(self.free * WORKSPACE_SHARE)
         if options["workspace_mib"]:
             self.workspace = options["workspace_mib"] * MIB
-        self.words = {"version": trt.__version__, "free": in_mib(self.free),
-                      "workspace": in_mib(self.workspace)}  # fmt: skip
+        self.words = {"version": trt.__version__, "room": room(self.free, self.workspace)}
 
     def problem(self, text=None):
         """The BuildProblem for TensorRT's own words, by default the errors it logged."""
         errors = [line for severity, line in self.logger.lines if severity != "WARNING"]
         return BuildProblem(explain(text or "\n".join(errors), self.words))
+
+    def serialized(self, builder, network, config):
+        """The bytes of the engine; meanwhile its steps are told on stderr."""
+        config.progress_monitor = monitor = progress_monitor(self.trt)
+        try:
+            plan = builder.build_serialized_network(network, config)
+            if plan is not None:
+                return bytes(plan)
+        except (MemoryError, RuntimeError, TypeError, ValueError) as error:
+            raise self.problem("{}: {}".format(type(error).__name__, error)) from error
+        if monitor.stopped:
+            raise KeyboardInterrupt
+        raise self.problem()
 
 
 def parse(job, builder, model):
@@ -219,33 +230,15 @@ def read_model(folder):
     model = folder / "model.onnx"
     if not model.is_file():
         raise BuildProblem("there is no {}: run the build_engine.py of a bundle".format(model))
-    manifest = read_table(folder / "manifest.json")
-    if manifest and manifest["files"]["model.onnx"]["sha256"] != file_digest(model):
+    table = folder / "manifest.json"
+    try:
+        manifest = read_table(table)
+        wanted = manifest and manifest["files"]["model.onnx"]["sha256"]
+    except (KeyError, TypeError) as error:
+        raise BuildProblem("{} does not name model.onnx: copy it again".format(table)) from error
+    if manifest and wanted != file_digest(model):
         raise BuildProblem("model.onnx is not the file of this manifest; copy it again")
     return model.read_bytes()
-
-
-def read_table(path):
-    """The content of a JSON file, or {} where there is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if not isinstance(found, dict):
-            raise ValueError("it is no table")
-        return found
-    except ValueError as error:
-        raise BuildProblem("{} is damaged ({}): copy it again".format(path, error)) from error
-
-
-def read_options(folder):
-    """The bundle's own changes to DEFAULTS."""
-    found = read_table(folder / OPTIONS)
-    unknown = sorted(set(found) - set(DEFAULTS))
-    if unknown:
-        raise BuildProblem(
-            "{} has an option {} that this builder does not know: copy the whole bundle "
-            "again".format(OPTIONS, unknown[0])
-        )
-    return found
 
 
 def build(folder, options=None, trt=None):
@@ -254,10 +247,11 @@ def build(folder, options=None, trt=None):
     ``options`` are changes to the bundle's own. Raises BuildProblem, with one sentence.
     """
     folder, started = Path(folder), time.time()
-    options = {**DEFAULTS, **read_options(folder), **(options or {})}
+    options = all_options(folder, options or {})
     model = read_model(folder)
+    nodes = node_table(folder)
     trt = trt or load_tensorrt()
-    job = Job(trt, options, read_table(folder / "nodes.json").get("nodes", {}))
+    job = Job(trt, options, nodes)
     for name in ("engine.json", "layers.json"):  # they must not vouch for another engine
         if (folder / name).exists():
             (folder / name).unlink()
@@ -271,14 +265,11 @@ def build(folder, options=None, trt=None):
         job, builder, network, cache_file.read_bytes() if cache_file.is_file() else b""
     )
     parsed = time.time()
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        raise job.problem()
+    plan = job.serialized(builder, network, config)
     built = time.time()
     if job.differences.timing_cache:
         cache = config.get_timing_cache()
         write_whole(cache_file, bytes(cache.serialize()))
-    plan = bytes(plan)
     write_whole(folder / "model.engine", plan)
     table = layer_table(job, network, plan)
     write_table(folder / "layers.json", table)
@@ -299,15 +290,6 @@ def build(folder, options=None, trt=None):
     return engine
 
 
-def batch_sizes(text):
-    """``4`` or ``1:4:16`` -> [least, best, most]."""
-    sizes = [int(part) for part in text.split(":")]
-    sizes = sizes * 3 if len(sizes) == 1 else sizes
-    if len(sizes) != 3 or sizes != sorted(sizes) or sizes[0] < 1:
-        raise argparse.ArgumentTypeError("give N, or MIN:OPT:MAX from small to large")
-    return sizes
-
-
 def arguments():
     """The command line."""
     line = argparse.ArgumentParser(description="Build this bundle's TensorRT engine.")
@@ -324,6 +306,7 @@ def arguments():
         help="tensorrt-rtx only: build for this GPU; may be repeated")  # fmt: skip
     add("--check", action="store_true", help="say whether the engine here fits this device")
     add("--json", action="store_true", help="print engine.json's content")
+    add("--in-this-process", dest="alone", action="store_true", help=argparse.SUPPRESS)
     return line
 
 
@@ -334,34 +317,42 @@ def check(folder):
         files = {name: file_digest(folder / name) for name in ("model.onnx", "model.engine")}
     except (OSError, ValueError) as error:
         raise BuildProblem("no engine to check ({}): build it first".format(error)) from error
-    found = check_engine(engine, device_facts(load_tensorrt()), files)
+    facts = device_facts(load_tensorrt())
+    found = check_engine(engine, facts, files)
     for field, built, here, refuse in found:
         print("{}: built {}, here {}{}".format(field, built, here, "" if refuse else " (slower)"))
     if any(difference.refuse for difference in found):
         raise BuildProblem("the engine does not fit this device: build it again here")
+    print("model.engine fits this device, {} {}".format(facts["runtime"], facts["tensorrt"]))
 
 
 def main(argv=None):
     """Run the command line; return 0, or 2 after one sentence on stderr."""
-    options = vars(arguments().parse_args(argv))
+    words = sys.argv[1:] if argv is None else argv
+    options = vars(arguments().parse_args(words))
     folder = Path(__file__).resolve().parent
-    only_check, as_json = options.pop("check"), options.pop("json")
+    only_check, as_json, alone = (options.pop(name) for name in ("check", "json", "alone"))
     try:
         if sys.version_info < (3, 8):
             raise BuildProblem("Python {} is too old: 3.8 is needed".format(sys.version.split()[0]))
         if only_check:
             check(folder)
             return 0
+        if not alone:
+            return supervised(Path(__file__).resolve(), [*words, "--in-this-process"])
         given = {name: value for name, value in options.items() if value is not None}
         engine = build(folder, given)
     except EngineProblem as problem:
         print("error: {}".format(problem), file=sys.stderr)
         return 2
+    except MemoryError:
+        print("error: memory ran out: close what else runs, or add swap", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        print("error: cannot write into {}: {}; free some space, or copy the bundle to a folder "
-              "of your own".format(folder, error.strerror or error), file=sys.stderr)  # fmt: skip
+        print("error: {}: {}; free some space, or copy the bundle to a folder of your own".format(
+            error.filename or folder, error.strerror or error), file=sys.stderr)  # fmt: skip
         return 2
     said = "model.engine: {bytes} bytes, {layers} layers, {seconds[build]} s, "
     said += "{device[runtime]} {device[tensorrt]}"

@@ -12,13 +12,14 @@ NO_TENSORRT = (
     "`pip install tensorrt`, or `pip install tensorrt-rtx`"
 )
 ADVICE = (  # TensorRT's own words, and what to change; the first that matches is said
-    (r"(?i)out ?of ?memory|cudaError ?2\b|bad_alloc|could not be allocated|FAILED_ALLOC",
-     "memory ran out while building ({free} free, workspace {workspace}): close what else runs, "
-     "give a smaller --workspace or --batch, or add swap"),
+    (r"(?i)out ?of ?memory|cudaError ?2\b|bad_alloc|MemoryError|could not be allocated"
+     r"|FAILED_ALLOC",
+     "memory ran out while building{room}: close what else runs, give a smaller --workspace or "
+     "--batch, or add swap"),
     (r"(?i)could not find any implementation for node (?P<node>.+?)(?: due to|, try|\.\)|\.?$)",
-     "no kernel for {node} fits into the workspace ({workspace}, {free} free): free memory or give "
-     "a larger --workspace; if that is no help, TensorRT {version} lacks this operator in this "
-     "precision: build the bundle with another one"),
+     "no kernel for {node} fits into the workspace{room}: free memory or give a larger "
+     "--workspace; if that is no help, TensorRT {version} lacks this operator in this precision: "
+     "build the bundle with another one"),
     (r"FP32 GEMM is not supported",
      "this GPU has no fp32 matrix product in TensorRT {version}: build the bundle as fp16"),
     (r"(?i)zero[ _]?point",
@@ -43,9 +44,11 @@ class BuildProblem(EngineProblem):
     """The engine cannot be built."""
 
 
-def in_mib(size):
-    """``size`` bytes in words."""
-    return "an unknown amount" if size is None else "{} MiB".format(size >> 20)
+def room(free, workspace):
+    """How much memory there was, in brackets; "" where it is not known. Both in bytes."""
+    sizes = (("{} MiB free", free), ("workspace {} MiB", workspace))
+    said = [text.format(size >> 20) for text, size in sizes if size]
+    return " ({})".format(", ".join(said)) if said else ""
 
 
 def advice(text, words):
@@ -58,7 +61,7 @@ def advice(text, words):
 
 
 def explain(text, words):
-    """One sentence for what the builder logged; ``words``: its version, free, workspace."""
+    """One sentence for what the builder logged; ``words``: its version and room."""
     plain = " ".join(text.split())[:400] or "it gave no reason"
     return advice(text, words) or "TensorRT {version}: {}".format(plain, **words)
 

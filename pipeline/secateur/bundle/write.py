@@ -13,6 +13,7 @@ import onnx
 from numpy.typing import NDArray
 
 from secateur.bundle import build_engine, runner
+from secateur.bundle.engine_options import OPTIONS
 from secateur.bundle.manifest import FileRecord, Manifest
 from secateur.bundle.ncnn_run import NCNN_FILES
 from secateur.bundle.read import REQUIRED_FILES
@@ -22,7 +23,7 @@ CHECK_FILE = "check.npz"
 PARENT_FILE = "parent_images.npz"
 PICTURES = "pictures/*.png"
 FP32_FILE, QUANT_FILE = ORIGIN_FILES = ("fp32.onnx", "quant.json")  # of lower precisions
-BUILDER_FILES = ("build_engine.py", "nodes.json", build_engine.OPTIONS)  # of targets with a GPU
+BUILDER_FILES = ("build_engine.py", "nodes.json", OPTIONS)  # of targets with a GPU
 
 
 def write_check(
@@ -143,8 +144,8 @@ def stand_alone(module: ModuleType) -> str:
 def write_builder(folder: Path, options: Mapping[str, Any] | None = None) -> None:
     """Write ``build_engine.py``, what it is to do, and which task needs which node.
 
-    ``options`` are changes to the builder's DEFAULTS.
+    ``options`` are changes to the builder's defaults (``engine_options.DEFAULTS``).
     """
-    write_json(folder / build_engine.OPTIONS, dict(options or {}))
+    write_json(folder / OPTIONS, dict(options or {}))
     write_text(folder / "build_engine.py", stand_alone(build_engine))
     write_json(folder / "nodes.json", {"nodes": node_tasks(folder / "model.onnx")})

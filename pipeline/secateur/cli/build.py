@@ -23,6 +23,7 @@ from secateur.cli.options import (
     teller,
 )
 from secateur.core.progress import shown
+from secateur.devices.target import load_target
 
 if TYPE_CHECKING:
     from secateur.bundle.manifest import AccuracyIntervals, BudgetRecord, Manifest
@@ -61,7 +62,7 @@ def build(
         from secateur.flow.engine import check_device, engine_on_device
 
         for name in names:
-            check_device(name, device)  # before the long work
+            check_device(name, device, loaded.engine.dla)  # before the long work
     for name in names:
         with shown(quiet=as_json):
             results.append(run_build(loaded, name, out, cache=StageCache(cache), table=table,
@@ -132,7 +133,21 @@ def print_result(result: BuildResult, console: Console) -> None:
     console.print(f"table     {folder / 'manifest.json'}", soft_wrap=True, highlight=False)
     for picture in ("contact_sheet.png", "savings.png"):
         console.print(f"pictures  {folder / 'pictures' / picture}", soft_wrap=True, highlight=False)
-    console.print(f"run it    python3 {folder / 'run.py'} IMAGE", soft_wrap=True, highlight=False)
+    for line in _next_lines(folder, manifest):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def _next_lines(folder: Path, manifest: Manifest) -> list[str]:
+    """Say how the bundle is run, and first what is still to be done on its device."""
+    target = load_target(manifest.device)
+    lines = []
+    if target.engine_runtime and not (folder / "model.engine").exists():
+        lines.append("engine    not built yet, it is made on the device itself: repeat this build "
+                     "with --device ssh://HOST, or copy the bundle there and run "
+                     "`python3 build_engine.py`")  # fmt: skip
+    if not manifest.latency_ms:
+        lines.append(f"latency   to be measured there: secateur bench {folder} --device ssh://HOST")
+    return [*lines, f"run it    python3 {folder / 'run.py'} IMAGE"]
 
 
 def budget_line(name: str, budget: BudgetRecord) -> str:
@@ -236,6 +251,4 @@ def _cost_table(manifest: Manifest) -> Table:
         table.add_row(name, f"{before:,.5g}", f"{after:,.5g}", f"{after / before:.4f}")
     if any(result["noisy"] for result in latency.values()):
         table.caption = "noisy: the latencies varied by more than 10 %"
-    if not latency:
-        table.caption = f"latency: run `secateur bench` on the {manifest.device} itself"
     return table

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from dataclasses import asdict
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -26,16 +27,24 @@ OPTIONAL = {
 }
 
 
-def doctor(device: DeviceOption = None, as_json: JsonOption = False) -> None:
+def doctor(
+    device: DeviceOption = None,
+    stop: Annotated[
+        bool, typer.Option("--stop", help="With --device: end what earlier calls left running.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
     """What this machine can build and run, and what is missing, with the command that fixes it.
 
-    With --device: what that device is, and whether engines can be built there.
+    With --device: what that device is, whether engines can be built there, and which jobs run.
 
     Example: secateur doctor
     """
     if device:
-        _examine(device, as_json)
+        _examine(device, stop, as_json)
         return
+    if stop:
+        raise DeviceError("--stop ends jobs on a device", hint="name it with --device")
     missing = {
         name: {"for": purpose, "fix": fix}
         for name, (purpose, fix) in OPTIONAL.items()
@@ -65,16 +74,20 @@ def doctor(device: DeviceOption = None, as_json: JsonOption = False) -> None:
                       "export SECATEUR_DATA=/path/to/data")  # fmt: skip
 
 
-def _examine(device: str, as_json: bool) -> None:
-    """Print what a device is; unknown facts are named as such."""
+def _examine(device: str, stop: bool, as_json: bool) -> None:
+    """Print what a device is; unknown facts are named as such. ``stop``: end its jobs first."""
     from secateur.devices.connect import connect
     from secateur.devices.probe import target_of
+    from secateur.devices.remote_job import stop_jobs
     from secateur.devices.remote_probe import probe, probe_python
 
     with connect(device) as connection:
-        facts, python, problem = probe(connection), None, None
+        facts, python, problem, stopped = probe(connection), None, None, list[str]()
         try:
             python = probe_python(connection)
+            if stop:
+                stopped = stop_jobs(connection, python.jobs)
+                python = probe_python(connection)
         except ConnectionLost:
             raise
         except DeviceError as error:  # a device without Python is still a device
@@ -83,13 +96,15 @@ def _examine(device: str, as_json: bool) -> None:
     target = target_of(facts, map(load_target, target_names()))
     report = {"device": name, "target": target.name if target else None, **asdict(facts),
               "python": asdict(python) if python else None,
-              "python_problem": str(problem) if problem else None}  # fmt: skip
+              "python_problem": str(problem) if problem else None,
+              **({"stopped": stopped} if stop else {})}  # fmt: skip
     if as_json:
         typer.echo(json.dumps(report, indent=2, default=sorted))  # a set of CPU features
         return
     table = Table("fact", "value")
     for key, value in report.items():
-        shown = ("none" if key == "python_problem" else "unknown") if value in (None, ()) else value
+        none = key in ("python_problem", "stopped")
+        shown = ("none" if none else "unknown") if value in (None, (), []) else value
         table.add_row(
             key, escape(shown if isinstance(shown, str) else json.dumps(shown, default=sorted))
         )

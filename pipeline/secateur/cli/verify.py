@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from secateur.cli.options import JsonOption, teller
+from secateur.core.errors import DeviceError
 from secateur.core.progress import shown
 
 if TYPE_CHECKING:
@@ -113,6 +114,9 @@ def bench(
     device: Annotated[str, typer.Option(help=f"Where to measure: {_DEVICES}.")] = "local",
     threads: Annotated[int | None, typer.Option(help="Threads (default: the manifest's).")] = None,
     cpu: Annotated[str | None, typer.Option(help="The emulated CPU model.")] = None,
+    trtexec: Annotated[
+        bool, typer.Option("--trtexec", help="Over ssh: let TensorRT's trtexec measure, too.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Latency by the protocol: inference alone, and from image file to decoded answer; energy.
@@ -127,10 +131,12 @@ def bench(
     from secateur.devices.emulated import asked_cpus
 
     cpus = asked_cpus(device, [cpu] if cpu else [])
+    if trtexec and not device.startswith("ssh:"):
+        raise DeviceError("--trtexec measures over ssh", hint="give --device ssh://host")
     if cpus is not None:
         _bench_emulated(bundle, cpus, as_json)
         return
-    record = _benched(bundle, device, threads, as_json)
+    record = _benched(bundle, device, threads, as_json, trtexec)
     if as_json:
         typer.echo(json.dumps(record, indent=2))
         return
@@ -146,6 +152,8 @@ def bench(
     console = Console()
     console.print(table)
     console.print(energy_line(record["energy"]), soft_wrap=True, highlight=False, markup=False)
+    for line in state_lines(record.get("telemetry")) + opinion_lines(record.get("trtexec")):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
     console.print(f"{record['runtime']}, {record['threads']} thread(s), {record['host']['cpu']}; "
                   f"written to {bundle / 'bench.json'}", soft_wrap=True)  # fmt: skip
 
@@ -164,7 +172,33 @@ def energy_line(found: Mapping[str, Any]) -> str:
     )
 
 
-def _benched(bundle: Path, device: str, threads: int | None, as_json: bool) -> dict[str, Any]:
+def state_lines(state: Mapping[str, Any] | None) -> list[str]:
+    """Return ``bench.json``'s telemetry in words; nothing where the device tells nothing."""
+    if state is None:
+        return []
+    mode, busy, lines = state["before"]["mode"], state["busy"], []
+    said = [f"power mode {mode['name']}"] if mode else []
+    if busy:
+        said += [f"{busy['power_w']:.3g} W"] if busy["power_w"] is not None else []
+        said += [f"{busy['hottest_c']:g} °C at most"] if busy["hottest_c"] is not None else []
+        said += ["GPU {:g} to {:g} MHz".format(*busy["gpu_mhz"])] if busy["gpu_mhz"] else []
+    if said:
+        lines.append(f"at work: {', '.join(said)}")
+    return lines + [f"note: {note}" for note in state["notes"]]
+
+
+def opinion_lines(opinion: Mapping[str, Any] | None) -> list[str]:
+    """Return ``bench.json``'s second opinion in words, where there is one."""
+    if opinion is None:
+        return []
+    from secateur.flow.second_opinion import said_of
+
+    return said_of(opinion)
+
+
+def _benched(
+    bundle: Path, device: str, threads: int | None, as_json: bool, trtexec: bool
+) -> dict[str, Any]:
     if device == "local":
         from secateur.flow.measure import bench as run_bench
 
@@ -172,7 +206,7 @@ def _benched(bundle: Path, device: str, threads: int | None, as_json: bool) -> d
             return run_bench(bundle, threads=threads)
     from secateur.flow.remote import bench_on_device
 
-    return bench_on_device(bundle, device, teller(quiet=as_json), threads=threads)
+    return bench_on_device(bundle, device, teller(quiet=as_json), threads=threads, trtexec=trtexec)
 
 
 def _bench_emulated(bundle: Path, cpus: Sequence[str], as_json: bool) -> None:

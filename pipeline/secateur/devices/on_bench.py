@@ -11,12 +11,18 @@ import json
 import os
 import platform
 import resource
+import shutil
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+LOOK_EVERY = 0.05  # seconds between two looks at the system's files
+MOST_LOOKS, LONGEST_TEXT = 500, 200  # of a phase; of a file
 TOLD_EVERY = 5.0  # seconds between lines on how far it is
 ZONES = "/sys/class/thermal"
 CLOCKS = "/sys/devices/system/cpu/cpu0/cpufreq"
@@ -68,12 +74,18 @@ def infer(result: str, images: list[str], threads: int | None) -> None:
 
 
 def latency(
-    result: str, image: str, file: str, threads: int | None, protocol: dict[str, Any]
+    result: str,
+    image: str,
+    file: str,
+    threads: int | None,
+    protocol: dict[str, Any],
+    watched: dict[str, Any] | None = None,
 ) -> None:
     """Write the protocol's samples as JSON, with what the device is and did meanwhile.
 
     ``image``: what the runtime's call alone is measured on; ``file``: what is read, decoded,
-    prepared, run and answered from end to end.
+    prepared, run and answered from end to end. ``watched``: arguments of ``watch``, whose looks
+    come after the timed runs, to leave those alone.
     """
     runner = opened(threads)
     inputs = runner.module.preprocess(runner.module.read_rgb(image), runner.manifest["input"])
@@ -85,8 +97,10 @@ def latency(
     calls = {"host_to_host": lambda: runner.session.run(inputs), "end_to_end": from_file}
     before = temperature_c()
     samples = take_samples(calls, progress=lambda rounds: told(rounds, "rounds"), **protocol)
+    seconds = protocol["seconds"] / 3
     found = {
         "samples_ms": samples,
+        "phases": watch(calls["host_to_host"], seconds, **watched) if watched else [],
         "temperature_before_c": before,
         "temperature_after_c": temperature_c(),
         "runtime": runner.runtime,
@@ -98,6 +112,85 @@ def latency(
     }
     with written(result) as part:
         part.write_text(json.dumps(found))
+
+
+def trtexec(result: str, command: list[str], reports: list[str]) -> None:
+    """Write what ``trtexec`` prints and the reports it writes, as JSON."""
+    places = (command[0], shutil.which("trtexec"))
+    program = next((place for place in places if place and Path(place).exists()), None)
+    if program is None:
+        raise FileNotFoundError("there is no trtexec here: sudo apt install libnvinfer-bin")
+    process = subprocess.run(
+        [program, *command[1:]], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+    )
+    found = {name: text_of(name) for name in reports}
+    with written(result) as part:
+        part.write_text(json.dumps({
+            "code": process.returncode, "output": process.stdout.decode("utf-8", "replace"),
+            "reports": {name: text for name, text in found.items() if text is not None},
+        }))  # fmt: skip
+
+
+def watch(
+    call: Callable[[], object],
+    seconds: float,
+    patterns: list[str],
+    root: str,
+    rounds: int,
+    settle: float,
+) -> list[dict[str, Any]]:
+    """Return what files of the system say while nothing runs, and while ``call`` does.
+
+    In every round ``seconds`` of calls between two halves of idling; what follows a change for
+    ``settle`` seconds is not looked at. Files are glob patterns below ``root``.
+    """
+    paths = [path for pattern in patterns for path in Path(f"{root}/").glob(pattern[1:])]
+
+    def once() -> dict[str, str]:
+        texts = {str(path)[len(root) :]: text_of(str(path)) for path in paths}
+        return {name: text[:LONGEST_TEXT] for name, text in texts.items() if text is not None}
+
+    say(f"watching {len(paths)} files of the system")
+    phases = []
+    for _ in told(range(rounds), "rounds watched"):
+        for phase, long in (("idle", seconds / 2), ("busy", seconds), ("idle", seconds / 2)):
+            work = call if phase == "busy" else partial(time.sleep, LOOK_EVERY)
+            repeat(work, settle)
+            phases.append({"phase": phase, **look_during(work, long, once)})
+    return phases
+
+
+def look_during(
+    work: Callable[[], object], seconds: float, once: Callable[[], dict[str, str]]
+) -> dict[str, Any]:
+    """Repeat ``work`` for so long while a thread of its own takes looks."""
+    looks: list[dict[str, Any]] = []
+    done, start = threading.Event(), time.perf_counter()
+
+    def keep_looking() -> None:
+        while not done.is_set() and len(looks) < MOST_LOOKS:
+            before = time.perf_counter()
+            files = once()
+            at = (before + time.perf_counter()) / 2 - start  # reading them takes milliseconds
+            looks.append({"at": at, "files": files})
+            done.wait(LOOK_EVERY)
+
+    thread = threading.Thread(target=keep_looking, daemon=True)
+    thread.start()
+    calls = repeat(work, seconds)
+    took = time.perf_counter() - start
+    done.set()
+    thread.join()
+    return {"seconds": took, "calls": calls, "looks": looks}
+
+
+def repeat(work: Callable[[], object], seconds: float) -> int:
+    """Call again and again for that long, once at least; return how often."""
+    until, count = time.perf_counter() + seconds, 0
+    while not count or time.perf_counter() < until:
+        work()
+        count += 1
+    return count
 
 
 def opened(threads: int | None) -> Any:
@@ -183,7 +276,9 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **loaded}
 
 
-VERBS: dict[str, Callable[..., None]] = {"infer": infer, "latency": latency}
+VERBS: dict[str, Callable[..., None]] = {
+    "infer": infer, "latency": latency, "trtexec": trtexec,
+}  # fmt: skip
 
 
 def main(argv: list[str]) -> int:

@@ -156,7 +156,7 @@ def take_device() -> int:
 
 
 def look(modules: list[str]) -> None:
-    """Answer what jobs could use: this Python, those of the modules that it has, free space."""
+    """Answer what jobs could use: this Python, which modules it has, free space; and who runs."""
     found: dict[str, str | None] = {}
     for name in modules:
         try:
@@ -164,8 +164,9 @@ def look(modules: list[str]) -> None:
         except Exception as error:  # whatever a broken installation raises
             found[name] = None
             sys.stderr.write(f"{name}: {error}\n")
-    python, folder, free = sys.version.split()[0], str(builds()), free_bytes(builds())
-    answer(python=python, executable=sys.executable, modules=found, folder=folder, free=free)
+    jobs = sorted(path.name for path in builds().glob("*") if held(path / "job.lock"))
+    answer(python=sys.version.split()[0], executable=sys.executable, modules=found, jobs=jobs,
+           folder=str(builds()), free=free_bytes(builds()))  # fmt: skip
 
 
 class Incoming:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +77,7 @@ def follow_job(connection: Connection, job: Job, tell: Tell) -> Made:
         BuildError, DeviceError: the job's kind of error, with the reason that it gave.
     """
     last, lines, end, heard = "", 0, None, time.monotonic()
-    for answer in connection.ask("follow", folder=job.folder):
+    for answer in _answers(connection, job, tell):
         if isinstance(answer.get("line"), str):
             heard = time.monotonic()
             if lines < _MOST_LINES:
@@ -111,6 +111,15 @@ def follow_job(connection: Connection, job: Job, tell: Tell) -> Made:
     }
 
 
+def _answers(connection: Connection, job: Job, tell: Tell) -> Iterator[dict[str, Any]]:
+    try:
+        yield from connection.ask("follow", folder=job.folder)
+    except KeyboardInterrupt:
+        tell(f"the {job.noun} goes on there; to end it: secateur doctor --device "
+             f"'{connection.name}' --stop")  # fmt: skip
+        raise
+
+
 def _failed(
     connection: Connection, job: Job, code: object, last: str, free: object
 ) -> DeviceError | BuildError:
@@ -127,6 +136,20 @@ def _failed(
     else:
         what = f"the {job.noun} ended with status {code}: {last or 'it gave no reason'}"
     return job.error(f"{connection.name}: {what}", hint="change that, run the same command again")
+
+
+def stop_jobs(connection: Connection, folders: Sequence[str]) -> list[str]:
+    """Stop jobs and remove their folders; return those of which none is left.
+
+    Raises:
+        DeviceError: the device cannot be reached.
+    """
+    gone = []
+    for folder in folders:
+        list(connection.ask("stop", folder=folder))
+        answers = list(connection.ask("remove", folder=folder))
+        gone += [folder] * any(answer.get("removed") is True for answer in answers)
+    return gone
 
 
 def remove_job(connection: Connection, folder: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,12 +32,16 @@ _PACKAGES = {"cv2": "opencv-python-headless"}
 
 @dataclass(frozen=True)
 class PythonFacts:
-    """The device's Python: versions of modules (None: absent), bytes free for us."""
+    """The device's Python: versions of modules (None: absent), bytes free for us.
+
+    ``jobs`` are the folders of our jobs that run there, whoever of the same user began them.
+    """
 
     version: str
     executable: str
     modules: dict[str, str | None]
     free: int | None
+    jobs: tuple[str, ...] = ()
 
 
 def probe(connection: Connection) -> DeviceFacts:
@@ -63,7 +68,7 @@ def probe_python(connection: Connection, wanted: Sequence[str] = ENGINE_MODULES)
     found: dict[str, object] = {}
     for answer in connection.ask("look", modules=list(wanted)):
         found = answer
-    modules, free = found.get("modules"), found.get("free")
+    modules, free, jobs = (found.get(name) for name in ("modules", "free", "jobs"))
     given = modules if isinstance(modules, dict) else {}
     return PythonFacts(
         version=clean(str(found.get("python"))),
@@ -73,6 +78,11 @@ def probe_python(connection: Connection, wanted: Sequence[str] = ENGINE_MODULES)
             for name in wanted
         },
         free=free if isinstance(free, int) else None,
+        jobs=tuple(
+            name
+            for name in (jobs if isinstance(jobs, list) else ())
+            if isinstance(name, str) and re.fullmatch(r"[0-9a-z]{1,64}", name, re.ASCII)
+        ),
     )
 
 

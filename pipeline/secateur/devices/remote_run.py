@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
@@ -36,7 +36,7 @@ AGENT = "on_bench.py"
 LONGEST_RESULT = 64 * MIB  # of JSON
 PATIENCE = 1800.0  # seconds without a line, which comes every few seconds while images run
 
-Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Known = Annotated[float, Field(allow_inf_nan=False)] | None
 Short = Annotated[str, StringConstraints(max_length=200)]
 
@@ -60,16 +60,33 @@ class ToldHost(_Told):
 
 
 class ToldSamples(_Told):
-    """Milliseconds of successive calls."""
+    """Positive of successive calls."""
 
-    host_to_host: list[Milliseconds]
-    end_to_end: list[Milliseconds]
+    host_to_host: list[Positive]
+    end_to_end: list[Positive]
+
+
+class ToldLook(_Told):
+    """Texts of the device's files, ``at`` so many seconds after a phase began."""
+
+    at: Annotated[float, Field(allow_inf_nan=False)]
+    files: dict[Short, Short]
+
+
+class ToldPhase(_Told):
+    """What was looked at while the device idled, or ran ``calls`` inferences."""
+
+    phase: Literal["idle", "busy"]
+    seconds: Positive
+    calls: Annotated[int, Field(ge=1)]
+    looks: Annotated[list[ToldLook], Field(max_length=on_bench.MOST_LOOKS)]
 
 
 class ToldLatency(_Told):
     """What ``on_bench.latency`` writes."""
 
     samples_ms: ToldSamples
+    phases: Annotated[list[ToldPhase], Field(max_length=30)]
     temperature_before_c: Known
     temperature_after_c: Known
     runtime: Short

@@ -127,6 +127,7 @@ class Target(Strict):
             Row(f"power mode {mode.name}", mode.said(), mode.source, mode.derived)
             for mode in self.power_modes
         ]
+        rows += self._rates()
         rows += [
             Row(f"JetPack {stack.jetpack}", stack.said(), stack.source, stack.derived)
             for stack in self.stacks
@@ -135,6 +136,22 @@ class Target(Strict):
             Row(name, f"{fact.value} {fact.unit}".strip(), fact.source, fact.derived)
             for name, fact in self.facts.items()
         ]
+
+    def _rates(self) -> list[Row]:
+        """Return the GPU's dense peaks in every power mode, or without any where it has none."""
+        if self.gpu is None:
+            return []
+        modes = self.power_modes or (PowerMode(name="", source=self.gpu.source),)
+        rows = []
+        units: dict[Literal["int8", "fp16"], str] = {"int8": "TOPS", "fp16": "TFLOPS"}
+        for precision, unit in units.items():
+            rates = [(mode.name, self.gpu.dense_rate(precision, mode)) for mode in modes]
+            said = [f"{rate:.3g}{name and f' in {name}'}" for name, rate in rates if rate]
+            if said:
+                words = f"{unit} of the GPU alone, without sparsity: {', '.join(said)}"
+                rows.append(Row(f"dense {precision}", words, "rate per SM and GHz of gpu, above, "
+                                "x SMs x GHz of the mode", True))  # fmt: skip
+        return rows
 
 
 def _stack_of(stacks: tuple[Stack, ...], release: Version) -> Stack | None:

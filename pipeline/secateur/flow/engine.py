@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from secateur.bundle.build_engine import OPTIONS
+from secateur.bundle.engine_options import OPTIONS
 from secateur.bundle.read import check_files, read_bundle
 from secateur.core.errors import DeviceError, RecipeError
 from secateur.devices.connect import connect
@@ -14,6 +14,7 @@ from secateur.devices.remote_build import BUILDER, EngineRecord, Order, build_en
 from secateur.devices.remote_job import Tell
 from secateur.devices.remote_probe import check_python, probe, probe_python
 from secateur.devices.target import Target, load_target, target_names
+from secateur.devices.version import Version, parse_version, show_version
 from secateur.flow.recipe import Recipe
 
 _NEEDED = (BUILDER, "model.onnx", "nodes.json", OPTIONS)
@@ -45,18 +46,37 @@ def check_options(recipe: Recipe, target: Target) -> None:
         )
 
 
-def check_device(target_name: str, device: str) -> None:
+def check_device(target_name: str, device: str, dla: int | None = None) -> None:
     """Check that an engine of that target can be built on the device, before any long work.
+
+    ``dla`` is the core that it is to run on.
 
     Raises:
         DeviceError: the target has no engine, or the device is another one, cannot be reached, or
-            lacks the target's TensorRT.
+            lacks the target's TensorRT, or that TensorRT cannot use a DLA.
     """
     target = load_target(target_name)
     runtime = _engine_runtime(target)
     with connect(device) as connection:
         check_fits(target, connection)
-        check_python(probe_python(connection), connection.name, runtime)
+        python = probe_python(connection)
+        check_python(python, connection.name, runtime)
+    if dla is not None:
+        check_dla(target, parse_version(python.modules[runtime] or "") or ())
+
+
+def check_dla(target: Target, tensorrt: Version) -> None:
+    """Raise when that TensorRT can use none of the target's DLA cores.
+
+    Raises:
+        DeviceError: it cannot.
+    """
+    if target.dla_cores(tensorrt) == 0:
+        ranges = " and ".join(each.said() for each in target.dla.tensorrt) if target.dla else "none"
+        raise DeviceError(
+            f"engine.dla: TensorRT {show_version(tensorrt)} has no DLA on a {target.name}",
+            hint=f"leave it out of the recipe (versions with one: {ranges})",
+        )
 
 
 def engine_on_device(folder: Path, device: str, tell: Tell) -> EngineRecord:

@@ -22,6 +22,7 @@ from secateur.core.files import file_sha256, write_json
 from secateur.data.sample import Reader
 from secateur.data.transforms import fit_sample
 from secateur.devices.connect import connect
+from secateur.devices.connection import Connection
 from secateur.devices.probe import DeviceFacts
 from secateur.devices.remote_job import MIB, Tell
 from secateur.devices.remote_probe import check_modules, probe, probe_python
@@ -36,7 +37,9 @@ from secateur.devices.target import load_target, target_names
 from secateur.flow.cache import StageCache
 from secateur.flow.engine import check_fits
 from secateur.flow.recipe import Recipe
+from secateur.flow.second_opinion import engine_of, second_opinion, trtexec_order
 from secateur.flow.verify import VerifyResult, check_parity, judged, own_image
+from secateur.flow.watch import Watch, begin_watch, end_watch
 from secateur.lower import Parity
 
 ENGINE = ("model.engine", "engine.json")
@@ -55,6 +58,7 @@ class Board:
     manifest: Manifest
     facts: DeviceFacts
     bundle: RemoteBundle
+    connection: Connection
 
     def outputs(self, images: Sequence[NDArray[np.uint8]], threads: int | None = None) -> Outputs:
         """Run images (H, W, 3) RGB there; return each task's outputs (N, ...).
@@ -87,7 +91,7 @@ class Board:
         self._check_numbers(found)
         return found
 
-    def latency(self, threads: int, protocol: Protocol) -> ToldLatency:
+    def latency(self, threads: int, protocol: Protocol, watch: Watch) -> ToldLatency:
         """Measure there by the protocol, on the bundle's own image."""
         image = own_image(self.folder)[:, :, ::-1]
         with tempfile.TemporaryDirectory() as scratch:
@@ -95,7 +99,7 @@ class Board:
             for path in files.values():
                 cv2.imwrite(str(path), image)
             order = {"image": "image.png", "file": "image.jpg", "threads": threads,
-                     "protocol": asdict(protocol)}  # fmt: skip
+                     "protocol": asdict(protocol), "watched": watch.order}  # fmt: skip
             return self.bundle.latency(Work("latency", order, files, LONGEST_RESULT))
 
     def _check_numbers(self, outputs: Outputs) -> None:
@@ -155,17 +159,25 @@ def bench_on_device(
     *,
     threads: int | None = None,
     protocol: Protocol | None = None,
+    trtexec: bool = False,
 ) -> dict[str, Any]:
     """Measure a bundle by its own ``run.py`` on a device and write ``bench.json`` into it.
+
+    ``trtexec``: and let TensorRT's own benchmark measure its engine, layer by layer.
 
     Raises:
         BundleError, VerifyError: the bundle is not whole, or its outputs there are wrong.
         DeviceError, ConnectionLost: see ``verify_on_device``.
     """
+    if trtexec:
+        trtexec_order(read_bundle(folder), engine_of(folder))  # before the long work
     with _board(folder, device, tell) as board:
         _checked_parity(board)  # what is measured must be right
         used = threads or board.manifest.threads
-        told = board.latency(used, protocol or Protocol())
+        watch = begin_watch(board.connection)
+        told = board.latency(used, protocol or Protocol(), watch)
+        state, energy = end_watch(watch, board.connection, told.phases)
+        opinion = second_opinion(board.bundle, board.manifest, folder) if trtexec else None
     manifest = board.manifest
     record = {
         "device": board.name,
@@ -175,7 +187,9 @@ def bench_on_device(
         "threads": used,
         "model_sha256": manifest.files[model_files(manifest)[-1]].sha256,
         "latency": {name: row.to_json() for name, row in _latencies(told).items()},
-        "energy": {"not_measurable": "energy is read on the machine that runs secateur"},
+        "energy": energy,
+        "telemetry": state,
+        **({"trtexec": opinion} if opinion else {}),
         "process_peak_memory_mb": told.process_peak_memory_mb,
         "host": _host(board.facts, told),
         "versions": told.versions,
@@ -206,7 +220,7 @@ def _board(folder: Path, device: str, tell: Tell) -> Iterator[Board]:
         key = [connection.name, {name: file_sha256(path) for name, path in files.items()}]
         desk = StageCache().folder("on-device", *key)
         with bundle_on_device(connection, files, desk, tell) as bundle:
-            yield Board(connection.name, folder, manifest, facts, bundle)
+            yield Board(connection.name, folder, manifest, facts, bundle, connection)
 
 
 def _checked_parity(board: Board) -> dict[str, Parity]:
