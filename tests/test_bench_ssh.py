@@ -285,6 +285,8 @@ def told(samples: object, **changes: object) -> str:
             "load_1min": 0.1}  # fmt: skip
     return json.dumps({
         "samples_ms": samples, "temperature_before_c": None, "temperature_after_c": None,
+        "offline_ms": [8.0] * 2, "offline_batch": 8, "throttling_before": {},
+        "throttling_after": {},
         "runtime": "x", "process_peak_memory_mb": 1.0, "host": host, "versions": {}, **changes,
     })  # fmt: skip
 

@@ -175,6 +175,25 @@ class View:
                 for name, row in rows]  # fmt: skip
 
     @property
+    def bench_said(self) -> list[str]:
+        """Sentences on what ``bench.json`` has beside latencies and energy."""
+        bench, said = self.entry.bench, list[str]()
+        if bench is None:
+            return said
+        for name, row in bench.latency.items():
+            said += [f"Bench, {name.replace('_', ' ')}: {remark}." for remark in row.remarks]
+        if bench.offline:
+            noisy = ", noisy" * bench.offline.latency.noisy
+            said.append(f"Offline: {bench.offline.images_per_s:.4g} images a second, "
+                        f"{bench.offline.batch} at a time{noisy}.")  # fmt: skip
+        if bench.memory_mb:
+            parts = {name: getattr(bench.memory_mb, name) for name in ("weights", "activations")}
+            asked = [f"{name} {mb:.4g} MB" for name, mb in parts.items() if mb is not None]
+            said.append(f"Memory: the process at its highest {bench.memory_mb.process_peak:.4g} MB"
+                        f"{'; of the model ' * bool(asked)}{', '.join(asked)}.")  # fmt: skip
+        return said
+
+    @property
     def energy(self) -> EnergyRow | None:
         """What one inference takes, where ``bench.json`` tells."""
         found = self.entry.bench.energy if self.entry.bench else None

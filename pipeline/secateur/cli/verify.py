@@ -112,12 +112,16 @@ def bench(
     bundle: BundleArgument,
     device: Annotated[str, typer.Option(help=f"Where to measure: {_DEVICES}.")] = "local",
     threads: Annotated[int | None, typer.Option(help="Threads (default: the manifest's).")] = None,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Also with 1, 2, 4 ... threads, up to all cores.")
+    ] = False,
     cpu: Annotated[str | None, typer.Option(help="The emulated CPU model.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Latency by the protocol: inference alone, and from image file to decoded answer; energy.
 
-    Energy is that of one inference above idle, where this machine tells (RAPL, INA3221).
+    That is one image after another; offline are batches of images that are all there, as images a
+    second. Energy is that of one inference above idle, where this machine tells (RAPL, INA3221).
 
     With --device ssh://host, the bundle's own run.py is measured there; run it again to resume.
     With --device emulated, no latency: instructions, memory and what has to be on the board.
@@ -130,10 +134,15 @@ def bench(
     if cpus is not None:
         _bench_emulated(bundle, cpus, as_json)
         return
-    record = _benched(bundle, device, threads, as_json)
+    record = _benched(bundle, device, threads, sweep, as_json)
     if as_json:
         typer.echo(json.dumps(record, indent=2))
-        return
+    else:
+        print_bench(record, str(bundle / "bench.json"), Console())
+
+
+def print_bench(record: Mapping[str, Any], file: str, console: Console) -> None:
+    """Print what ``bench`` measured, and every reason to doubt it."""
     percentiles = list(record["latency"]["host_to_host"]["percentiles_ms"])
     table = Table("ms", "min", "mean", "median", *percentiles, "max", "runs", "CoV")
     for name, row in record["latency"].items():
@@ -143,11 +152,42 @@ def bench(
             str(row["runs"]), f"{row['coefficient_of_variation']:.3f}"
             + (" noisy" if row["noisy"] else ""),
         )  # fmt: skip
-    console = Console()
     console.print(table)
-    console.print(energy_line(record["energy"]), soft_wrap=True, highlight=False, markup=False)
+    if record["threads_sweep"]:
+        console.print(_sweep_table(record["threads_sweep"]))
+    for line in _bench_lines(record):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
     console.print(f"{record['runtime']}, {record['threads']} thread(s), {record['host']['cpu']}; "
-                  f"written to {bundle / 'bench.json'}", soft_wrap=True)  # fmt: skip
+                  f"written to {file}", soft_wrap=True)  # fmt: skip
+
+
+def _bench_lines(record: Mapping[str, Any]) -> list[str]:
+    """Return why figures are noisy, then throughput, memory and energy, a line each."""
+    many, memory = record["offline"], record["memory_mb"]
+    lines = [f"{name} is noisy: {remark}" for name, row in
+             [*record["latency"].items(), ("offline", many["latency"])]
+             for remark in row["remarks"]]  # fmt: skip
+    lines += [
+        f"{name}: {row['outliers']} of {row['runs']} calls are outliers, which all figures have in"
+        for name, row in record["latency"].items()
+        if row["outliers"]
+    ]
+    lines.append(f"offline: {many['images_per_s']:.4g} images a second, {many['batch']} at a time")
+    asked = [f"{what} {memory[what]:.4g} MB" for what in ("weights", "activations")
+             if memory[what] is not None]  # fmt: skip
+    peak = f"memory: the process at its highest {memory['process_peak']:.4g} MB"
+    lines.append("; ".join([peak, ", ".join(asked)]) if asked else peak)
+    return [*lines, energy_line(record["energy"])]
+
+
+def _sweep_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table("threads", "ms (median)", "p99", "images a second, offline", "")
+    for row in rows:
+        table.add_row(
+            str(row["threads"]), f"{row['median_ms']:.2f}", f"{row['p99_ms']:.2f}",
+            f"{row['images_per_s']:.4g}", "noisy" if row["noisy"] else "",
+        )  # fmt: skip
+    return table
 
 
 def energy_line(found: Mapping[str, Any]) -> str:
@@ -164,15 +204,17 @@ def energy_line(found: Mapping[str, Any]) -> str:
     )
 
 
-def _benched(bundle: Path, device: str, threads: int | None, as_json: bool) -> dict[str, Any]:
+def _benched(
+    bundle: Path, device: str, threads: int | None, sweep: bool, as_json: bool
+) -> dict[str, Any]:
     if device == "local":
         from secateur.flow.measure import bench as run_bench
 
         with shown(quiet=as_json):
-            return run_bench(bundle, threads=threads)
+            return run_bench(bundle, threads=threads, sweep=sweep)
     from secateur.flow.remote import bench_on_device
 
-    return bench_on_device(bundle, device, teller(quiet=as_json), threads=threads)
+    return bench_on_device(bundle, device, teller(quiet=as_json), threads=threads, sweep=sweep)
 
 
 def _bench_emulated(bundle: Path, cpus: Sequence[str], as_json: bool) -> None:

@@ -64,14 +64,19 @@ class ToldSamples(_Told):
 
     host_to_host: list[Milliseconds]
     end_to_end: list[Milliseconds]
+    device_only: list[Milliseconds] | None = None  # of a runtime that tells
 
 
 class ToldLatency(_Told):
     """What ``on_bench.latency`` writes."""
 
     samples_ms: ToldSamples
+    offline_ms: Annotated[list[Milliseconds], Field(min_length=1)]
+    offline_batch: Annotated[int, Field(gt=0)]
     temperature_before_c: Known
     temperature_after_c: Known
+    throttling_before: dict[Short, int]
+    throttling_after: dict[Short, int]
     runtime: Short
     process_peak_memory_mb: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     host: ToldHost

@@ -13,7 +13,15 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from secateur.bench.latency import Latency, Protocol, summarise
+from secateur.bench.latency import (
+    Latency,
+    Offline,
+    Protocol,
+    offline,
+    summarise,
+    sweep_counts,
+    sweep_row,
+)
 from secateur.bundle.engine_run import has_engine
 from secateur.bundle.manifest import Manifest
 from secateur.bundle.read import check_files, model_files, read_bundle, run_files
@@ -22,6 +30,7 @@ from secateur.core.files import file_sha256, write_json
 from secateur.data.sample import Reader
 from secateur.data.transforms import fit_sample
 from secateur.devices.connect import connect
+from secateur.devices.on_bench import throttled
 from secateur.devices.probe import DeviceFacts
 from secateur.devices.remote_job import MIB, Tell
 from secateur.devices.remote_probe import check_modules, probe, probe_python
@@ -35,6 +44,7 @@ from secateur.devices.remote_run import (
 from secateur.devices.target import load_target, target_names
 from secateur.flow.cache import StageCache
 from secateur.flow.engine import check_fits
+from secateur.flow.measure import memory_record
 from secateur.flow.recipe import Recipe
 from secateur.flow.verify import VerifyResult, check_parity, judged, own_image
 from secateur.lower import Parity
@@ -155,17 +165,26 @@ def bench_on_device(
     *,
     threads: int | None = None,
     protocol: Protocol | None = None,
+    sweep: bool = False,
 ) -> dict[str, Any]:
     """Measure a bundle by its own ``run.py`` on a device and write ``bench.json`` into it.
 
+    ``sweep``: also with every number of threads that the device has cores for.
+
     Raises:
         BundleError, VerifyError: the bundle is not whole, or its outputs there are wrong.
-        DeviceError, ConnectionLost: see ``verify_on_device``.
+        DeviceError, ConnectionLost: see ``verify_on_device``; or an engine has no threads to sweep.
     """
+    if sweep and has_engine(folder):  # type: ignore[no-untyped-call]
+        raise DeviceError(
+            f"{folder} runs as an engine: the number of the CPU's threads does not change it",
+            hint="bench it without --sweep",
+        )
     with _board(folder, device, tell) as board:
         _checked_parity(board)  # what is measured must be right
         used = threads or board.manifest.threads
         told = board.latency(used, protocol or Protocol())
+        swept = _swept(board, told, protocol or Protocol()) if sweep else None
     manifest = board.manifest
     record = {
         "device": board.name,
@@ -176,7 +195,9 @@ def bench_on_device(
         "model_sha256": manifest.files[model_files(manifest)[-1]].sha256,
         "latency": {name: row.to_json() for name, row in _latencies(told).items()},
         "energy": {"not_measurable": "energy is read on the machine that runs secateur"},
-        "process_peak_memory_mb": told.process_peak_memory_mb,
+        "offline": _offline(told).to_json(),
+        "threads_sweep": swept,
+        "memory_mb": memory_record(folder, manifest, told.process_peak_memory_mb),
         "host": _host(board.facts, told),
         "versions": told.versions,
     }
@@ -231,11 +252,26 @@ def _parts(
 
 def _latencies(told: ToldLatency) -> dict[str, Latency]:
     """Return the statistics, made here from every single call."""
-    temperatures = told.temperature_before_c, told.temperature_after_c
+    lowered = throttled(told.throttling_before, told.throttling_after)
+    seen = told.temperature_before_c, told.temperature_after_c, lowered
     return {
-        name: summarise(np.array(values), *temperatures)
+        name: summarise(np.array(values), *seen)
         for name, values in dict(told.samples_ms).items()
+        if values is not None
     }
+
+
+def _offline(told: ToldLatency) -> Offline:
+    return offline(np.array(told.offline_ms), told.offline_batch)
+
+
+def _swept(board: Board, told: ToldLatency, protocol: Protocol) -> list[dict[str, Any]]:
+    """Measure with every number of threads there, one after the other."""
+    rows = []
+    for count in sweep_counts(told.host.logical_cores or 1):
+        found = board.latency(count, protocol)
+        rows.append(sweep_row(count, _latencies(found)["host_to_host"], _offline(found)))
+    return rows
 
 
 def _host(facts: DeviceFacts, told: ToldLatency) -> dict[str, Any]:
