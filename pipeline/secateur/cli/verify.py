@@ -67,6 +67,8 @@ def _print_checked(result: VerifyResult, console: Console) -> None:
             change += f" ({low:+.2f} to {high:+.2f})"
         table.add_row(task, f"{parity.max_abs_difference:.2e}", f"{parity.relative:.2e}", change)
     console.print(table)
+    if result.split:
+        console.print(f"accuracy on {result.split}:", highlight=False)
     for task, metrics in (result.accuracy or {}).items():
         said = [f"{name} {value:.4g}" for name, value in metrics.items()]
         if result.intervals:
