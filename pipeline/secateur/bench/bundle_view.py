@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from secateur.bench.charts import Layer, Skyline, skyline
+from secateur.bench.decisions import Decisions, decisions
 from secateur.bench.record import BenchRecord, EnergyRow, NoEnergy
 from secateur.bench.wording import change, count, megabytes, millijoules, milliseconds, number
 from secateur.core.errors import RecipeError
@@ -18,7 +19,6 @@ from secateur.core.task import Task
 from secateur.metrics.kind import kind_of
 
 COLOURS = 7  # of sets of tasks; the page's style has one more for "not known"
-DECISIONS = ("quantisation", "precision_choice")  # of the manifest, where a build made them
 
 
 @dataclass(frozen=True)
@@ -336,8 +336,12 @@ class View:
     def plan(self) -> list[tuple[str, str]]:
         """What was decided, but for what is drawn elsewhere."""
         facts = {k: v for k, v in self.manifest["plan"].items() if k not in ("lost", "cuts")}
-        facts |= {k: v for k in DECISIONS if (v := self.manifest.get(k)) is not None}
         return _facts(facts)
+
+    @property
+    def decisions(self) -> Decisions | None:
+        """What was decided about precisions."""
+        return decisions(self.manifest)
 
     @property
     def made_from(self) -> list[tuple[str, str]]:
@@ -362,6 +366,8 @@ class View:
 def _text(value: object) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
