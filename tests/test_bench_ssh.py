@@ -21,7 +21,6 @@ from secateur.core.errors import ConnectionLost, DeviceError, SecateurError, Ver
 from secateur.core.files import file_sha256
 from secateur.devices.connect import connect
 from secateur.devices.connection import PipedConnection
-from secateur.devices.energy import NotMeasurable, find_meter
 from secateur.devices.remote_run import RemoteBundle, Work, bundle_on_device
 from secateur.flow.remote import bench_on_device, verify_on_device
 from secateur.flow.verify import verify
@@ -100,13 +99,6 @@ def test_bench_measures_there_by_the_protocol(
     assert rows["end_to_end"]["median_ms"] > rows["host_to_host"]["median_ms"]
     assert record["host"]["arch"] == os.uname().machine and record["host"]["cpu"] != "unknown"
     assert record["versions"]["numpy"] == np.__version__
-    here = find_meter()
-    if isinstance(here, NotMeasurable):  # this machine is the device
-        assert record["energy"] == {"not_measurable": here.reason}
-    else:
-        assert record["energy"]["covers"] == list(here.covers)
-    assert record["offline"]["batch"] == 8 and record["offline"]["images_per_s"] > 0
-    assert record["memory_mb"]["process_peak"] > record["memory_mb"]["activations"] > 0
     assert device.builds() == [] and left_here(tmp_path) == []
     code, out, _ = run(capsys, "compare", bundle / "bench.json", bundle / "bench.json", "--json")
     assert code == 0 and json.loads(out)["latency"]["ratio"]["value"] == 1
@@ -294,7 +286,7 @@ def told(samples: object, **changes: object) -> str:
     return json.dumps({
         "samples_ms": samples, "temperature_before_c": None, "temperature_after_c": None,
         "offline_ms": [8.0] * 2, "offline_batch": 8, "throttling_before": {},
-        "throttling_after": {}, "energy": None,
+        "throttling_after": {},
         "runtime": "x", "process_peak_memory_mb": 1.0, "host": host, "versions": {}, **changes,
     })  # fmt: skip
 
@@ -315,10 +307,6 @@ GOOD = {"host_to_host": [1.0] * 20, "end_to_end": [2.0] * 20}
         (told({**GOOD, "host_to_host": ["1"] * 20}), "valid number"),
         (told(GOOD, runtime="x" * 1000), "runtime"),
         (told(GOOD, extra="\x1b[2J"), "extra"),
-        (told(GOOD, offline_ms=[]), "offline_ms"),
-        (told(GOOD, offline_ms=[-1.0]), "offline_ms.0"),
-        (told(GOOD, throttling_after={"x": "much"}), "throttling_after"),
-        (told(GOOD, energy={"not_measurable": "x" * 2000}), "energy"),
         (told(GOOD, process_peak_memory_mb=float("inf")), "process_peak_memory_mb"),
     ],
 )  # fmt: skip

@@ -7,8 +7,6 @@ machine would while something runs.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,16 +15,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 from cli_run import run
 from hypothesis import given
 from hypothesis import strategies as st
-from secateur.bench.energy import EnergyProtocol, energy_of, measure_energy
+from secateur.bench.energy import EnergyProtocol, measure_energy
 from secateur.cli.verify import energy_line
 from secateur.core.errors import DeviceError
-from secateur.devices import on_bench
 from secateur.devices.energy import (
     EnergyCounters,
     NotMeasurable,
@@ -36,9 +32,7 @@ from secateur.devices.energy import (
     growth,
     integral,
 )
-from secateur.devices.on_bench import METERS
-from secateur.devices.remote_run import ToldEnergy, ToldNoEnergy
-from secateur.flow.remote import pack_meters
+from secateur.flow.measure import energy_of
 
 QUICK = EnergyProtocol(rounds=3, seconds=0.15, settle=0.02)
 POWERCAP = "sys/class/powercap"
@@ -397,54 +391,3 @@ def test_a_figure_is_told_with_its_error_and_what_it_covers() -> None:
         "energy: 12.3 ± 0.43 mJ per inference above idle (standard error of 5 rounds; "
         "powercap (RAPL): package-0, package-0 dram; idle 9.05 W, busy 24.1 W)"
     )
-
-
-# What travels to a device
-
-ON_DEVICE = """
-import json, sys
-from pathlib import Path
-from typing import Any
-sys.path.insert(0, sys.argv[1])
-import on_bench
-assert "secateur" not in sys.modules
-path, count = Path(sys.argv[3]), [0]
-def call():
-    count[0] += 1
-    path.write_text(str(1000 * count[0]))  # a mJ each
-how = {"rounds": 2, "seconds": 0.05, "settle": 0.01}
-print(json.dumps(on_bench.energy_of(call, how, sys.argv[2])))
-"""
-
-
-def told_on_a_device(tmp_path: Path, root: Path, counter: Path) -> dict[str, Any]:
-    """Measure with what is sent to a device, by a Python that has no Secateur."""
-    place = tmp_path / "device"
-    place.mkdir()
-    pack_meters(place / METERS)
-    shutil.copy(on_bench.__file__, place / "on_bench.py")
-    words = [sys.executable, "-c", ON_DEVICE, place, root, counter]
-    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    out = subprocess.run(words, check=True, capture_output=True, text=True, cwd=place, env=clean)
-    found: dict[str, Any] = json.loads(out.stdout.splitlines()[-1])
-    return found
-
-
-def test_a_devices_own_meter_is_read_there(tmp_path: Path) -> None:
-    root = write(tmp_path / "tree", zone("intel-rapl:0", "package-0", 0, 10**12))
-    found = told_on_a_device(tmp_path, root, root / POWERCAP / "intel-rapl:0/energy_uj")
-    assert found["per_inference_mj"] == pytest.approx(1, rel=0.3)  # the call at each end
-    assert found["covers"] == ["package-0"] and found["rounds"] == 2
-    assert ToldEnergy.model_validate(found).meter == "powercap (RAPL)"
-
-
-def test_a_device_without_a_meter_says_why(tmp_path: Path) -> None:
-    (tmp_path / "tree").mkdir()
-    found = told_on_a_device(tmp_path, tmp_path / "tree", tmp_path / "tree" / "nothing")
-    assert "no counter of energy" in ToldNoEnergy.model_validate(found).not_measurable
-
-
-def test_what_travels_is_the_same_each_time(tmp_path: Path) -> None:
-    for name in ("a.zip", "b.zip"):
-        pack_meters(tmp_path / name)
-    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()

@@ -3,23 +3,20 @@
 Idle is measured before and after every round of inferences, so that a machine that warms up or
 wakes does not count as work. The rounds are independent of one another, so their scatter tells the
 sampling error; what it cannot tell is how right the meter itself is.
-
-This file and those of ``devices`` that it needs travel to devices (``travelling``): numpy and the
-standard library only, Python 3.8.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from secateur.core.errors import DeviceError
-from secateur.devices.energy import Meter, NotMeasurable, Spent, find_meter
+from secateur.core.progress import track
+from secateur.devices.energy import Meter, Spent
 
 NOISE = 2.0  # standard errors that a figure must be above nothing
 
@@ -72,27 +69,8 @@ class _Round:
         return 1000 * above / self.inferences
 
 
-def energy_of(
-    call: Callable[[], object],
-    protocol: EnergyProtocol,
-    root: Path = Path("/"),
-    progress: Callable[[range], Iterable[int]] = iter,
-) -> dict[str, Any]:
-    """Return what ``bench.json`` says of a call's energy; ``root``: of a recorded tree."""
-    meter = find_meter(root)
-    if isinstance(meter, NotMeasurable):
-        return {"not_measurable": meter.reason}
-    try:
-        return measure_energy(call, meter, protocol, progress).to_json()
-    except DeviceError as error:  # a meter that fails costs its own figure only
-        return {"not_measurable": error.message}
-
-
 def measure_energy(
-    call: Callable[[], object],
-    meter: Meter,
-    protocol: EnergyProtocol | None = None,
-    progress: Callable[[range], Iterable[int]] = iter,
+    call: Callable[[], object], meter: Meter, protocol: EnergyProtocol | None = None
 ) -> Energy:
     """Measure one inference's energy with a meter.
 
@@ -100,7 +78,8 @@ def measure_energy(
         DeviceError: the meter stopped answering, or its counters stand still.
     """
     protocol = protocol or EnergyProtocol()
-    rounds = [_round(call, meter, protocol) for _ in progress(range(protocol.rounds))]
+    turns = track(range(protocol.rounds), "measuring energy", protocol.rounds)
+    rounds = [_round(call, meter, protocol) for _ in turns]
     if not any(each.busy.joules for each in rounds):
         raise DeviceError(
             f"{meter.name} stands still while the machine works",

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-METERS = "meters.zip"  # the modules that read a machine's energy; see ``flow.remote``
 TOLD_EVERY = 5.0  # seconds between lines on how far it is
 STEADY, MOST_WINDOWS = 1.05, 10  # warm-up goes on until two windows' medians agree
 OFFLINE_BATCH = 8  # images of one call where only their number a second counts
@@ -94,17 +93,12 @@ def infer(result: str, images: list[str], threads: int | None) -> None:
 
 
 def latency(
-    result: str,
-    image: str,
-    file: str,
-    threads: int | None,
-    protocol: dict[str, Any],
-    energy: dict[str, Any] | None,
+    result: str, image: str, file: str, threads: int | None, protocol: dict[str, Any]
 ) -> None:
     """Write the protocol's samples as JSON, with what the device is and did meanwhile.
 
     ``image``: what the runtime's call alone is measured on; ``file``: what is read, decoded,
-    prepared, run and answered from end to end. ``energy``: that protocol, None to leave it out.
+    prepared, run and answered from end to end.
     """
     runner = opened(threads)
     inputs = runner.module.preprocess(runner.module.read_rgb(image), runner.manifest["input"])
@@ -127,7 +121,6 @@ def latency(
         "temperature_after_c": temperature_c(),
         "throttling_before": alarms,
         "throttling_after": throttling(),
-        "energy": energy and energy_of(lambda: runner.session.run(inputs), energy),
         "runtime": runner.runtime,
         "process_peak_memory_mb": round(
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000, 1
@@ -153,19 +146,6 @@ def many_at_once(session: Any, inputs: Any) -> Callable[[], object]:
         batch = inputs.repeat(OFFLINE_BATCH, axis=0)
         return lambda: session.run(batch)
     return lambda: [session.run(inputs) for _ in range(OFFLINE_BATCH)]
-
-
-def energy_of(call: Callable[[], object], protocol: dict[str, Any], root: str = "/") -> Any:
-    """A call's energy above idle as JSON-like data, or why this machine does not tell it."""
-    sys.path.insert(0, str(Path(METERS).resolve()))
-    try:
-        from secateur.bench import energy
-    except (ImportError, SyntaxError, TypeError) as error:
-        return {"not_measurable": f"its Python cannot read meters: {error}"}
-    finally:
-        sys.path.pop(0)
-    how = energy.EnergyProtocol(**protocol)
-    return energy.energy_of(call, how, Path(root), lambda rounds: told(rounds, "rounds"))
 
 
 def opened(threads: int | None) -> Any:

@@ -37,7 +37,6 @@ LONGEST_RESULT = 64 * MIB  # of JSON
 PATIENCE = 1800.0  # seconds without a line, which comes every few seconds while images run
 
 Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 Known = Annotated[float, Field(allow_inf_nan=False)] | None
 Short = Annotated[str, StringConstraints(max_length=200)]
 
@@ -68,26 +67,6 @@ class ToldSamples(_Told):
     device_only: list[Milliseconds] | None = None  # of a runtime that tells
 
 
-class ToldEnergy(_Told):
-    """What ``bench.energy`` tells of one inference."""
-
-    per_inference_mj: Finite
-    standard_error_mj: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    within_noise: bool
-    idle_w: Finite
-    busy_w: Finite
-    inferences: Annotated[int, Field(gt=0)]
-    rounds: Annotated[int, Field(gt=0)]
-    meter: Short
-    covers: Annotated[list[Short], Field(max_length=64)]
-
-
-class ToldNoEnergy(_Told):
-    """Why there is none."""
-
-    not_measurable: Annotated[str, StringConstraints(max_length=1000)]
-
-
 class ToldLatency(_Told):
     """What ``on_bench.latency`` writes."""
 
@@ -98,7 +77,6 @@ class ToldLatency(_Told):
     temperature_after_c: Known
     throttling_before: dict[Short, int]
     throttling_after: dict[Short, int]
-    energy: ToldEnergy | ToldNoEnergy | None
     runtime: Short
     process_peak_memory_mb: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     host: ToldHost

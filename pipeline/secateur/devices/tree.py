@@ -12,12 +12,8 @@ import shlex
 from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from typing import TypeAlias
-
-Files: TypeAlias = "Mapping[str, str]"  # in quotes for a device's Python 3.8
+Files = Mapping[str, str]
 """Absolute path on the device -> text of the file, without the blanks and zero bytes around it."""
 
 _LARGEST = 256 * 1024  # bytes; nothing that is read here is near it, so more is not ours

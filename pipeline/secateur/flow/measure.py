@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from secateur.bench.energy import EnergyProtocol, energy_of
+from secateur.bench.energy import EnergyProtocol, measure_energy
 from secateur.bench.latency import (
     Latency,
     Offline,
@@ -28,8 +29,9 @@ from secateur.bundle.manifest import Manifest
 from secateur.bundle.read import check_files, model_files, read_bundle
 from secateur.bundle.runner import Runner, preprocess, read_rgb
 from secateur.bundle.write import CHECK_FILE
+from secateur.core.errors import DeviceError
 from secateur.core.files import write_json
-from secateur.core.progress import track
+from secateur.devices.energy import NotMeasurable, find_meter
 from secateur.devices.host import host_facts, library_versions
 from secateur.devices.on_bench import OFFLINE_BATCH, offline_samples
 from secateur.flow.predict import bundle_session
@@ -80,11 +82,7 @@ def bench(
         )
         many = _offline(session, inputs, protocol)
     swept = _swept(folder, manifest, inputs, protocol) if sweep else None
-    energy = energy_of(
-        lambda: session.run(inputs),
-        EnergyProtocol(seconds=protocol.seconds / 3),
-        progress=lambda rounds: track(rounds, "measuring energy", len(rounds)),
-    )
+    energy = energy_of(lambda: session.run(inputs), EnergyProtocol(seconds=protocol.seconds / 3))
     record = {
         "device": "local",
         "target": manifest.device,
@@ -145,6 +143,19 @@ def memory_record(folder: Path, manifest: Manifest, process_peak: float) -> dict
 
 def _megabytes(count: int | None) -> float | None:
     return None if count is None else round(count / 1e6, 3)
+
+
+def energy_of(
+    call: Callable[[], object], protocol: EnergyProtocol, root: Path = Path("/")
+) -> dict[str, Any]:
+    """Return what ``bench.json`` says of a call's energy; ``root``: of a recorded tree."""
+    meter = find_meter(root)
+    if isinstance(meter, NotMeasurable):
+        return {"not_measurable": meter.reason}
+    try:
+        return measure_energy(call, meter, protocol).to_json()
+    except DeviceError as error:  # a meter that fails costs its own figure only
+        return {"not_measurable": error.message}
 
 
 def _peak_memory_mb() -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -14,8 +13,6 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from secateur.bench import energy as bench_energy
-from secateur.bench.energy import EnergyProtocol
 from secateur.bench.latency import (
     Latency,
     Offline,
@@ -28,15 +25,12 @@ from secateur.bench.latency import (
 from secateur.bundle.engine_run import has_engine
 from secateur.bundle.manifest import Manifest
 from secateur.bundle.read import check_files, model_files, read_bundle, run_files
-from secateur.core import errors
 from secateur.core.errors import DeviceError, VerifyError
 from secateur.core.files import file_sha256, write_json
 from secateur.data.sample import Reader
 from secateur.data.transforms import fit_sample
-from secateur.devices import energy as devices_energy
-from secateur.devices import nvpmodel, telemetry, tree
 from secateur.devices.connect import connect
-from secateur.devices.on_bench import METERS, throttled
+from secateur.devices.on_bench import throttled
 from secateur.devices.probe import DeviceFacts
 from secateur.devices.remote_job import MIB, Tell
 from secateur.devices.remote_probe import check_modules, probe, probe_python
@@ -58,7 +52,6 @@ from secateur.lower import Parity
 ENGINE = ("model.engine", "engine.json")
 MOST_IMAGES, MOST_BYTES = 64, 64 * MIB  # of outputs: what the device's disk holds at a time
 _LIBRARIES = ("numpy", "cv2")
-TRAVELLING = (errors, tree, nvpmodel, telemetry, devices_energy, bench_energy)
 
 Outputs = dict[str, NDArray[np.float32]]
 
@@ -104,19 +97,15 @@ class Board:
         self._check_numbers(found)
         return found
 
-    def latency(
-        self, threads: int, protocol: Protocol, energy: EnergyProtocol | None = None
-    ) -> ToldLatency:
-        """Measure there by the protocol, on the bundle's own image; with one for energy, that."""
+    def latency(self, threads: int, protocol: Protocol) -> ToldLatency:
+        """Measure there by the protocol, on the bundle's own image."""
         image = own_image(self.folder)[:, :, ::-1]
         with tempfile.TemporaryDirectory() as scratch:
             files = {name: Path(scratch) / name for name in ("image.png", "image.jpg")}
             for path in files.values():
                 cv2.imwrite(str(path), image)
-            files[METERS] = Path(scratch) / METERS
-            pack_meters(files[METERS])
             order = {"image": "image.png", "file": "image.jpg", "threads": threads,
-                     "protocol": asdict(protocol), "energy": energy and asdict(energy)}  # fmt: skip
+                     "protocol": asdict(protocol)}  # fmt: skip
             return self.bundle.latency(Work("latency", order, files, LONGEST_RESULT))
 
     def _check_numbers(self, outputs: Outputs) -> None:
@@ -128,22 +117,6 @@ class Board:
                     f"{whole.count(False)} of {len(whole)} image(s)",
                     hint="run it in fp32 there; if that is right, keep that task's layers in fp32",
                 )
-
-
-def pack_meters(target: Path) -> None:
-    """Write the modules that read energy as a zip that Python imports from: equal bytes each time.
-
-    Rooms have empty ``__init__`` files there, so that nothing else is asked for.
-    """
-    names = [module.__name__ for module in TRAVELLING]
-    rooms = {name.rpartition(".")[0] for name in names}
-    sources = {f"{room.replace('.', '/')}/__init__.py": b"" for room in {"secateur", *rooms}}
-    for module in TRAVELLING:
-        path = f"{module.__name__.replace('.', '/')}.py"
-        sources[path] = Path(str(module.__file__)).read_bytes()
-    with zipfile.ZipFile(target, "w") as archive:
-        for name in sorted(sources):
-            archive.writestr(zipfile.ZipInfo(name), sources[name])
 
 
 class _InOrder:
@@ -210,9 +183,8 @@ def bench_on_device(
     with _board(folder, device, tell) as board:
         _checked_parity(board)  # what is measured must be right
         used = threads or board.manifest.threads
-        how = protocol or Protocol()
-        told = board.latency(used, how, EnergyProtocol(seconds=how.seconds / 3))
-        swept = _swept(board, told, how) if sweep else None
+        told = board.latency(used, protocol or Protocol())
+        swept = _swept(board, told, protocol or Protocol()) if sweep else None
     manifest = board.manifest
     record = {
         "device": board.name,
@@ -222,7 +194,7 @@ def bench_on_device(
         "threads": used,
         "model_sha256": manifest.files[model_files(manifest)[-1]].sha256,
         "latency": {name: row.to_json() for name, row in _latencies(told).items()},
-        "energy": told.energy.model_dump() if told.energy else None,
+        "energy": {"not_measurable": "energy is read on the machine that runs secateur"},
         "offline": _offline(told).to_json(),
         "threads_sweep": swept,
         "memory_mb": memory_record(folder, manifest, told.process_peak_memory_mb),
