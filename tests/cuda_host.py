@@ -61,8 +61,19 @@ class HostCuda:
         del self.alive[handle]
         return (Error.cudaSuccess,)
 
-    cudaFree = cudaFreeHost = cudaStreamDestroy = _forget
+    cudaFree = cudaFreeHost = cudaStreamDestroy = cudaEventDestroy = _forget
     cudaGraphDestroy = cudaGraphExecDestroy = _forget
+
+    def cudaEventCreate(self) -> tuple[Error, int]:
+        return self._make("event")
+
+    def cudaEventRecord(self, event: int, stream: int) -> tuple[Error]:
+        assert (self.alive[event], self.alive[stream]) == ("event", "stream")
+        return (Error.cudaSuccess,)
+
+    def cudaEventElapsedTime(self, start: int, end: int) -> tuple[Error, float]:
+        assert self.alive[start] == self.alive[end] == "event" and start != end
+        return Error.cudaSuccess, 1.5
 
     def cudaStreamCreateWithFlags(self, flags: int) -> tuple[Error, int]:
         return self._make("stream")

@@ -163,7 +163,9 @@ def test_verify_and_the_manifest_agree(capsys, bundle: Path) -> None:
     result = json.loads(out)
     assert code == 0 and result["intervals"] == stored and stored["paired"] is True
     assert stored["delta_t"][0] <= result["change"]["mean"] <= stored["delta_t"][1]
+    assert result["split"] == "8 images of split 'test', scenes"
     out = run(capsys, "verify", bundle)[1]
+    assert "accuracy on 8 images of split 'test', scenes" in out
     assert "95 % intervals, images drawn with replacement, parent and cut drawn alike" in out
     result = json.loads(run(capsys, "verify", bundle, "--limit", "6", "--json")[1])
     assert result["intervals"]["paired"] is False  # the parent's rows are of all images

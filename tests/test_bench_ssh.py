@@ -307,8 +307,9 @@ def told(samples: object, **changes: object) -> str:
             "governor": None, "clock_mhz": None, "temperature_c": None,
             "load_1min": 0.1}  # fmt: skip
     whole = {
-        "samples_ms": samples, "phases": [], "temperature_before_c": None,
-        "temperature_after_c": None, "runtime": "x", "process_peak_memory_mb": 1.0, "host": host,
+        "samples_ms": samples, "phases": [], "offline_ms": [8.0] * 2, "offline_batch": 8,
+        "temperature_before_c": None, "temperature_after_c": None, "throttling_before": {},
+        "throttling_after": {}, "runtime": "x", "process_peak_memory_mb": 1.0, "host": host,
         "versions": {},
     }  # fmt: skip
     return json.dumps({**whole, **changes})
@@ -333,6 +334,9 @@ GOOD = {"host_to_host": [1.0] * 20, "end_to_end": [2.0] * 20}
         (told(GOOD, phases=[{"phase": "asleep"}]), "phases.0.phase"),
         (told(GOOD, phases=[{"phase": "idle", "seconds": 1.0, "calls": 1, "looks": [
             {"at": 0.1, "files": {"/sys/x": "y" * 201}}]}]), "phases.0.looks.0.files"),
+        (told(GOOD, offline_ms=[]), "offline_ms"),
+        (told(GOOD, offline_ms=[-1.0]), "offline_ms.0"),
+        (told(GOOD, throttling_after={"x": "much"}), "throttling_after"),
         (told(GOOD, process_peak_memory_mb=float("inf")), "process_peak_memory_mb"),
     ],
 )  # fmt: skip

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, SPEC
 from secateur.core.model import MultiTaskModel
 from secateur.lower import export_onnx
 from secateur.prune import count_macs
@@ -49,8 +49,23 @@ def test_a_peer_that_is_as_fast_and_as_accurate_breaks_the_claim(
     rows = [PARENT, row("secateur", 0.5, **{ours: (2.6, -0.6, -1.0)}),
             row("by hand", 0.3, **{peers_own: theirs})]  # fmt: skip
     shows = peers.claims(rows)
-    assert [show.value for show in shows] == better
-    assert [show.ok for show in shows] == [value == 0 for value in better]
+    alone, strict = shows[:2], [show for show in shows if show.claim.startswith("peers' files")]
+    assert [show.value for show in alone] == [1 - value for value in better]
+    assert [show.value for show in strict] == better
+    assert [show.ok for show in alone] == [show.ok for show in strict] == [not v for v in better]
+    alike = [show.value for show in shows if show.claim == f"... of {ours} alone"]
+    assert alike == (better if ours == peers_own else [0, 0])
+
+
+def test_one_file_of_ours_on_the_front_is_enough_at_a_budget() -> None:
+    """A peer's int8 beats our fp32; our int8 is beaten by none."""
+    rows = [PARENT, row("secateur", 0.5, fp32=(3.0, -0.6, -1.0), int8=(2.4, -0.8, -1.4)),
+            row("Olive", 1.0, int8=(2.8, -0.3, -0.3))]  # fmt: skip
+    said = {show.claim: show for show in peers.claims(rows)}
+    front = said["our files at 50% of the MACs that no peer's file matches in p50 and delta T"]
+    assert front.value == 1 and front.ok
+    claim = "peers' files at least as good as ours in p50 and in delta T, ours at 50% of the MACs, "
+    assert [said[f"{claim}{p}"].ok for p in ("fp32", "int8")] == [False, True]
 
 
 def test_the_lead_is_over_the_best_peer_at_the_same_budget_and_precision() -> None:
@@ -95,6 +110,18 @@ def test_medians_that_differ_break_the_claim_unless_they_are_flagged() -> None:
 
 
 def test_a_protocol_that_disagrees_breaks_the_claim() -> None:
-    ways = {"protocol": 2.0, "plain loop": 1.99, "protocol, profiled": 2.2,
-            "runtime's profile": 2.0}  # fmt: skip
-    assert [show.ok for show in latency.agreement(ways)] == [True, False]
+    ways = {"protocol": [2.0, 3.0, 4.1], "plain loop": [1.99, 3.0, 4.0],  # a machine that drifts
+            "protocol, profiled": [2.2], "runtime's profile": [2.0],
+            "call by call": [1.05, 1.06, 1.0]}  # fmt: skip
+    plain, profile = latency.agreement(ways)
+    assert plain.ok and plain.value == pytest.approx(2.0 / 1.99 - 1)
+    assert not profile.ok and profile.value == pytest.approx(0.05)
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_profile_is_of_the_very_same_calls(tmp_path: Path, model: MultiTaskModel) -> None:
+    example = SPEC.example(1)
+    export_onnx(model, example, tmp_path / "m.onnx")
+    found = latency.profiled(tmp_path / "m.onnx", example.numpy())
+    assert 1 < found["call by call"] < 3  # the profile leaves out what Python takes
+    assert found["protocol, profiled"] > found["runtime's profile"] > 0

@@ -51,7 +51,7 @@ def change(bundle: Path, **fields: Any) -> None:
     path = bundle / "manifest.json"
     manifest = json.loads(path.read_text())
     for name, value in fields.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and manifest[name] is not None:
             manifest[name].update(value)
         else:
             manifest[name] = value
@@ -125,6 +125,41 @@ def test_whatever_a_manifest_says_is_escaped(bundle: Path) -> None:
     assert all(not name.startswith("on") for _, attributes in page.tags for name in attributes)
     assert all((a.get("src") or "").startswith("data:") for a in page.all("img"))
     assert EVIL in page.text  # shown, as what it is
+
+
+QUANTISED = {
+    "dialect": "onnxruntime-x86", "calibrator": "entropy", "images": 128, "carrier": "fp32",
+    "macs_share": {"fp16": 0.0, "fp32": 0.031, "int8": 0.969},
+    "kept": [{"node": "/head/Conv_3", "module": "heads.depth.out", "precision": "fp32",
+              "why": EVIL}],
+    "guard": {"passed": True, "evaluations": 7, "limits": {"depth": 3.0},
+              "change_percent": {"depth": -1.25, "room": 0.5}, "too_low_in_fp32": ["room"]},
+}  # fmt: skip
+
+
+def test_what_the_guard_decided_is_a_table_of_nodes_and_tasks(folder: Path) -> None:
+    change(folder / "x86-64-cpu/fp32", quantisation=QUANTISED,
+           precision_choice={"why": "the fastest that passes"})  # fmt: skip
+    text = page_of(folder).text
+    for words in (
+        "fp32 was chosen: the fastest that passes.",
+        "Of the MACs, 3.1 % in fp32, 96.9 % in int8; ranges by entropy of 128 images",
+        "The guard is satisfied with one node in high precision, after 7 evaluations. "
+        "Below their limits in fp32 already: room.",
+        "depth −1.25 % −3.00 %",
+        "room +0.50 % none",
+        "/head/Conv_3 heads.depth.out fp32 " + EVIL,
+    ):
+        assert re.sub(r"\s+", "", words) in re.sub(r"\s+", "", text), words
+    assert text.count("what the guard decided") == 1  # the other bundle had nothing to decide
+
+
+@pytest.mark.parametrize(
+    "odd", [{"kept": [1], "guard": 5}, {"guard": {"limits": [1], "passed": "x"}}, {"images": None}]
+)
+def test_decisions_that_are_none_break_no_page(folder: Path, odd: dict[str, Any]) -> None:
+    change(folder / "x86-64-cpu/fp32", quantisation=odd)
+    assert "what the guard decided" in page_of(folder).text
 
 
 def test_figures_that_are_none_are_said_to_be_none(bundle: Path) -> None:

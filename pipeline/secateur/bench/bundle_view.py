@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from secateur.bench.charts import Layer, Skyline, skyline
+from secateur.bench.decisions import Decisions, decisions
 from secateur.bench.record import BenchRecord, EnergyRow, NoEnergy
 from secateur.bench.wording import change, count, megabytes, millijoules, milliseconds, number
 from secateur.core.errors import RecipeError
@@ -18,7 +19,6 @@ from secateur.core.task import Task
 from secateur.metrics.kind import kind_of
 
 COLOURS = 7  # of sets of tasks; the page's style has one more for "not known"
-DECISIONS = ("quantisation", "precision_choice")  # of the manifest, where a build made them
 
 
 @dataclass(frozen=True)
@@ -175,6 +175,25 @@ class View:
                 for name, row in rows]  # fmt: skip
 
     @property
+    def bench_said(self) -> list[str]:
+        """Sentences on what ``bench.json`` has beside latencies and energy."""
+        bench, said = self.entry.bench, list[str]()
+        if bench is None:
+            return said
+        for name, row in bench.latency.items():
+            said += [f"Bench, {name.replace('_', ' ')}: {remark}." for remark in row.remarks]
+        if bench.offline:
+            noisy = ", noisy" * bench.offline.latency.noisy
+            said.append(f"Offline: {bench.offline.images_per_s:.4g} images a second, "
+                        f"{bench.offline.batch} at a time{noisy}.")  # fmt: skip
+        if bench.memory_mb:
+            parts = {name: getattr(bench.memory_mb, name) for name in ("weights", "activations")}
+            asked = [f"{name} {mb:.4g} MB" for name, mb in parts.items() if mb is not None]
+            said.append(f"Memory: the process at its highest {bench.memory_mb.process_peak:.4g} MB"
+                        f"{'; of the model ' * bool(asked)}{', '.join(asked)}.")  # fmt: skip
+        return said
+
+    @property
     def energy(self) -> EnergyRow | None:
         """What one inference takes, where ``bench.json`` tells."""
         found = self.entry.bench.energy if self.entry.bench else None
@@ -317,8 +336,12 @@ class View:
     def plan(self) -> list[tuple[str, str]]:
         """What was decided, but for what is drawn elsewhere."""
         facts = {k: v for k, v in self.manifest["plan"].items() if k not in ("lost", "cuts")}
-        facts |= {k: v for k in DECISIONS if (v := self.manifest.get(k)) is not None}
         return _facts(facts)
+
+    @property
+    def decisions(self) -> Decisions | None:
+        """What was decided about precisions."""
+        return decisions(self.manifest)
 
     @property
     def made_from(self) -> list[tuple[str, str]]:
@@ -343,6 +366,8 @@ class View:
 def _text(value: object) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 

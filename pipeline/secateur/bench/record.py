@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from secateur.core.errors import BundleError
 
 Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Positive = Milliseconds
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -31,6 +32,33 @@ class LatencyRow(_Lenient):
     coefficient_of_variation: float
     noisy: bool
     block_medians_ms: tuple[Milliseconds, ...] = ()
+    remarks: tuple[str, ...] = ()  # why it is noisy
+
+
+class OfflineRow(_Lenient):
+    """Images a second, where all are there from the start."""
+
+    batch: int
+    images_per_s: Positive
+    latency: LatencyRow
+
+
+class SweepRow(_Lenient):
+    """One number of threads."""
+
+    threads: int
+    median_ms: Milliseconds
+    p99_ms: Milliseconds
+    images_per_s: Positive
+    noisy: bool
+
+
+class MemoryRow(_Lenient):
+    """MB: of the whole process at its highest, and what the file asks for."""
+
+    process_peak: Positive
+    weights: Finite | None
+    activations: Finite | None
 
 
 class EnergyRow(_Lenient):
@@ -77,7 +105,10 @@ class BenchRecord(_Lenient):
     model_sha256: str
     latency: dict[str, LatencyRow]
     host: BenchHost
-    energy: EnergyRow | NoEnergy | None = None  # older files say nothing
+    energy: EnergyRow | NoEnergy | None = None  # older files say nothing, nor of the following
+    offline: OfflineRow | None = None
+    threads_sweep: tuple[SweepRow, ...] | None = None
+    memory_mb: MemoryRow | None = None
 
 
 def read_bench(path: Path) -> BenchRecord:

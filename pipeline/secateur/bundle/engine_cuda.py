@@ -14,7 +14,12 @@ from secateur.bundle.engine_errors import EngineProblem
 
 HANDLE, SIZE, NUMBER = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
 OUT = ctypes.POINTER(ctypes.c_void_p)  # what a function gives back
+REAL = ctypes.POINTER(ctypes.c_float)  # ... where that is a time
 FUNCTIONS = {  # the types of C's arguments
+    "cudaEventCreate": (OUT,),
+    "cudaEventDestroy": (HANDLE,),
+    "cudaEventElapsedTime": (REAL, HANDLE, HANDLE),
+    "cudaEventRecord": (HANDLE, HANDLE),
     "cudaFree": (HANDLE,),
     "cudaFreeHost": (HANDLE,),
     "cudaGetLastError": (),
@@ -80,7 +85,9 @@ class PythonCuda:
         code, *results = getattr(self.module, name)(*inputs)
         if int(code):
             raise cuda_problem(name, int(code), getattr(code, "name", ""))
-        return int(results[0]) if results else None
+        if not results:
+            return None
+        return float(results[0]) if REAL in FUNCTIONS[name] else int(results[0])
 
 
 class LibraryCuda:
@@ -94,14 +101,14 @@ class LibraryCuda:
 
     def __call__(self, name, *inputs):
         """Call one of FUNCTIONS; raise CudaProblem if it fails."""
-        result, given = ctypes.c_void_p(), iter(inputs)
-        types = FUNCTIONS[name]
-        words = [ctypes.byref(result) if kind is OUT else next(given) for kind in types]
+        types, given = FUNCTIONS[name], iter(inputs)
+        result = ctypes.c_float() if REAL in types else ctypes.c_void_p()
+        words = [ctypes.byref(result) if kind in (OUT, REAL) else next(given) for kind in types]
         code = getattr(self.library, name)(*words)
         if code:
             text = self.library.cudaGetErrorString(code).decode("utf-8", "replace")
             raise cuda_problem(name, code, text)
-        return result.value if OUT in types else None
+        return result.value if OUT in types or REAL in types else None
 
 
 def library_paths():

@@ -84,6 +84,8 @@ class EngineSession:
     than it could be. The memory is given back with the object. Raises EngineProblem.
     """
 
+    batches = False
+
     def __init__(self, folder):
         table, plan = read_engine(folder)
         device = table.get("device") if isinstance(table, dict) else None
@@ -97,6 +99,7 @@ class EngineSession:
         self.cuda = load_cuda()
         self.stream = self.cuda("cudaStreamCreateWithFlags", NON_BLOCKING)
         self.owned = [("cudaStreamDestroy", self.stream)]  # calls that give back, last one first
+        self.events = []
         weakref.finalize(self, give_back, self.cuda, self.owned)
         self.opened = self._open(plan, table["options"].get("dla"))
         self.context = self._context()
@@ -115,6 +118,23 @@ class EngineSession:
             self.cuda("cudaGraphLaunch", self.graph, self.stream)
         self.cuda("cudaStreamSynchronize", self.stream)
         return {buffer.name: buffer.host.copy() for buffer in self.results}
+
+    def device_ms(self):
+        """Milliseconds of the engine alone on the GPU, by its clock, on the image that is there.
+
+        Neither the copies nor the host's calls are in it: trtexec's "GPU Compute Time".
+        """
+        if not self.events:
+            for _ in range(2):
+                self.events.append(self.cuda("cudaEventCreate"))
+                self.owned.append(("cudaEventDestroy", self.events[-1]))
+        start, end = self.events
+        self.cuda("cudaEventRecord", start, self.stream)
+        if not self.context.execute_async_v3(self.stream):
+            raise self._problem("cannot run model.engine")
+        self.cuda("cudaEventRecord", end, self.stream)
+        self.cuda("cudaStreamSynchronize", self.stream)
+        return self.cuda("cudaEventElapsedTime", start, end)
 
     def _problem(self, what):
         """The EngineProblem for ``what`` failed, with TensorRT's own words."""

@@ -17,6 +17,8 @@ class NcnnSession:
     ``outputs`` are the names of what ``run`` returns. The precision is what the files say.
     """
 
+    batches = False
+
     def __init__(self, folder, manifest, threads):
         for name in NCNN_FILES:
             record = manifest["files"].get(name)

@@ -83,6 +83,8 @@ def checked_onnx(folder, manifest):
 class OnnxSession:
     """The bundle's ONNX file on the CPU."""
 
+    batches = True  # whether ``run`` takes several images at a time
+
     def __init__(self, folder, manifest, threads):
         import onnxruntime
 

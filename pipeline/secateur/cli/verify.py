@@ -68,6 +68,8 @@ def _print_checked(result: VerifyResult, console: Console) -> None:
             change += f" ({low:+.2f} to {high:+.2f})"
         table.add_row(task, f"{parity.max_abs_difference:.2e}", f"{parity.relative:.2e}", change)
     console.print(table)
+    if result.split:
+        console.print(f"accuracy on {result.split}:", highlight=False)
     for task, metrics in (result.accuracy or {}).items():
         said = [f"{name} {value:.4g}" for name, value in metrics.items()]
         if result.intervals:
@@ -113,6 +115,9 @@ def bench(
     bundle: BundleArgument,
     device: Annotated[str, typer.Option(help=f"Where to measure: {_DEVICES}.")] = "local",
     threads: Annotated[int | None, typer.Option(help="Threads (default: the manifest's).")] = None,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Also with 1, 2, 4 ... threads, up to all cores.")
+    ] = False,
     cpu: Annotated[str | None, typer.Option(help="The emulated CPU model.")] = None,
     trtexec: Annotated[
         bool, typer.Option("--trtexec", help="Over ssh: let TensorRT's trtexec measure, too.")
@@ -121,7 +126,8 @@ def bench(
 ) -> None:
     """Latency by the protocol: inference alone, and from image file to decoded answer; energy.
 
-    Energy is that of one inference above idle, where this machine tells (RAPL, INA3221).
+    That is one image after another; offline are batches of images that are all there, as images a
+    second. Energy is that of one inference above idle, where this machine tells (RAPL, INA3221).
 
     With --device ssh://host, the bundle's own run.py is measured there; run it again to resume.
     With --device emulated, no latency: instructions, memory and what has to be on the board.
@@ -136,10 +142,15 @@ def bench(
     if cpus is not None:
         _bench_emulated(bundle, cpus, as_json)
         return
-    record = _benched(bundle, device, threads, as_json, trtexec)
+    record = _benched(bundle, device, threads, sweep, trtexec, as_json)
     if as_json:
         typer.echo(json.dumps(record, indent=2))
-        return
+    else:
+        print_bench(record, str(bundle / "bench.json"), Console())
+
+
+def print_bench(record: Mapping[str, Any], file: str, console: Console) -> None:
+    """Print what ``bench`` measured, and every reason to doubt it."""
     percentiles = list(record["latency"]["host_to_host"]["percentiles_ms"])
     table = Table("ms", "min", "mean", "median", *percentiles, "max", "runs", "CoV")
     for name, row in record["latency"].items():
@@ -149,13 +160,43 @@ def bench(
             str(row["runs"]), f"{row['coefficient_of_variation']:.3f}"
             + (" noisy" if row["noisy"] else ""),
         )  # fmt: skip
-    console = Console()
     console.print(table)
-    console.print(energy_line(record["energy"]), soft_wrap=True, highlight=False, markup=False)
-    for line in state_lines(record.get("telemetry")) + opinion_lines(record.get("trtexec")):
+    if record["threads_sweep"]:
+        console.print(_sweep_table(record["threads_sweep"]))
+    for line in _bench_lines(record):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     console.print(f"{record['runtime']}, {record['threads']} thread(s), {record['host']['cpu']}; "
-                  f"written to {bundle / 'bench.json'}", soft_wrap=True)  # fmt: skip
+                  f"written to {file}", soft_wrap=True)  # fmt: skip
+
+
+def _bench_lines(record: Mapping[str, Any]) -> list[str]:
+    """Return why figures are noisy, throughput, memory, energy and the device's state, in lines."""
+    many, memory = record["offline"], record["memory_mb"]
+    lines = [f"{name} is noisy: {remark}" for name, row in
+             [*record["latency"].items(), ("offline", many["latency"])]
+             for remark in row["remarks"]]  # fmt: skip
+    lines += [
+        f"{name}: {row['outliers']} of {row['runs']} calls are outliers, which all figures have in"
+        for name, row in record["latency"].items()
+        if row["outliers"]
+    ]
+    lines.append(f"offline: {many['images_per_s']:.4g} images a second, {many['batch']} at a time")
+    asked = [f"{what} {memory[what]:.4g} MB" for what in ("weights", "activations")
+             if memory[what] is not None]  # fmt: skip
+    peak = f"memory: the process at its highest {memory['process_peak']:.4g} MB"
+    lines.append("; ".join([peak, ", ".join(asked)]) if asked else peak)
+    lines.append(energy_line(record["energy"]))
+    return lines + state_lines(record.get("telemetry")) + opinion_lines(record.get("trtexec"))
+
+
+def _sweep_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table("threads", "ms (median)", "p99", "images a second, offline", "")
+    for row in rows:
+        table.add_row(
+            str(row["threads"]), f"{row['median_ms']:.2f}", f"{row['p99_ms']:.2f}",
+            f"{row['images_per_s']:.4g}", "noisy" if row["noisy"] else "",
+        )  # fmt: skip
+    return table
 
 
 def energy_line(found: Mapping[str, Any]) -> str:
@@ -197,16 +238,17 @@ def opinion_lines(opinion: Mapping[str, Any] | None) -> list[str]:
 
 
 def _benched(
-    bundle: Path, device: str, threads: int | None, as_json: bool, trtexec: bool
+    bundle: Path, device: str, threads: int | None, sweep: bool, trtexec: bool, as_json: bool
 ) -> dict[str, Any]:
     if device == "local":
         from secateur.flow.measure import bench as run_bench
 
         with shown(quiet=as_json):
-            return run_bench(bundle, threads=threads)
+            return run_bench(bundle, threads=threads, sweep=sweep)
     from secateur.flow.remote import bench_on_device
 
-    return bench_on_device(bundle, device, teller(quiet=as_json), threads=threads, trtexec=trtexec)
+    tell = teller(quiet=as_json)
+    return bench_on_device(bundle, device, tell, threads=threads, sweep=sweep, trtexec=trtexec)
 
 
 def _bench_emulated(bundle: Path, cpus: Sequence[str], as_json: bool) -> None:

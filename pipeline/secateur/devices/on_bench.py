@@ -12,6 +12,7 @@ import os
 import platform
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import threading
@@ -24,8 +25,13 @@ from typing import Any
 LOOK_EVERY = 0.05  # seconds between two looks at the system's files
 MOST_LOOKS, LONGEST_TEXT = 500, 200  # of a phase; of a file
 TOLD_EVERY = 5.0  # seconds between lines on how far it is
+STEADY, MOST_WINDOWS = 1.05, 10  # warm-up goes on until two windows' medians agree
+OFFLINE_BATCH = 8  # images of one call where only their number a second counts
+OFFLINE_SHARE = 10  # so many times fewer calls: each has many images
 ZONES = "/sys/class/thermal"
-CLOCKS = "/sys/devices/system/cpu/cpu0/cpufreq"
+CPUS = "/sys/devices/system/cpu"
+CLOCKS = f"{CPUS}/cpu0/cpufreq"
+PI_BITS = "/sys/devices/platform/soc/soc:firmware/get_throttled"
 
 
 def take_samples(
@@ -40,9 +46,7 @@ def take_samples(
     This is the latency protocol's loop, here and on devices.
     """
     for call in calls.values():
-        until = time.perf_counter() + warmup_ms / 1000
-        while time.perf_counter() < until:
-            call()
+        warm_up(call, warmup_ms / 1000)
     fastest = float("inf")
     for call in calls.values():
         start = time.perf_counter()
@@ -55,6 +59,27 @@ def take_samples(
             call()
             samples[name].append(1000 * (time.perf_counter() - start))
     return samples
+
+
+def warm_up(call: Callable[[], object], window: float) -> int:
+    """Call for windows of so many seconds until it is steady; return how many windows it took.
+
+    Steady is when the medians of two that follow one another differ by less than 5 %. After ten it
+    ends: what is not steady by then is for the samples to tell.
+    """
+    last = 0.0
+    for number in range(MOST_WINDOWS):
+        times: list[float] = []
+        until = time.perf_counter() + window
+        while not times or time.perf_counter() < until:
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+        middle = statistics.median(times)
+        if number and max(middle, last) <= STEADY * min(middle, last):
+            break
+        last = middle
+    return number + 1
 
 
 def infer(result: str, images: list[str], threads: int | None) -> None:
@@ -95,14 +120,21 @@ def latency(
         runner.decode(runner.predict(picture), picture.shape[:2])
 
     calls = {"host_to_host": lambda: runner.session.run(inputs), "end_to_end": from_file}
-    before = temperature_c()
+    before, alarms = temperature_c(), throttling()
     samples = take_samples(calls, progress=lambda rounds: told(rounds, "rounds"), **protocol)
+    if hasattr(runner.session, "device_ms"):  # a runtime that tells its device's own time
+        samples["device_only"] = [runner.session.device_ms() for _ in samples["host_to_host"]]
+    offline = offline_samples(many_at_once(runner.session, inputs), **protocol)
     seconds = protocol["seconds"] / 3
     found = {
         "samples_ms": samples,
         "phases": watch(calls["host_to_host"], seconds, **watched) if watched else [],
+        "offline_ms": offline,
+        "offline_batch": OFFLINE_BATCH,
         "temperature_before_c": before,
         "temperature_after_c": temperature_c(),
+        "throttling_before": alarms,
+        "throttling_after": throttling(),
         "runtime": runner.runtime,
         "process_peak_memory_mb": round(
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000, 1
@@ -193,6 +225,22 @@ def repeat(work: Callable[[], object], seconds: float) -> int:
     return count
 
 
+def offline_samples(
+    call: Callable[[], object], warmup_ms: float, seconds: float, runs: int
+) -> list[float]:
+    """Milliseconds of calls with many images each, one after another: what a batch job does."""
+    fewer = -(-runs // OFFLINE_SHARE)
+    return take_samples({"offline": call}, warmup_ms, seconds, fewer)["offline"]
+
+
+def many_at_once(session: Any, inputs: Any) -> Callable[[], object]:
+    """A call for ``OFFLINE_BATCH`` images, one by one where the runtime takes no batch."""
+    if getattr(session, "batches", False):
+        batch = inputs.repeat(OFFLINE_BATCH, axis=0)
+        return lambda: session.run(batch)
+    return lambda: [session.run(inputs) for _ in range(OFFLINE_BATCH)]
+
+
 def opened(threads: int | None) -> Any:
     """Open the bundle in this folder; ``module`` is its run.py, ``runtime`` what runs it."""
     sys.path.insert(0, str(Path.cwd()))
@@ -251,6 +299,35 @@ def temperature_c() -> float | None:
     """The hottest thermal zone in deg C, or None where there is none."""
     zones = [number(str(path)) for path in Path(ZONES).glob("thermal_zone*/temp")]
     return max((zone / 1000 for zone in zones if zone is not None), default=None)
+
+
+def throttling() -> dict[str, int]:
+    """What lowers clocks for heat or lack of power, by name; empty where nothing tells.
+
+    x86's counts of events since the start; the alerts of a Jetson's cooling devices and the
+    Raspberry Pi's present bits (under-voltage, capped, throttled, soft limit), 0 where all is well.
+    """
+    found = {}
+    counts = [
+        number(str(path)) for path in Path(CPUS).glob("cpu*/thermal_throttle/core_throttle_count")
+    ]
+    if counts:
+        found["core_throttle_count"] = int(sum(count or 0 for count in counts))
+    for device in sorted(Path(ZONES).glob("cooling_device*")):
+        kind = text_of(str(device / "type")) or ""
+        if kind.endswith("throttle-alert"):
+            found[kind] = int(number(str(device / "cur_state")) or 0)
+    with contextlib.suppress(ValueError):
+        found["get_throttled"] = int(text_of(PI_BITS) or "", 16) & 0xF
+    return found
+
+
+def throttled(before: Mapping[str, int], after: Mapping[str, int]) -> bool | None:
+    """Whether clocks were lowered between two looks, or are now; None where nothing tells."""
+    if not after:
+        return None
+    rose = any(value > before.get(name, value) for name, value in after.items())
+    return rose or any(v for name, v in after.items() if name != "core_throttle_count")
 
 
 def number(path: str) -> float | None:

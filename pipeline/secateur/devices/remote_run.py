@@ -60,10 +60,11 @@ class ToldHost(_Told):
 
 
 class ToldSamples(_Told):
-    """Positive of successive calls."""
+    """Milliseconds of successive calls."""
 
     host_to_host: list[Positive]
     end_to_end: list[Positive]
+    device_only: list[Positive] | None = None  # of a runtime that tells
 
 
 class ToldLook(_Told):
@@ -87,8 +88,12 @@ class ToldLatency(_Told):
 
     samples_ms: ToldSamples
     phases: Annotated[list[ToldPhase], Field(max_length=30)]
+    offline_ms: Annotated[list[Positive], Field(min_length=1)]
+    offline_batch: Annotated[int, Field(gt=0)]
     temperature_before_c: Known
     temperature_after_c: Known
+    throttling_before: dict[Short, int]
+    throttling_after: dict[Short, int]
     runtime: Short
     process_peak_memory_mb: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     host: ToldHost

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from secateur.bench.energy import EnergyProtocol, measure_energy
-from secateur.bench.latency import Protocol, measure
+from secateur.bench.latency import (
+    Latency,
+    Offline,
+    Protocol,
+    measure,
+    offline,
+    sweep_counts,
+    sweep_row,
+)
+from secateur.bundle.manifest import Manifest
 from secateur.bundle.read import check_files, model_files, read_bundle
 from secateur.bundle.runner import Runner, preprocess, read_rgb
 from secateur.bundle.write import CHECK_FILE
@@ -20,9 +33,11 @@ from secateur.core.errors import DeviceError
 from secateur.core.files import write_json
 from secateur.devices.energy import NotMeasurable, find_meter
 from secateur.devices.host import host_facts, library_versions
+from secateur.devices.on_bench import OFFLINE_BATCH, offline_samples
 from secateur.flow.predict import bundle_session
 from secateur.flow.verify import check_parity
-from secateur.runtimes.base import runtime_of
+from secateur.lower.memory import model_memory
+from secateur.runtimes.base import Session, runtime_of
 
 
 def bench(
@@ -30,12 +45,16 @@ def bench(
     *,
     threads: int | None = None,
     protocol: Protocol | None = None,
+    sweep: bool = False,
 ) -> dict[str, Any]:
     """Measure a bundle and write ``bench.json`` into it.
 
-    ``host_to_host`` is the runtime's call alone; ``end_to_end`` adds reading and decoding the
-    image file, preprocessing and decoding the answers at the image's size. ``energy`` is that of
-    the call alone, or says why it is ``not_measurable``.
+    ``latency`` is of one image after another: ``host_to_host`` the runtime's call alone;
+    ``end_to_end`` adds reading and decoding the image file, preprocessing and decoding the answers
+    at the image's size. ``offline`` is of images that are all there: batches, and how many a
+    second. ``energy`` is that of the call alone, or says why it is ``not_measurable``.
+
+    ``sweep``: also with every number of threads that this machine has cores for.
 
     Raises:
         BundleError, VerifyError: the bundle is not whole, or its outputs here are wrong.
@@ -61,6 +80,8 @@ def bench(
         results = measure(
             {"host_to_host": lambda: session.run(inputs), "end_to_end": from_file}, protocol
         )
+        many = _offline(session, inputs, protocol)
+    swept = _swept(folder, manifest, inputs, protocol) if sweep else None
     energy = energy_of(lambda: session.run(inputs), EnergyProtocol(seconds=protocol.seconds / 3))
     record = {
         "device": "local",
@@ -70,13 +91,58 @@ def bench(
         "threads": used,
         "model_sha256": manifest.files[model_files(manifest)[-1]].sha256,
         "latency": {name: result.to_json() for name, result in results.items()},
+        "offline": many.to_json(),
+        "threads_sweep": swept,
         "energy": energy,
-        "process_peak_memory_mb": _peak_memory_mb(),
+        "memory_mb": memory_record(folder, manifest, _peak_memory_mb()),
         "host": host_facts(),
         "versions": library_versions(),
     }
     write_json(folder / "bench.json", record)
     return record
+
+
+def _offline(session: Session, inputs: NDArray[np.float32], protocol: Protocol) -> Offline:
+    """Measure calls with many images each; every runtime here takes a batch."""
+    batch = inputs.repeat(OFFLINE_BATCH, axis=0)
+    samples = offline_samples(lambda: session.run(batch), **asdict(protocol))
+    return offline(np.array(samples), OFFLINE_BATCH)
+
+
+def _swept(
+    folder: Path, manifest: Manifest, inputs: NDArray[np.float32], protocol: Protocol
+) -> list[dict[str, Any]]:
+    """Measure with every number of threads, one after the other: pools would fight for cores."""
+    rows = []
+    for count in sweep_counts(os.cpu_count() or 1):
+        session = bundle_session(folder, manifest, count)
+        call = partial(session.run, inputs)
+        one: Latency = measure({"call": call}, protocol, f"{count} thread(s)")["call"]
+        rows.append(sweep_row(count, one, _offline(session, inputs, protocol)))
+    return rows
+
+
+def memory_record(folder: Path, manifest: Manifest, process_peak: float) -> dict[str, Any]:
+    """Return what ``bench.json`` says of memory, in MB: measured, and what the model asks for.
+
+    ``process_peak`` is all that a process held at its highest, libraries included; ``weights`` and
+    ``activations`` are those of one image in the file, None where it does not tell.
+    """
+    files = [folder / name for name in model_files(manifest)]
+    graph = folder / "model.onnx"
+    asked = model_memory(graph) if graph.exists() else None
+    weights = asked.weights if asked else None
+    if manifest.runtime == "ncnn":
+        weights = files[-1].stat().st_size
+    return {
+        "process_peak": process_peak,
+        "weights": _megabytes(weights),
+        "activations": _megabytes(asked.activations if asked else None),
+    }
+
+
+def _megabytes(count: int | None) -> float | None:
+    return None if count is None else round(count / 1e6, 3)
 
 
 def energy_of(

@@ -13,7 +13,15 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from secateur.bench.latency import Latency, Protocol, summarise
+from secateur.bench.latency import (
+    Latency,
+    Offline,
+    Protocol,
+    offline,
+    summarise,
+    sweep_counts,
+    sweep_row,
+)
 from secateur.bundle.engine_run import has_engine
 from secateur.bundle.manifest import Manifest
 from secateur.bundle.read import check_files, model_files, read_bundle, run_files
@@ -23,6 +31,7 @@ from secateur.data.sample import Reader
 from secateur.data.transforms import fit_sample
 from secateur.devices.connect import connect
 from secateur.devices.connection import Connection
+from secateur.devices.on_bench import throttled
 from secateur.devices.probe import DeviceFacts
 from secateur.devices.remote_job import MIB, Tell
 from secateur.devices.remote_probe import check_modules, probe, probe_python
@@ -36,6 +45,7 @@ from secateur.devices.remote_run import (
 from secateur.devices.target import load_target, target_names
 from secateur.flow.cache import StageCache
 from secateur.flow.engine import check_fits
+from secateur.flow.measure import memory_record
 from secateur.flow.recipe import Recipe
 from secateur.flow.second_opinion import engine_of, second_opinion, trtexec_order
 from secateur.flow.verify import VerifyResult, check_parity, judged, own_image
@@ -91,15 +101,15 @@ class Board:
         self._check_numbers(found)
         return found
 
-    def latency(self, threads: int, protocol: Protocol, watch: Watch) -> ToldLatency:
-        """Measure there by the protocol, on the bundle's own image."""
+    def latency(self, threads: int, protocol: Protocol, watch: Watch | None = None) -> ToldLatency:
+        """Measure there by the protocol, on the bundle's own image; with a watch, that too."""
         image = own_image(self.folder)[:, :, ::-1]
         with tempfile.TemporaryDirectory() as scratch:
             files = {name: Path(scratch) / name for name in ("image.png", "image.jpg")}
             for path in files.values():
                 cv2.imwrite(str(path), image)
             order = {"image": "image.png", "file": "image.jpg", "threads": threads,
-                     "protocol": asdict(protocol), "watched": watch.order}  # fmt: skip
+                     "protocol": asdict(protocol), "watched": watch and watch.order}  # fmt: skip
             return self.bundle.latency(Work("latency", order, files, LONGEST_RESULT))
 
     def _check_numbers(self, outputs: Outputs) -> None:
@@ -159,24 +169,33 @@ def bench_on_device(
     *,
     threads: int | None = None,
     protocol: Protocol | None = None,
+    sweep: bool = False,
     trtexec: bool = False,
 ) -> dict[str, Any]:
     """Measure a bundle by its own ``run.py`` on a device and write ``bench.json`` into it.
 
-    ``trtexec``: and let TensorRT's own benchmark measure its engine, layer by layer.
+    ``sweep``: also with every number of threads that the device has cores for. ``trtexec``: and let
+    TensorRT's own benchmark measure its engine, layer by layer.
 
     Raises:
         BundleError, VerifyError: the bundle is not whole, or its outputs there are wrong.
-        DeviceError, ConnectionLost: see ``verify_on_device``.
+        DeviceError, ConnectionLost: see ``verify_on_device``; or an engine has no threads to sweep.
     """
     if trtexec:
         trtexec_order(read_bundle(folder), engine_of(folder))  # before the long work
+    if sweep and has_engine(folder):  # type: ignore[no-untyped-call]
+        raise DeviceError(
+            f"{folder} runs as an engine: the number of the CPU's threads does not change it",
+            hint="bench it without --sweep",
+        )
+    how = protocol or Protocol()
     with _board(folder, device, tell) as board:
         _checked_parity(board)  # what is measured must be right
         used = threads or board.manifest.threads
         watch = begin_watch(board.connection)
-        told = board.latency(used, protocol or Protocol(), watch)
+        told = board.latency(used, how, watch)
         state, energy = end_watch(watch, board.connection, told.phases)
+        swept = _swept(board, told, how) if sweep else None
         opinion = second_opinion(board.bundle, board.manifest, folder) if trtexec else None
     manifest = board.manifest
     record = {
@@ -190,7 +209,9 @@ def bench_on_device(
         "energy": energy,
         "telemetry": state,
         **({"trtexec": opinion} if opinion else {}),
-        "process_peak_memory_mb": told.process_peak_memory_mb,
+        "offline": _offline(told).to_json(),
+        "threads_sweep": swept,
+        "memory_mb": memory_record(folder, manifest, told.process_peak_memory_mb),
         "host": _host(board.facts, told),
         "versions": told.versions,
     }
@@ -245,11 +266,26 @@ def _parts(
 
 def _latencies(told: ToldLatency) -> dict[str, Latency]:
     """Return the statistics, made here from every single call."""
-    temperatures = told.temperature_before_c, told.temperature_after_c
+    lowered = throttled(told.throttling_before, told.throttling_after)
+    seen = told.temperature_before_c, told.temperature_after_c, lowered
     return {
-        name: summarise(np.array(values), *temperatures)
+        name: summarise(np.array(values), *seen)
         for name, values in dict(told.samples_ms).items()
+        if values is not None
     }
+
+
+def _offline(told: ToldLatency) -> Offline:
+    return offline(np.array(told.offline_ms), told.offline_batch)
+
+
+def _swept(board: Board, told: ToldLatency, protocol: Protocol) -> list[dict[str, Any]]:
+    """Measure with every number of threads there, one after the other."""
+    rows = []
+    for count in sweep_counts(told.host.logical_cores or 1):
+        found = board.latency(count, protocol)
+        rows.append(sweep_row(count, _latencies(found)["host_to_host"], _offline(found)))
+    return rows
 
 
 def _host(facts: DeviceFacts, told: ToldLatency) -> dict[str, Any]:

@@ -38,7 +38,8 @@ ROUNDING = 2  # times what a lower precision was off when it was built: other CP
 class VerifyResult:
     """``accuracy`` is None, with the reason, where the evaluation data are not at hand.
 
-    ``device`` is where the bundle ran; of a few images only there are no ``intervals``.
+    ``device`` is where the bundle ran, ``split`` on what ("654 images of split 'test', nyuv2");
+    of a few images only there are no ``intervals``.
     """
 
     device: str
@@ -47,6 +48,7 @@ class VerifyResult:
     change: Delta | None
     intervals: Intervals | None
     skipped: str
+    split: str = ""
 
 
 def verify(folder: Path, *, limit: int | None = None) -> VerifyResult:
@@ -93,7 +95,9 @@ def judged(
     change = delta(parent.metrics, scores.metrics, higher_is_better(manifest))
     if limit is None:  # a part of the data says too little to fail a bundle
         _guard(manifest, change)
-    return VerifyResult(device, parity, scores.metrics, change, intervals, "")
+    shown = len(reader) if limit is None else min(limit, len(reader))
+    said = f"{shown} images of split '{recipe.data.eval.split}', {recipe.data.eval.reader}"
+    return VerifyResult(device, parity, scores.metrics, change, intervals, "", said)
 
 
 def _check_judged(scores: Scores, device: str) -> None:
