@@ -17,7 +17,7 @@ import pytest
 from cli_run import RECIPE
 from conftest import SPEC, tiny_model
 from onnx import TensorProto, helper
-from secateur.bundle import build_engine, engine_device, engine_supervise, engine_tensorrt
+from secateur.bundle import build_engine, engine_device, engine_progress, engine_supervise
 from secateur.bundle.build_engine import build
 from secateur.bundle.engine_device import check_engine, device_facts
 from secateur.bundle.engine_errors import (
@@ -29,7 +29,7 @@ from secateur.bundle.engine_errors import (
 )
 from secateur.bundle.engine_layers import engine_rows, join_rows, onnx_nodes
 from secateur.bundle.engine_options import DEFAULTS, batch_sizes
-from secateur.bundle.engine_tensorrt import progress_monitor
+from secateur.bundle.engine_progress import progress_monitor
 from secateur.bundle.write import file_records, node_tasks, stand_alone, write_builder
 from secateur.core.errors import DeviceError, RecipeError
 from secateur.devices.target import load_target
@@ -520,7 +520,7 @@ def test_a_timing_cache_of_another_device_is_replaced(tmp_path: Path) -> None:
 def test_a_long_build_tells_its_steps_and_can_be_stopped(monkeypatch, capsys) -> None:
     """As a builder calls it: phases within phases, steps counted from 0."""
     clock = iter(range(0, 1000, 3))
-    monkeypatch.setattr(engine_tensorrt.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(engine_progress.time, "monotonic", lambda: next(clock))
     monitor = progress_monitor(FakeTensorRT(INVENTORIES["tensorrt_10.3"]))
     monitor.phase_start("Building engine", None, 5)
     monitor.phase_start("Timing tactics", "Building engine", 80)
@@ -532,7 +532,7 @@ def test_a_long_build_tells_its_steps_and_can_be_stopped(monkeypatch, capsys) ->
     def interrupted() -> float:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine_tensorrt.time, "monotonic", interrupted)
+    monkeypatch.setattr(engine_progress.time, "monotonic", interrupted)
     assert monitor.step_complete("Timing tactics", 4) is False and monitor.stopped
 
 
@@ -647,7 +647,7 @@ def test_a_builder_that_dies_or_hangs_is_one_sentence(
 def test_a_real_build_goes_through_the_monitor(
     rtx: Any, tiny_bundles: dict[str, Path], monkeypatch, capsys
 ) -> None:
-    monkeypatch.setattr(engine_tensorrt, "TOLD_EVERY", -1.0)
+    monkeypatch.setattr(engine_progress, "TOLD_EVERY", -1.0)
     build(tiny_bundles["fp32"], None, rtx)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) > 5

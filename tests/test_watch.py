@@ -14,7 +14,6 @@ from secateur.devices.connection import Output
 from secateur.devices.local import LocalConnection
 from secateur.devices.remote_run import ToldLook, ToldPhase
 from secateur.devices.telemetry import Telemetry, parse_telemetry, read_telemetry
-from secateur.flow import watch
 from secateur.flow.watch import Watch, begin_watch, end_watch, notes
 from test_telemetry import NANO, THOR, gpu, planted
 
@@ -169,7 +168,3 @@ def test_the_agent_reads_what_is_asked_and_no_more(tmp_path: Path) -> None:
     rows = on_bench.watch(lambda: on_bench.time.sleep(0.01), 0.1, ["/sys/b*"], str(tmp_path), 1, 0)
     texts = rows[0]["looks"][0]["files"]
     assert {name: len(text) for name, text in texts.items()} == {"/sys/big": on_bench.LONGEST_TEXT}
-
-
-def test_the_watch_has_its_root_where_the_devices_files_lie() -> None:
-    assert watch.ROOT == ""

@@ -36,8 +36,9 @@ from secateur.bundle.engine_errors import (
 )
 from secateur.bundle.engine_layers import engine_rows, join_rows, network_rows
 from secateur.bundle.engine_options import all_options, batch_sizes, node_table, read_table
+from secateur.bundle.engine_progress import progress_monitor
 from secateur.bundle.engine_supervise import supervised
-from secateur.bundle.engine_tensorrt import load_tensorrt, process_logger, progress_monitor
+from secateur.bundle.engine_tensorrt import load_tensorrt, process_logger
 
 WORKSPACE_SHARE = 0.5  # of the free memory: the builder itself and the weights need the rest
 MIB = 1 << 20

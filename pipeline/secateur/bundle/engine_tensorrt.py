@@ -6,7 +6,6 @@ Standard library only, Python 3.8.
 import importlib
 import re
 import sys
-import time
 
 from secateur.bundle.engine_errors import NO_TENSORRT, EngineProblem
 
@@ -55,37 +54,3 @@ def process_logger(trt):
                 self.lines.append((severity.name, msg))
 
     return _LOGS.setdefault(trt.__name__, Log())
-
-
-TOLD_EVERY = 5.0  # seconds between lines on how far a build is
-
-
-def progress_monitor(trt):
-    """Return what a build tells its steps to; ``stopped`` once the user wants no more of it."""
-
-    class Progress(trt.IProgressMonitor):
-        def __init__(self):
-            trt.IProgressMonitor.__init__(self)
-            self.steps, self.stopped = {}, False
-            self.began = self.last = time.monotonic()
-
-        def phase_start(self, phase_name, parent_phase, num_steps):
-            if parent_phase is None or parent_phase in self.steps:
-                self.steps[phase_name] = num_steps
-
-        def step_complete(self, phase_name, step):
-            try:
-                now = time.monotonic()
-                if now - self.last > TOLD_EVERY:
-                    self.last, most = now, self.steps.get(phase_name)
-                    line = "{:.0f} s: {}, step {} of {}\n"
-                    sys.stderr.write(line.format(now - self.began, phase_name, step + 1, most))
-                    sys.stderr.flush()
-            except KeyboardInterrupt:  # it must not unwind through the builder's own frames
-                self.stopped = True
-            return not self.stopped
-
-        def phase_finish(self, phase_name):
-            pass
-
-    return Progress()
