@@ -327,7 +327,7 @@ def test_a_bench_during_which_others_take_the_cpu_says_so(bundle: Path, one_core
     )
     later.start()
     try:
-        record = bench(bundle, protocol=Protocol(warmup_ms=50, seconds=2, runs=200))
+        record = bench(bundle, protocol=Protocol(warmup_ms=20, seconds=1, runs=200))
     finally:
         later.join()
         for hog in hogs:

@@ -250,6 +250,29 @@ def benched(bundle: Path, **energy: Any) -> None:
     }))  # fmt: skip
 
 
+MORE = {  # of a bench
+    "threads_sweep": [
+        {"threads": 1, "median_ms": 8.0, "p99_ms": 9.5, "images_per_s": 130.0, "noisy": False},
+        {"threads": 2, "median_ms": 4.5, "p99_ms": 6.0, "images_per_s": 240.0, "noisy": True},
+    ],
+    "offline": {"batch": 8, "images_per_s": 130.5, "latency": {
+        "min_ms": 60.0, "median_ms": 61.0, "percentiles_ms": {}, "max_ms": 70.0, "runs": 20,
+        "coefficient_of_variation": 0.01, "noisy": True}},
+    "memory_mb": {"process_peak": 210.5, "weights": 2.096, "activations": 0.875},
+}  # fmt: skip
+
+
+def test_throughput_threads_and_memory_are_told(folder: Path) -> None:
+    benched(folder / "x86-64-cpu/fp32", **MORE)
+    text = page_of(folder).text
+    assert "Offline: 130.5 images a second, 8 at a time, noisy." in text
+    assert (
+        "Memory: the process at its highest 210.5 MB; of the model weights 2.096 MB, "
+        "activations 0.875 MB." in text
+    )
+    assert re.search(r"By number of threads.*1 ?8\.000 ?9\.500 ?130\.0 ?2 noisy ?4\.500", text)
+
+
 @pytest.mark.parametrize("noisy", [True, False])
 def test_a_bench_on_a_noisy_machine_is_said_to_be(folder: Path, noisy: bool) -> None:
     pi = folder / "raspberry-pi-5/fp32"  # which its build could not measure
@@ -388,7 +411,8 @@ def test_a_browser_shows_the_page(
     axe = pytest.importorskip(
         "axe_playwright_python.sync_playwright", reason="pip install axe-playwright-python"
     )
-    benched(folder / "x86-64-cpu/fp32", energy=LAPTOP)
+    benched(folder / "x86-64-cpu/fp32", energy=LAPTOP, **MORE)
+    change(folder / "x86-64-cpu/fp32", quantisation=QUANTISED)
     report(folder)
     context = browser.new_context(viewport={"width": width, "height": 844}, color_scheme=scheme)
     tab, said, asked = context.new_page(), [], []
@@ -412,6 +436,7 @@ def test_a_browser_shows_the_page(
     assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")  # no sideways scroll
     light = tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert light == (scheme == "light")
+    tab.locator("details").evaluate_all("all => all.forEach(each => { each.open = true; })")
     loaded = "images => images.every(i => { i.loading = 'eager'; return true; })"
     assert tab.locator("img").evaluate_all(loaded)
     tab.wait_for_function("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
