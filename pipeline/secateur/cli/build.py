@@ -137,7 +137,12 @@ def print_result(result: BuildResult, console: Console) -> None:
 
 def budget_line(name: str, budget: BudgetRecord) -> str:
     """Return in words what was wanted and what is spent, or kept."""
-    how = {"counted": "", "measured": ", measured", "table": ", by the latency table"}[budget.how]
+    how = {
+        "counted": "",
+        "measured": ", measured",
+        "table": ", by the table",
+        "emulated": ", counted on an emulated CPU",
+    }[budget.how]
     said = (
         f"{name}: at {budget.sense} {budget.wanted:g} {budget.unit}; plan {budget.planned:.4g}{how}"
     )

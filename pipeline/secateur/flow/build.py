@@ -80,7 +80,7 @@ def build(
     clock.lap("lower")
     evidence = gather_evidence(job, cut, lowered, target, protocol)
     clock.lap("measure")
-    budgets = settle(job, target, planned, evidence)
+    budgets = settle(job, target, planned, evidence, lowered.onnx)
     made = Made(target, planned, origin, cut, lowered, evidence, budgets, clock.seconds, command,
                 zeros)  # fmt: skip
     folder = out / target.name / lowered.precision

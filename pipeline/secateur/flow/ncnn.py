@@ -40,10 +40,12 @@ def target_of(recipe: Recipe, name: str) -> Target:
             f"runtime: {target.name} computes on its GPU, and ncnn runs on CPUs here",
             hint="leave runtime out, or choose a CPU target",
         )
-    if recipe.prune.budget.latency_ms is not None:
+    budget = recipe.prune.budget
+    tabled = [key for key in ("latency_ms", "instructions") if getattr(budget, key) is not None]
+    if tabled:
         raise RecipeError(
-            "prune.budget.latency_ms: latency tables are of ONNX Runtime's operators, and the "
-            "runtime is ncnn",
+            f"prune.budget.{tabled[0]}: tables are of ONNX Runtime's operators, and the runtime is "
+            "ncnn",
             hint="give macs instead, or runtime: onnxruntime",
         )
     find_pnnx()

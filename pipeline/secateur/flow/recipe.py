@@ -73,6 +73,7 @@ class BudgetSpec(_Strict):
     params: float | None = Field(default=None, gt=0, le=1)
     size_mb: float | None = Field(default=None, gt=0)
     latency_ms: float | None = Field(default=None, gt=0)
+    instructions: float | None = Field(default=None, gt=0, le=1)
     peak_memory_mb: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
