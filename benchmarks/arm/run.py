@@ -173,8 +173,8 @@ def claims(rows: Sequence[Row]) -> list[Show]:
         network, runtime, precision, share = key_of(row)[1:]
         if whole := counts.get((network, runtime, precision, 1.0)):
             claim = (
-                f"{network}, {runtime} {precision}, cut by the table of instructions to {share:.0%} "
-                "of them: share of the instructions saved over that of the MACs"
+                f"{network}, {runtime} {precision}, cut by the table of instructions to "
+                f"{share:.0%} of them: share of the instructions saved over that of the MACs"
             )
             shows.append(Show(claim, REALISED, realised(row, whole), ">="))
     return shows
@@ -183,7 +183,7 @@ def claims(rows: Sequence[Row]) -> list[Show]:
 def realised(row: Row, whole: Row) -> float:
     """Return the share of the instructions that a cut saves over that of the MACs."""
     saved = {key: 1 - row[key] / whole[key] for key in ("instructions", "macs")}
-    return saved["instructions"] / saved["macs"]
+    return float(saved["instructions"] / saved["macs"])
 
 
 def agreement(row: Row) -> list[Show]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from secateur.bundle.build_engine import OPTIONS
@@ -12,7 +13,7 @@ from secateur.devices.connection import Connection
 from secateur.devices.probe import DeviceFacts
 from secateur.devices.remote_build import BUILDER, EngineRecord, Order, build_engine
 from secateur.devices.remote_job import Tell
-from secateur.devices.remote_probe import check_python, probe, probe_python
+from secateur.devices.remote_probe import check_modules, check_python, probe, probe_python
 from secateur.devices.target import Target, load_target, target_names
 from secateur.flow.recipe import Recipe
 
@@ -45,18 +46,21 @@ def check_options(recipe: Recipe, target: Target) -> None:
         )
 
 
-def check_device(target_name: str, device: str) -> None:
-    """Check that an engine of that target can be built on the device, before any long work.
+def check_device(target: Target, device: str, runtimes: Sequence[str]) -> None:
+    """Check that a device can do its part of a build, before any long work.
+
+    It is to build the target's engine; or, where that has none, to run one of the ``runtimes``.
 
     Raises:
-        DeviceError: the target has no engine, or the device is another one, cannot be reached, or
-            lacks the target's TensorRT.
+        DeviceError: the device is another one, cannot be reached, or lacks what is needed.
     """
-    target = load_target(target_name)
-    runtime = _engine_runtime(target)
     with connect(device) as connection:
         check_fits(target, connection)
-        check_python(probe_python(connection), connection.name, runtime)
+        if target.engine_runtime:
+            check_python(probe_python(connection), connection.name, target.engine_runtime)
+        else:
+            wanted = ["numpy", "cv2", *runtimes]
+            check_modules(probe_python(connection, wanted), connection.name)
 
 
 def engine_on_device(folder: Path, device: str, tell: Tell) -> EngineRecord:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
-from secateur.core.errors import RecipeError
+from secateur.core.errors import RecipeError, RuntimeMissing
 from secateur.core.model import MultiTaskModel
 from secateur.devices.host import library_versions
 from secateur.devices.target import Target, load_target
@@ -18,7 +18,7 @@ from secateur.lower.ncnn import WITHOUT, export_ncnn, find_pnnx
 from secateur.lower.quant import Precision
 from secateur.runtimes.base import runtime_of
 
-NCNN = "ncnn"
+NCNN, AUTO = "ncnn", "auto"
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16")  # that this version writes
 
 
@@ -31,8 +31,8 @@ def target_of(recipe: Recipe, name: str) -> Target:
         RuntimeMissing: ncnn or pnnx is not installed.
     """
     target = load_target(name)
-    if recipe.runtime not in (None, target.runtime):
-        target = target.model_copy(update={"runtime": recipe.runtime})
+    if recipe.runtime not in (None, AUTO):
+        target = with_runtime(target, recipe.runtime)
     if target.runtime != NCNN:
         return target
     if target.accelerator != "cpu":
@@ -50,8 +50,33 @@ def target_of(recipe: Recipe, name: str) -> Target:
         )
     find_pnnx()
     runtime_of(NCNN).version()
-    able = tuple(each for each in target.precisions if each in PRECISIONS)
-    return target.model_copy(update={"precisions": able})
+    return target
+
+
+def with_runtime(target: Target, runtime: str) -> Target:
+    """Return the target with another runtime, and the precisions that it has there."""
+    if runtime == target.runtime:
+        return target
+    able = tuple(each for each in target.precisions if runtime != NCNN or each in PRECISIONS)
+    return target.model_copy(update={"runtime": runtime, "precisions": able})
+
+
+def runtimes_of(recipe: Recipe, target: Target) -> tuple[str, ...]:
+    """Return the runtimes that a build of the recipe may ship: with ``auto`` also ncnn.
+
+    It is left out where it is not installed, cannot run there, or a budget is in ONNX Runtime's
+    own terms.
+    """
+    budget = recipe.prune.budget
+    tabled = budget.latency_ms is not None or budget.instructions is not None
+    if recipe.runtime != AUTO or target.accelerator != "cpu" or tabled:
+        return (target.runtime,)
+    try:
+        find_pnnx()
+        runtime_of(NCNN).version()
+    except RuntimeMissing:
+        return (target.runtime,)
+    return target.runtime, NCNN
 
 
 def runnable(

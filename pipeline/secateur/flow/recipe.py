@@ -209,7 +209,7 @@ class Recipe(_Strict):
     recover: RecoverSpec | Literal["none"] = "none"
     precision: PrecisionSpec = PrecisionSpec()
     engine: EngineSpec = EngineSpec()
-    runtime: Literal["onnxruntime", "ncnn"] | None = None
+    runtime: Literal["onnxruntime", "ncnn", "auto"] | None = None
     library: LibrarySpec = LibrarySpec()
     source: str = ""
     path: Path = Path()
