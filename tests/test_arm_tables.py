@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from cli_run import RECIPE, make_project, run
 from secateur.bench.profile import Sampling
@@ -108,7 +109,13 @@ def made_table(project: Path) -> LatencyTable:
     ) -> list[NetworkTimes]:
         found = []
         for model in models:
-            each = {place: np.array([len(model) / 1000]) for place in set(places.values())}
+            graph = onnx.load_from_string(model).graph
+            sizes = {each.name: int(np.prod(each.dims)) for each in graph.initializer}
+            each = dict.fromkeys(places.values(), np.array([1.0]))
+            for node in graph.node:
+                if node.name in places:
+                    weights = sum(sizes.get(name, 0) for name in node.input) / 2
+                    each[places[node.name]] = each[places[node.name]] + weights
             found.append(NetworkTimes(np.array([float(sum(v[0] for v in each.values()))]), each))
         return found
 
