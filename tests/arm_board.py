@@ -40,7 +40,7 @@ def make_board(folder: Path, cache: Path) -> Path:
         versions = library_versions()
         wheels = ["numpy>=1.26,<3", *(f"{name}=={versions[name]}" for name in
                                       ("opencv-python-headless", "onnxruntime"))]  # fmt: skip
-        userland = prepare_userland(cache, wheels, ("dash", "coreutils"))
+        userland = prepare_userland(cache, wheels, ("dash", "coreutils", "grep"))
     except SecateurError as error:
         pytest.skip(f"no aarch64 userland here: {error}")
     root = folder / "root"

@@ -90,7 +90,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project whose budget is most of the parent's instructions."""
     monkeypatch.syspath_prepend(str(tmp_path))
     half = RECIPE.replace("budget: {macs: 0.5}, search: {tries: 3, images: 8}",
-                          "budget: {instructions: 0.8}, search: false")  # fmt: skip
+                          "budget: {instructions: 0.8}, grid: 8, search: false")  # fmt: skip
     make_project(tmp_path, half)
     return tmp_path
 
