@@ -6,6 +6,8 @@ run by its own ``run.py`` on seventeen images under four CPU models, against thi
 and at 50 and 25 % of the MACs, per runtime and precision, on the Cortex-A76 of a Raspberry Pi 5.
 ``table``: the cut of that parent which the table of its operators' instructions chooses, at half of
 the parent's instructions (ONNX Runtime, fp32).
+``report``: no work, the results of what is there.
+
 Emulation tells no latency. A stopped run goes on. Needs apt's qemu-user, and ``.[ncnn]``.
 """
 
@@ -41,7 +43,8 @@ CPUS = ("cortex-a53", "cortex-a72", "cortex-a76", "neoverse-n1")
 IMAGES = 16  # of the data, beside the bundle's own
 SHARES = (1.0, 0.5, 0.25)
 BY_TABLE = 0.5  # of the parent's instructions
-FORMS = (("onnxruntime", "fp32"), ("onnxruntime", "int8"), ("ncnn", "fp32"), ("ncnn", "fp16"))
+FORMS = (("onnxruntime", "fp32"), ("onnxruntime", "int8"), ("ncnn", "fp32"), ("ncnn", "fp16"),
+         ("ncnn", "int8"))  # fmt: skip
 NETWORKS = ("efficientnet_lite0", "resnet18")
 FP32_TARGET, SAME_CLASS, SPREAD, REALISED = 1e-4, 0.99, 0.01, 0.9
 RECIPE = """
@@ -69,7 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--part", choices=("verify", "counts", "table"))
+    parser.add_argument("--part", choices=("verify", "counts", "table", "report"))
     parser.add_argument("--quick", action="store_true", help="one CPU, one count; writes nothing")
     options = parser.parse_args()
     if options.quick:
