@@ -20,7 +20,7 @@ demo: setup
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --dist loadfile
 
 test: setup
-	$(PYTEST)
+	$(PYTEST) -m 'not slow or emulated'
 
 test-all: setup
 	$(PYTEST) -m 'slow or not slow'

@@ -261,6 +261,38 @@ def sparsity_table(suite: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
+def arm_table(suite: dict[str, Any]) -> str:
+    """Return the instructions of each network, runtime and precision, whole and cut."""
+    counts: dict[tuple[str, str, str], dict[float, Any]] = {}
+    for row in suite["rows"]:
+        if row["part"] == "counts" and row["instructions"]:
+            key = row["network"], row["runtime"], row["precision"]
+            counts.setdefault(key, {})[row["share"]] = row
+    shares = (1.0, 0.5, 0.25)
+    head = ["whole", "50 % of the MACs", "25 %", "cold start, whole", "MB of wheels on the board"]
+    lines = ["", f"| million instructions of one inference | {' | '.join(head)} |",
+             "|---" * (len(head) + 1) + "|"]  # fmt: skip
+    for (network, runtime, precision), rows in counts.items():
+        whole = rows.get(1.0)
+        cells = []
+        for share in shares:
+            row = rows.get(share)
+            cell = "" if row is None else f"{row['instructions'] / 1e6:.1f}"
+            if row is not None and whole is not None and share != 1.0:
+                cell += f" (x {row['instructions'] / whole['instructions']:.2f})"
+            cells.append(cell)
+        some = next(iter(rows.values()))
+        cold = f"{whole['cold_start'] / 1e6:.0f}" if whole else ""
+        name = f"{network}, {runtime} {precision}"
+        lines.append(f"| {name} | {' | '.join([*cells, cold, str(some['wheels_mb'])])} |")
+    lines += [
+        "",
+        "Emulated Cortex-A76 (the Raspberry Pi 5's), 96x128, three dense tasks, one thread. A",
+        "proxy: caches, memory and the order of execution are not modelled; no latency is meant.",
+    ]
+    return "\n".join([*lines, ""])
+
+
 TABLES = {
     "peers": peers_table,
     "fusion": fusion_table,
@@ -302,6 +334,11 @@ def index(suites: dict[str, Any]) -> str:
         "## 2:4 sparsity after the cut",
         sparsity_table(suites["sparsity"]),
         "",
+        *(
+            ["## Instructions on an emulated Arm CPU", arm_table(suites["arm"]), ""]
+            if "arm" in suites
+            else []
+        ),
         "Parents and their cards: `parents/`; trained by `train_parent.py`.",
         "",
     ]

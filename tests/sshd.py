@@ -48,8 +48,11 @@ def need_sshd() -> None:
 
 
 @contextlib.contextmanager
-def started(folder: Path, environment: Mapping[str, str]) -> Iterator[Device]:
-    """Start sshd; everything it runs has ``environment`` and a login script that talks."""
+def started(folder: Path, environment: Mapping[str, str], shell: str = "sh") -> Iterator[Device]:
+    """Start sshd; everything it runs has ``environment`` and a login script that talks.
+
+    ``shell`` is what runs commands, as ``shell -c COMMAND``.
+    """
     host, key = make_key(folder / "host_key"), make_key(folder / "id")
     (folder / "authorized_keys").write_text(key + "\n")
     (folder / "known_hosts").write_text(f"device {host}\n")
@@ -61,7 +64,7 @@ def started(folder: Path, environment: Mapping[str, str]) -> Iterator[Device]:
         f"AuthorizedKeysFile {folder}/authorized_keys\nStrictModes no\nUsePAM no\n"
         "PasswordAuthentication no\nKbdInteractiveAuthentication no\nPermitRootLogin yes\n"
         f"SetEnv {' '.join(f'{name}={value}' for name, value in environment.items())}\n"
-        'ForceCommand echo Welcome; echo noise >&2; exec sh -c "$SSH_ORIGINAL_COMMAND"\n'
+        f'ForceCommand echo Welcome; echo noise >&2; exec {shell} -c "$SSH_ORIGINAL_COMMAND"\n'
     )
     config = folder / "ssh_config"
     config.write_text(

@@ -200,7 +200,7 @@ def test_an_emulated_device_is_named_with_its_cpu() -> None:
         connect("emulated:max")
 
 
-# -- the real thing: minutes
+# -- the real thing: about a minute, and as long for the userland
 
 
 @pytest.fixture(scope="module")
@@ -234,6 +234,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder / "out/raspberry-pi-5/fp32"
 
 
+@pytest.mark.emulated
 @pytest.mark.slow
 def test_a_bundles_own_runner_gives_on_arm_what_it_gives_here(
     userland: Userland, built: Path, capsys: pytest.CaptureFixture[str]
@@ -256,6 +257,7 @@ def test_a_bundles_own_runner_gives_on_arm_what_it_gives_here(
     assert result["same_bits"] == {"segmentation": True, "depth": True}
 
 
+@pytest.mark.emulated
 @pytest.mark.slow
 def test_a_bench_counts_instructions_and_never_says_latency(
     userland: Userland, built: Path, capsys: pytest.CaptureFixture[str]
@@ -297,6 +299,7 @@ def test_without_a_compiler_counts_are_not_available_and_the_rest_is(
     assert record["process_peak_memory_mb"] > record["idle_python_peak_memory_mb"]
 
 
+@pytest.mark.emulated
 @pytest.mark.slow
 def test_an_instruction_that_the_cpu_lacks_is_a_sentence(userland: Userland) -> None:
     sdot = (0x4E829420, 0xD65F03C0)  # sdot v0.4s, v1.16b, v2.16b; ret
@@ -315,6 +318,7 @@ def test_an_instruction_that_the_cpu_lacks_is_a_sentence(userland: Userland) -> 
         assert facts.out == "aarch64\n"
 
 
+@pytest.mark.emulated
 @pytest.mark.slow
 def test_a_bundle_for_another_architecture_is_refused(
     userland: Userland, built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

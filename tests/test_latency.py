@@ -366,7 +366,7 @@ def test_profile_measures_a_recipe_and_says_what_it_found(
     recipe = make_project(tmp_path, f"{RECIPE}precision: {{mode: {precision}}}\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     few = Sampling(rounds=2, batch=3, fewest=1, most=2)
-    monkeypatch.setattr("secateur.flow.latency.SAMPLING", few)
+    monkeypatch.setattr("secateur.flow.meters.SAMPLING", few)
     out = tmp_path / "latency.json"
     code, said, _ = run(capsys, "profile", recipe, "--out", out, "--json")
     assert code == 0, said

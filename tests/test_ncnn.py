@@ -292,9 +292,65 @@ def test_an_fp16_bundle_is_smaller_and_verifies(
 
 
 @needs_ncnn
-def test_int8_is_not_promised(project: Path) -> None:
-    with pytest.raises(RecipeError, match="fp32, fp16 with ncnn, got 'int8'"):
-        built(project, "int8", "runtime: ncnn\nprecision: {mode: int8}", "raspberry-pi-5")
+def test_an_int8_bundle_is_calibrated_by_us_and_guarded(
+    capsys: pytest.CaptureFixture[str], project: Path
+) -> None:
+    _, exact = built(project, "fp32-beside", "runtime: ncnn")
+    lines = "runtime: ncnn\nprecision: {mode: int8, images: 8}"
+    folder, manifest = built(project, "int8", lines, "raspberry-pi-5")
+    assert manifest["precision"] == "int8" and run(capsys, "verify", folder)[0] == 0
+    found = manifest["quantisation"]
+    assert found["dialect"] == "ncnn" and found["images"] == 8
+    assert {row["why"] for row in found["kept"]} == {"head"}
+    assert found["nodes"]["fp32"] == 2 and found["nodes"]["int8"] >= 5
+    assert 0.5 < found["macs_share"]["int8"] < 1
+    sizes = [each["files"][NCNN_FILES[1]]["bytes"] for each in (manifest, exact)]
+    assert 0.25 < sizes[0] / sizes[1] < 0.5
+    assert manifest["accuracy"]["pruned"] == exact["accuracy"]["shipped"]
+    assert all(0 < task["of_range"] < 0.2 for task in manifest["parity"].values())
+
+
+@needs_ncnn
+def test_pins_of_onnx_nodes_are_refused_with_ncnn(project: Path) -> None:
+    lines = "runtime: ncnn\nprecision: {mode: int8, images: 8, pin: {seg: fp32}}"
+    with pytest.raises(RecipeError, match="the runtime is ncnn"):
+        built(project, "pin", lines, "raspberry-pi-5")
+
+
+@needs_ncnn
+def test_ncnn_makes_of_int8_weights_what_whole_numbers_make_of_them(tmp_path: Path) -> None:
+    from secateur.lower.ncnn_int8 import write_int8
+    from secateur.runtimes.ncnn import open_session
+
+    weights = np.array([[1.0, -0.5, 0.25, 0.1], [0.02, 0.01, -0.04, 0.03]], "<f4")
+    bias = np.array([0.5, -1.0], "<f4")
+    (tmp_path / "m.param").write_text(
+        "7767517\n2 2\nInput image 0 1 image\nInnerProduct fc 1 1 image out 0=2 1=1 2=8 31=7\n"
+    )
+    (tmp_path / "m.bin").write_bytes(bytes(4) + weights.tobytes() + bias.tobytes())
+    lowered = write_int8(tmp_path / "m.param", {"image": 127 / 2}, tmp_path / "q.param")
+    assert lowered == ["fc"]
+    image = np.array([0.3, -1.2, 2.0, 0.7], np.float32)
+    steps = np.abs(weights).max(axis=1) / 127
+    whole = np.rint(weights / steps[:, None]) @ np.rint(image * 127 / 2)
+    found = open_session(tmp_path / "q.param", 1).run(image[None])["out"][0]
+    assert found == pytest.approx(whole * steps * 2 / 127 + bias, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("layer", "data", "says"),
+    [("LSTM a 1 1 image out 0=4", b"", "a layer LSTM"),
+     ("InnerProduct a 1 1 image out 0=1 1=0 2=4", bytes(24), "4 bytes of ncnn's weights")],
+)  # fmt: skip
+def test_weights_of_an_unknown_form_are_refused(
+    tmp_path: Path, layer: str, data: bytes, says: str
+) -> None:
+    from secateur.lower.ncnn_int8 import write_int8
+
+    (tmp_path / "m.param").write_text(f"7767517\n2 2\nInput image 0 1 image\n{layer}\n")
+    (tmp_path / "m.bin").write_bytes(data)
+    with pytest.raises(BuildError, match=says):
+        write_int8(tmp_path / "m.param", {}, tmp_path / "q.param")
 
 
 @needs_ncnn
@@ -325,8 +381,8 @@ def test_the_bundles_runner_gives_on_arm_what_it_gives_here(
     except SecateurError as error:
         pytest.skip(f"no aarch64 userland here: {error}")
     words = ["--device", "emulated:cortex-a72", "--cpu", "cortex-a76", "--limit", "1", "--json"]
-    for mode in ("fp32", "fp16"):
-        lines = f"runtime: ncnn\nprecision: {{mode: {mode}}}"
+    for mode in ("fp32", "fp16", "int8"):
+        lines = f"runtime: ncnn\nprecision: {{mode: {mode}, images: 8}}"
         folder, manifest = built(project, f"arm-{mode}", lines, "raspberry-pi-5")
         assert manifest["precision"] == mode
         code, out, err = run(capsys, "verify", folder, *words)
@@ -336,5 +392,8 @@ def test_the_bundles_runner_gives_on_arm_what_it_gives_here(
                             for task in row["against_here"].values())
             for row in json.loads(out)["runs"]
         }  # fmt: skip
+        if mode == "int8":  # rounds as here, but for what lies on the edge of a step
+            assert max(found.values()) <= 0.1
+            continue
         assert found["cortex-a72"] <= 1e-4  # has no fp16 arithmetic
         assert (found["cortex-a76"] <= 1e-4) == (mode == "fp32")

@@ -30,6 +30,7 @@ from secateur.bench.profile import Sampling, measure_table
 from secateur.core.progress import shown
 from secateur.devices.host import host_facts
 from secateur.devices.latency_table import LatencyTable, channel_grid, load_table, save_table
+from secateur.devices.profiled import NetworkTimes
 from secateur.devices.target import Precision
 from secateur.flow.latency import narrowed
 from secateur.runtimes import onnxruntime
@@ -130,7 +131,7 @@ def profiled(network: Network, precision: Precision) -> tuple[LatencyTable, floa
         save_table(path, table)
         spent.write_text(str(before + time.monotonic() - start))
 
-    def timer(models: Sequence[bytes], rounds: int) -> Sequence[onnxruntime.NetworkTimes]:
+    def timer(models: Sequence[bytes], rounds: int) -> Sequence[NetworkTimes]:
         return onnxruntime.network_times(models, job.operators.places, TARGET.threads, rounds)
 
     table = measure_table(job, timer, known, keep, Sampling())

@@ -91,7 +91,8 @@ class BudgetRecord(_Strict):
     """One budget of the recipe; ``wanted`` is the most, or the least, of ``unit``.
 
     ``planned`` is what the plan spends: counted, or of milliseconds ``measured`` on the cut before
-    its recovery, or predicted by a latency ``table`` of another machine. ``shipped`` is what the
+    its recovery, or predicted by a latency ``table`` of another machine; of instructions
+    ``emulated``, or predicted by a ``table`` of them. ``shipped`` is what the
     bundle spends (its latency beside the parent's), None where it was not measured, and ``met``
     whether that is within what was wanted, None where that is not known.
     """
@@ -99,7 +100,7 @@ class BudgetRecord(_Strict):
     wanted: float
     unit: str
     planned: float
-    how: Literal["counted", "measured", "table"]
+    how: Literal["counted", "measured", "table", "emulated"]
     sense: Literal["most", "least"] = "most"
     shipped: float | None = None
     met: bool | None = None

@@ -43,7 +43,9 @@ def build(
 ) -> None:
     """Cut, compensate, recover, lower, measure and bundle; run again to resume.
 
-    With --device, the target's engine is then built on that device and brought into the bundle.
+    With --device ssh://…, the target's engine is then built on that device and brought into the
+    bundle. A CPU's bundle is measured there; `auto` chooses there. With --device emulated, `auto`
+    chooses by instructions on an emulated Arm CPU, and those of the bundle are counted.
 
     Exits 1 when a task lost more than its max_drop, or a budget was missed (the bundle is written
     and says so).
@@ -52,35 +54,33 @@ def build(
     """
     from secateur.flow.build import build as run_build
     from secateur.flow.cache import StageCache
+    from secateur.flow.precision import Device
     from secateur.flow.recipe import load_recipe
+    from secateur.flow.there import check_there, finish_there
 
     loaded = load_recipe(recipe)
     command = "secateur " + shlex.join(sys.argv[1:])
-    results, engines = [], []
+    results, reports, tell = [], [], teller(quiet=as_json)
     names = target or [DEFAULT_TARGET]
-    if device:
-        from secateur.flow.engine import check_device, engine_on_device
-
-        for name in names:
-            check_device(name, device, loaded.engine.dla)  # before the long work
+    for name in names if device else ():
+        check_there(loaded, name, device or "")  # before the long work
     for name in names:
         with shown(quiet=as_json):
-            results.append(run_build(loaded, name, out, cache=StageCache(cache), table=table,
-                                     command=command))  # fmt: skip
-        if device:
-            tell = teller(quiet=as_json)
-            engines.append(engine_on_device(results[-1].folder, device, tell))
+            made = run_build(loaded, name, out, cache=StageCache(cache), table=table,
+                             device=Device(device or "", tell), command=command)  # fmt: skip
+        results.append(made)
+        reports.append(finish_there(results[-1].folder, device, tell) if device else None)
     if as_json:
-        reports = [result_json(result) for result in results]
-        for report, engine in zip(reports, engines, strict=False):
-            report["engine"] = engine.model_dump(mode="json")
-        typer.echo(json.dumps(reports, indent=2))
+        rows = [
+            {**result_json(result), **({report.key: report.told} if report else {})}
+            for result, report in zip(results, reports, strict=True)
+        ]
+        typer.echo(json.dumps(rows, indent=2))
     else:
-        for result in results:
+        for result, report in zip(results, reports, strict=True):
             print_result(result, Console())
-            if device:
-                file = result.folder / "model.engine"
-                Console().print(f"engine    {file}", soft_wrap=True, highlight=False)
+            if report:
+                Console().print(f"{report.key:9} {report.file}", soft_wrap=True, highlight=False)
     if any(result.manifest.accuracy.too_low or missed(result.manifest) for result in results):
         raise typer.Exit(1)
 
@@ -152,7 +152,12 @@ def _next_lines(folder: Path, manifest: Manifest) -> list[str]:
 
 def budget_line(name: str, budget: BudgetRecord) -> str:
     """Return in words what was wanted and what is spent, or kept."""
-    how = {"counted": "", "measured": ", measured", "table": ", by the latency table"}[budget.how]
+    how = {
+        "counted": "",
+        "measured": ", measured",
+        "table": ", by the table",
+        "emulated": ", counted on an emulated CPU",
+    }[budget.how]
     said = (
         f"{name}: at {budget.sense} {budget.wanted:g} {budget.unit}; plan {budget.planned:.4g}{how}"
     )

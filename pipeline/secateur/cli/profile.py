@@ -16,6 +16,7 @@ from secateur.cli.options import (
     JsonOption,
     RecipeArgument,
     TargetOption,
+    teller,
 )
 from secateur.core.progress import shown
 
@@ -23,32 +24,48 @@ from secateur.core.progress import shown
 def profile(
     recipe: RecipeArgument,
     target: TargetOption = DEFAULT_TARGET,
+    device: Annotated[
+        str, typer.Option(help="Where: local, ssh://[user@]host[:port], or emulated[:CPU].")
+    ] = "local",
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The table's file (default: latency.json).")
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="The table's file (default: latency.json, or instructions.json)."
+        ),
     ] = None,
     cache: CacheOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure the recipe's operators here, for budgets in milliseconds; run again to resume.
 
+    With --device ssh://host, on that device. With --device emulated, count their instructions on
+    the Arm CPU that stands in for the target, for a budget in instructions: a proxy, no latency.
+
     Example: secateur profile examples/scenes.yaml --target x86-64-cpu --out latency.json
     """
     from secateur.bench.profile import spread_of
+    from secateur.devices.emulated import EMULATED, asked_cpus
     from secateur.devices.latency_table import channel_grid
     from secateur.devices.target import load_target
     from secateur.flow.axes import turn_axes
     from secateur.flow.cache import StageCache
     from secateur.flow.job import open_job
     from secateur.flow.latency import profile_job
+    from secateur.flow.meters import meter_of
     from secateur.flow.recipe import load_recipe
 
-    device, path = load_target(target), out or Path("latency.json")
+    known, cpus = load_target(target), asked_cpus(device, [])
+    path = out or Path("latency.json" if cpus is None else "instructions.json")
+    where = (device, "") if cpus is None else (EMULATED, next(iter(cpus), ""))
     with shown(quiet=as_json):
         job = turn_axes(open_job(load_recipe(recipe), StageCache(cache)))
-        table = profile_job(job, device, path)
+        with meter_of(known, where[0], teller(quiet=as_json), where[1]) as meter:
+            table = profile_job(job, known, path, meter)
     spread = spread_of(table)
     summary = {
         "table": str(path),
+        "unit": table.unit if table.unit == "ms" else f"{table.unit} (a proxy, no latency)",
+        "on": table.host.get("cpu"),
         "runtime": table.runtime,
         "threads": table.threads,
         "kinds": len(table.points),

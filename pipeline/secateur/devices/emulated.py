@@ -13,14 +13,16 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from secateur.core.errors import DeviceError, first_line
-from secateur.devices import on_emulated
+from secateur.devices import on_emulated, on_profile
 from secateur.devices.connection import Output, PipedConnection, clean
+from secateur.devices.counted import Counted
 from secateur.devices.probe import CpuFacts, parse_cpuinfo
+from secateur.devices.profiled import read_networks
 from secateur.devices.userland import INSTALL_QEMU, Userland
 
 EMULATED = "emulated"
@@ -176,6 +178,34 @@ class EmulatedConnection(PipedConnection):
             int(told["peak_memory"]), frozenset(told["modules"]), counts,
             plugin if isinstance(plugin, str) else "",
         )  # fmt: skip
+
+    def count(self, verb: str, models: Mapping[str, Path], seconds: float) -> Counted:
+        """Run a counting verb of ``on_profile.py`` on models by their file names.
+
+        Files beside a model of another name than ``*.onnx`` and ``*.param`` go along.
+
+        Raises:
+            DeviceError: instructions cannot be counted here, or a model does not run.
+        """
+        plugin = self._plugin()
+        if isinstance(plugin, str):
+            raise DeviceError(f"instructions cannot be counted: {plugin}", hint=INSTALL_QEMU)
+        place = Path(tempfile.mkdtemp(dir=self._folder))
+        for name, path in models.items():
+            (place / name).symlink_to(path.resolve())
+        python = self._wrapper("profiling", "-plugin", f"{plugin},out={place / 'counts'}")
+        names = [name for name in models if name.endswith((".onnx", ".param"))]
+        order = json.dumps({"result": "result", "models": names})
+        words = shlex.join([str(python), on_profile.__file__, verb, order])
+        result = self.run(f"cd {place} && exec {words}", seconds=seconds)
+        if result.code != 0:
+            said = clean(result.out.strip().rpartition("\n")[2]).removeprefix("error: ")
+            raise DeviceError(
+                f"a model does not run on the {self.name}: {said or f'status {result.code}'}",
+                hint="choose another runtime or CPU model, or report this with the recipe",
+            )
+        counts = (place / "counts").read_text(encoding="utf-8")
+        return Counted(counts, read_networks(place / "result", self.name, len(names)))
 
     def refusal(self, result: Output) -> DeviceError:
         """Return the error for a program that ended with a bad status there."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from secateur.devices.operators import OperatorKind
 from secateur.devices.target import Precision
 
 Floats = NDArray[np.float64]
+Unit = Literal["ms", "million instructions"]
 SCHEMA = 2
 STEPS = (4, 8, 16, 32)  # of channels, that kernels may work in
 BASE = 64  # channels, about, that a scan starts from
@@ -31,6 +32,7 @@ NOISES = (0.1, 1.0, 10.0)  # variance of single measurements, relative to that o
 class Point:
     """The time of one operator that reads ``c_in`` channels and makes ``c_out``.
 
+    In a table of instructions ``microseconds`` are thousands of these.
     ``spread`` is half the distance of the quartiles of its runs relative to it.
     """
 
@@ -61,6 +63,9 @@ class LatencyTable:
     relative to one minute, in which the parent took ``parent_ms``. ``stairs`` are (channels more,
     ms) of networks whose groups are that much wider than multiples of 32. ``scale`` multiplies
     every prediction: what whole networks take now relative to then.
+
+    With ``unit`` "million instructions" it is what an emulator counted on the CPU of ``host``:
+    wherever another table has milliseconds it has these. A proxy; no latency follows from it.
     """
 
     runtime: str
@@ -72,6 +77,7 @@ class LatencyTable:
     stairs: tuple[tuple[int, float], ...] = ()
     parent_ms: float = 0.0
     scale: float = 1.0
+    unit: Unit = "ms"
 
     def surface(self, kind: OperatorKind) -> Surface:
         """Return the kind's times as a surface over both widths.
@@ -143,7 +149,8 @@ class LatencyTable:
             for kind, points in sorted(self.points.items())
         ]
         rest = {key: getattr(self, key) for key in
-                ("runtime", "threads", "host", "precision", "parent_ms", "scale")}  # fmt: skip
+                ("runtime", "threads", "host", "precision", "parent_ms", "scale",
+                 "unit")}  # fmt: skip
         runs = [asdict(run) for run in self.runs]
         return {"schema": SCHEMA, **rest, "stairs": self.stairs, "runs": runs, "entries": entries}
 

@@ -248,7 +248,8 @@ def opened(threads: int | None) -> Any:
 
     runner = run.Runner(Path.cwd(), threads)
     runner.module = run
-    library = getattr(runner.session, "trt", None) or sys.modules["onnxruntime"]
+    own = [getattr(runner.session, name, None) for name in ("trt", "ncnn")]
+    library = next((each for each in own if each), None) or sys.modules["onnxruntime"]
     runner.runtime = f"{library.__name__} {library.__version__}"
     for note in runner.session.notes:
         say(f"note: {note}")
@@ -348,7 +349,7 @@ def text_of(path: str) -> str | None:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that were loaded."""
-    names = ("numpy", "cv2", "onnxruntime", "tensorrt", "tensorrt_rtx")
+    names = ("numpy", "cv2", "onnxruntime", "ncnn", "tensorrt", "tensorrt_rtx")
     loaded = {name: sys.modules[name].__version__ for name in names if name in sys.modules}
     return {"python": platform.python_version(), **loaded}
 

@@ -32,7 +32,7 @@ from secateur.devices.remote_job import (
     start_job,
 )
 
-AGENT = "on_bench.py"
+AGENT = Path(on_bench.__file__)
 LONGEST_RESULT = 64 * MIB  # of JSON
 PATIENCE = 1800.0  # seconds without a line, which comes every few seconds while images run
 
@@ -102,7 +102,7 @@ class ToldLatency(_Told):
 
 @dataclass(frozen=True)
 class Work:
-    """A verb of ``on_bench.py``, its arguments, the files it reads, the most bytes it may give."""
+    """A verb of the agent, its arguments, the files it reads, the most bytes it may give."""
 
     verb: str
     arguments: Mapping[str, Any]
@@ -116,13 +116,14 @@ class Work:
 
 
 class RemoteBundle:
-    """A bundle's files on a device, in a folder of the name ``place``."""
+    """A bundle's files on a device, in a folder of the name ``place``; ``agent`` works there."""
 
     def __init__(
-        self, connection: Connection, files: Mapping[str, Path], desk: Path, place: str, tell: Tell
-    ) -> None:
+        self, connection: Connection, files: Mapping[str, Path], desk: Path, place: str,
+        tell: Tell, agent: Path = AGENT,
+    ) -> None:  # fmt: skip
         self._connection, self._desk, self._place, self._tell = connection, desk, place, tell
-        self._files = {**files, AGENT: Path(on_bench.__file__)}
+        self._agent, self._files = agent.name, {**files, agent.name: agent}
 
     def perform(self, work: Work) -> Path:
         """Run a piece of work there; return the file here that holds what it gave.
@@ -137,7 +138,7 @@ class RemoteBundle:
             return result
         order = json.dumps({**work.arguments, "result": name})
         job = Job(
-            self._place, {**self._files, **work.files}, [AGENT, work.verb, order], "run",
+            self._place, {**self._files, **work.files}, [self._agent, work.verb, order], "run",
             DeviceError, PATIENCE,
         )  # fmt: skip
         copy_files(self._connection, job, self._tell)
@@ -187,7 +188,11 @@ class RemoteBundle:
 
 @contextmanager
 def bundle_on_device(
-    connection: Connection, files: Mapping[str, Path], desk: Path, tell: Tell
+    connection: Connection,
+    files: Mapping[str, Path],
+    desk: Path,
+    tell: Tell,
+    agent: Path = AGENT,
 ) -> Iterator[RemoteBundle]:
     """Yield a bundle that is copied with its first work, and removed there and here at the end.
 
@@ -200,7 +205,7 @@ def bundle_on_device(
     with _alone(desk, connection.name):
         place = _place(desk)
         try:
-            yield RemoteBundle(connection, files, desk, place, tell)
+            yield RemoteBundle(connection, files, desk, place, tell, agent)
         except ConnectionLost:
             raise
         except SecateurError:

@@ -92,23 +92,25 @@ def find_qemu() -> Path:
     )
 
 
-def prepare_userland(root: Path, wheels: Sequence[str]) -> Userland:
+def prepare_userland(root: Path, wheels: Sequence[str], more: Sequence[str] = ()) -> Userland:
     """Return the userland under ``root`` with these wheels ("name==version"), made if need be.
+
+    ``more`` are further packages of Debian: a runner needs none.
 
     Raises:
         RuntimeMissing: qemu-aarch64, apt or pip is not on this machine.
         DeviceError: something cannot be downloaded, or the userland was altered since it was made.
     """
     qemu = find_qemu()
-    folder = userland_folder(root, wheels)
+    folder = userland_folder(root, wheels, more)
     if not folder.exists():
-        _make(folder, qemu, wheels)
+        _make(folder, qemu, wheels, more)
     return _checked(folder, qemu)
 
 
-def userland_folder(root: Path, wheels: Sequence[str]) -> Path:
+def userland_folder(root: Path, wheels: Sequence[str], more: Sequence[str] = ()) -> Path:
     """Return where a userland with these wheels lies, or will."""
-    wanted = {"suite": _SUITE, "packages": _PACKAGES, "wheels": sorted(wheels)}
+    wanted = {"suite": _SUITE, "packages": (*_PACKAGES, *more), "wheels": sorted(wheels)}
     return root / value_digest(wanted)
 
 
@@ -132,7 +134,7 @@ def _digest(path: Path) -> str:
     return file_sha256(path) if path.is_file() else ""
 
 
-def _make(folder: Path, qemu: Path, wheels: Sequence[str]) -> None:
+def _make(folder: Path, qemu: Path, wheels: Sequence[str], more: Sequence[str]) -> None:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
@@ -141,7 +143,7 @@ def _make(folder: Path, qemu: Path, wheels: Sequence[str]) -> None:
     try:
         stamp: dict[str, Any] = {}
         steps: tuple[Callable[[], None], ...] = (
-            lambda: stamp.update(debs=_debian(work)),
+            lambda: stamp.update(debs=_debian(work, (*_PACKAGES, *more))),
             lambda: stamp.update(wheels=_wheels(work, wheels)),
             lambda: _compile(Userland(work, qemu, {}, {})),
             lambda: stamp.update(files=_digests(work)),
@@ -157,7 +159,7 @@ def _make(folder: Path, qemu: Path, wheels: Sequence[str]) -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _debian(work: Path) -> dict[str, str]:
+def _debian(work: Path, packages: Sequence[str]) -> dict[str, str]:
     """Unpack the arm64 packages and what they depend on; return their digests."""
     for tool in ("apt-get", "dpkg"):
         if shutil.which(tool) is None:
@@ -186,7 +188,7 @@ def _debian(work: Path) -> dict[str, str]:
     }  # fmt: skip
     command = ["apt-get", "-qq", *(f"-o{name}={value}" for name, value in settings.items())]
     _succeed([*command, "update"], "Debian's list of packages")
-    _succeed([*command, "install", "-y", "--download-only", *_PACKAGES], "Debian's packages")
+    _succeed([*command, "install", "-y", "--download-only", *packages], "Debian's packages")
     debs = sorted((apt / "cache" / "archives").glob("*.deb"))
     for deb in debs:
         _succeed(["dpkg", "-x", str(deb), str(system)], deb.name)

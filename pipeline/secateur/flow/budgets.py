@@ -7,9 +7,9 @@ ships is measured beside the parent at the end of a build, and judged by ``settl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,36 +19,40 @@ from secateur.bench.compare import Medians, Ratio, ratio_of_medians
 from secateur.bench.estimate import table_estimate
 from secateur.bench.latency import Latency, Protocol, measure
 from secateur.bundle.manifest import BudgetRecord
-from secateur.core.channels import ChannelGroup
-from secateur.core.errors import DeviceError, PlanError
+from secateur.core.errors import PlanError
 from secateur.core.files import write_json
 from secateur.core.model import MultiTaskModel, model_fingerprint
 from secateur.core.plan import PrunePlan
 from secateur.devices.host import host_facts
-from secateur.devices.latency_table import SCHEMA, LatencyTable, load_table
-from secateur.devices.operators import Operators
+from secateur.devices.latency_table import SCHEMA
 from secateur.devices.target import Target
+from secateur.flow import counted
 from secateur.flow.blocks import Outline, without_least
 from secateur.flow.evidence import Evidence
 from secateur.flow.job import Job
 from secateur.flow.latency import (
     corrected,
-    latency_limit,
-    network_operators,
-    peak_limits,
     profile_job,
     timed_file,
     timed_precision,
 )
+from secateur.flow.limits import (
+    AIM,
+    TABLED,
+    Basis,
+    Limits,
+    Tables,
+    basis_of,
+    is_of_this_machine,
+    limits_of,
+    load_table_of,
+)
 from secateur.flow.stages import exported
 from secateur.flow.warm_start import Planned, plan_job
-from secateur.lower.operators import placed_as
-from secateur.prune import apply_plan, count_macs, find_groups, macs_model
-from secateur.prune.costs import macs_limit, params_limit, size_limit
-from secateur.prune.problem import Limit
+from secateur.prune import apply_plan
+from secateur.prune.costs import macs_limit
 from secateur.runtimes.base import runtime_of
 
-AIM = 0.98  # of the latency budget: what a plan is made for, so that its measure lies within
 SURE = 0.99  # of the budget: what it may measure, since the next measure differs by up to a percent
 LEAST_USED = 0.93  # of the budget; a cut that is quicker could have kept more
 TRIES = 4
@@ -57,9 +61,9 @@ UNITS = {
     "params": "of the parent's parameters",
     "size_mb": "MB",
     "latency_ms": "ms",
+    "instructions": counted.UNIT,
     "peak_memory_mb": "MB of activations",
 }
-Limits = Mapping[str, Sequence[Limit]]  # by the budget's key in the recipe
 
 
 def plan_within(
@@ -67,8 +71,9 @@ def plan_within(
 ) -> Planned:
     """Score and plan the cut within every budget of the recipe.
 
-    ``table_file`` is a latency table of the target; without one it is measured here. One of
-    another machine is planned by and not corrected.
+    ``table_file`` is a latency table of the target, or one of instructions; without one it is
+    measured here, or counted on an emulated CPU. One of another machine is planned by and not
+    corrected.
 
     Raises:
         PlanError: a budget cannot be met, or a plan's measured latency missed it every time.
@@ -80,37 +85,65 @@ def plan_within(
         planned = plan_job(job, job.grid(target))
         limit = macs_limit(planned.scored.cost, planned.plan.budget_macs)
         return _with_records(job, planned, {"macs": [limit]})
-    table, elsewhere = None, False
-    if table_file is not None and wanted.latency_ms is not None:
-        table = load_table_of(job, target, table_file)
-        elsewhere = not _is_of_this_machine(table, target)
-    elif wanted.latency_ms is not None:
-        table = profile_job(job, target, _folder(job, target) / "latency.json")
+    tables = _tables(job, target, table_file)
     if blocks:
-        job = without_least(job, lambda trial: _outlined(trial, target, table))
+        job = without_least(job, lambda trial: _outlined(trial, target, tables))
     basis = basis_of(job, target)
-    if table is None or elsewhere:
-        return _planned(job, target, basis, table)
-    return _measured_plan(job, target, basis, table, protocol)
+    table = tables.get("latency_ms")
+    if table is not None and (table_file is None or is_of_this_machine(table, target)):
+        return _measured_plan(job, target, basis, tables, protocol)
+    if "instructions" in tables and table_file is None:
+        return _counted_plan(job, target, basis, tables)
+    return _planned(job, target, basis, tables)
 
 
-def _outlined(job: Job, target: Target, table: LatencyTable | None) -> Outline:
+def _tables(job: Job, target: Target, table_file: Path | None) -> Tables:
+    """Return what the recipe's budgets in milliseconds or instructions are planned by.
+
+    Raises:
+        PlanError: both are wanted, or the file is of the other.
+    """
+    keys = [key for key in TABLED if key in job.recipe.prune.budget.given()]
+    if len(keys) > 1:
+        raise PlanError(
+            "prune.budget has latency_ms and instructions, which stands for it",
+            hint="give latency_ms where it can be measured, else instructions",
+        )
+    for key in keys:
+        if table_file is not None:
+            table = load_table_of(job, target, table_file)
+            if (table.unit == "ms") != (key == "latency_ms"):
+                raise PlanError(
+                    f"{table_file} is in {table.unit}, and the budget is prune.budget.{key}",
+                    hint="give the table that `secateur profile` makes for that budget",
+                )
+        elif key == "latency_ms":
+            table = profile_job(job, target, _folder(job, target) / "latency.json")
+        else:
+            file = _folder(job, target) / "instructions.json"
+            table = counted.instruction_table(job, target, file)
+        return {key: table}
+    return {}
+
+
+def _outlined(job: Job, target: Target, tables: Tables) -> Outline:
     """Return the plan for what the job leaves of its model, and how far that is from fitting."""
     basis = basis_of(job, target)
-    limits = [limit for own in _limits(job, basis, table).values() for limit in own]
+    limits = [limit for own in limits_of(job, target, basis, tables).values() for limit in own]
     over = max(limit.total(basis.full) / limit.most for limit in limits)
-    return Outline(basis.groups, over, lambda: _planned(job, target, basis, table).plan)
+    return Outline(basis.groups, over, lambda: _planned(job, target, basis, tables).plan)
 
 
 def _measured_plan(
-    job: Job, target: Target, basis: Basis, table: LatencyTable, protocol: Protocol | None
+    job: Job, target: Target, basis: Basis, tables: Tables, protocol: Protocol | None
 ) -> Planned:
     """Plan, measure the cut and correct the table, until the measure lies within the budget."""
     most, usual = job.recipe.prune.budget.latency_ms or 0.0, parent_ms(job, target, protocol)
+    table = tables["latency_ms"]
     best: tuple[float, Planned] | None = None
     missed = []
     for _ in range(TRIES):
-        planned = _planned(job, target, basis, table)
+        planned = _planned(job, target, basis, {"latency_ms": table})
         counts = _counts(planned.plan)
         key = _measure_key(job, target, planned.plan)
         measured = partial(_measured_share, job, target, planned, protocol)
@@ -133,76 +166,39 @@ def _measured_plan(
     return replace(planned, budgets={**planned.budgets, "latency_ms": record})
 
 
-@dataclass(frozen=True, eq=False)
-class Basis:
-    """What limits are read off: the ``groups`` of the job's outline, and, exported when they are
-    asked for, its operators.
+def _counted_plan(job: Job, target: Target, basis: Basis, tables: Tables) -> Planned:
+    """Plan, count the cut's instructions and correct the table, until they are within the budget.
+
+    A count is the same every time, so that the first plan within it is taken.
     """
-
-    job: Job
-    target: Target
-    groups: Sequence[ChannelGroup]
-
-    @property
-    def full(self) -> list[int]:
-        """Every group's width."""
-        return [group.width for group in self.groups]
-
-    @cached_property
-    def onnx(self) -> Path:
-        """The outline in fp32."""
-        return exported(self.job, self.job.outline, self.job.outline_key)
-
-    @cached_property
-    def operators(self) -> Operators:
-        """The operators of the outline in fp32."""
-        return network_operators(self.job, self.groups, self.onnx)
-
-    @cached_property
-    def timed(self) -> Operators:
-        """Those in the precision that plans are timed in, at their places in the whole network."""
-        file = timed_file(self.job, self.target, self.job.outline, self.job.outline_key)
-        found = network_operators(self.job, self.groups, file)
-        if not self.job.removed:
-            return found
-        whole = timed_file(self.job, self.target)
-        of_whole = network_operators(replace(self.job, removed=()), self.groups, whole)
-        return placed_as(found, file, of_whole, whole)
+    most, missed, table = job.recipe.prune.budget.instructions or 0.0, [], tables["instructions"]
+    for _ in range(TRIES):
+        planned = _planned(job, target, basis, {"instructions": table})
+        cut: MultiTaskModel = apply_plan(job.selected, planned.scored.groups, planned.plan)
+        share = counted.share_counted(job, target, cut)
+        if share <= most:
+            record = planned.budgets["instructions"]
+            record = record.model_copy(update={"planned": share, "how": "emulated", "met": True})
+            return replace(planned, budgets={**planned.budgets, "instructions": record})
+        missed.append(share)
+        parent = counted.parent_instructions(job, target) / 1e6
+        predicted = table_estimate(basis.timed, table, _counts(planned.plan)).ms
+        table = corrected(table, predicted, share * parent)
+    raise PlanError(
+        f"no plan met the budget of {most:g} {counted.UNIT} in {TRIES} tries; counted were "
+        f"{', '.join(f'{share:.3g}' for share in missed)}",
+        hint="raise prune.budget.instructions",
+    )
 
 
-def basis_of(job: Job, target: Target) -> Basis:
-    """Return what the job's limits and latencies are read off."""
-    return Basis(job, target, find_groups(job.outline, job.example))
-
-
-def _planned(job: Job, target: Target, basis: Basis, table: LatencyTable | None) -> Planned:
-    """Return the plan within a limit for every budget; milliseconds by ``table``."""
-    limits = _limits(job, basis, table)
+def _planned(job: Job, target: Target, basis: Basis, tables: Tables) -> Planned:
+    """Return the plan within a limit for every budget; milliseconds and instructions by tables."""
+    limits = limits_of(job, target, basis, tables)
     flat = tuple(limit for own in limits.values() for limit in own)
     share = min((limit.most / limit.total(basis.full) for limit in flat), default=1.0)
     limited = replace(job, limits=flat, kept_share=min(1.0, share))
+    table = next(iter(tables.values()), None)
     return _with_records(job, plan_job(limited, job.grid(target, table)), limits)
-
-
-def _limits(job: Job, basis: Basis, table: LatencyTable | None) -> Limits:
-    wanted = job.recipe.prune.budget
-    limits: dict[str, Sequence[Limit]] = {}
-    if wanted.macs is not None:
-        cost = macs_model(job.outline, basis.groups, job.example)
-        most = int(wanted.macs * count_macs(job.selected, job.example))
-        limits["macs"] = [macs_limit(cost, most)]
-    if wanted.params is not None:
-        most = int(wanted.params * sum(p.numel() for p in job.selected.parameters()))
-        limits["params"] = [params_limit(job.outline, basis.groups, most)]
-    if wanted.size_mb is not None:
-        size, most = basis.onnx.stat().st_size, int(1e6 * wanted.size_mb)
-        limits["size_mb"] = [size_limit(job.outline, basis.groups, size, most)]
-    if wanted.peak_memory_mb is not None:
-        limits["peak_memory_mb"] = peak_limits(basis.operators, int(1e6 * wanted.peak_memory_mb))
-    if wanted.latency_ms is not None and table is not None:
-        limit = latency_limit(basis.timed, table, AIM * wanted.latency_ms)
-        limits["latency_ms"] = [replace(limit, scale=1 / AIM)]  # messages speak of the budget
-    return limits
 
 
 def _with_records(job: Job, planned: Planned, limits: Limits) -> Planned:
@@ -211,10 +207,10 @@ def _with_records(job: Job, planned: Planned, limits: Limits) -> Planned:
     records = {}
     for key, own in limits.items():
         used = max(limit.total(counts) / limit.most for limit in own)
-        aimed = AIM if key == "latency_ms" else 1.0
+        aimed = AIM if key in TABLED else 1.0
         records[key] = BudgetRecord(
             wanted=wanted[key], unit=UNITS[key], planned=used * aimed * wanted[key],
-            how="table" if key == "latency_ms" else "counted",
+            how="table" if key in TABLED else "counted",
         )  # fmt: skip
     for task, floor in job.recipe.floors().items():
         records[f"tasks.{task}.floor"] = BudgetRecord(
@@ -225,9 +221,11 @@ def _with_records(job: Job, planned: Planned, limits: Limits) -> Planned:
 
 
 def settle(
-    job: Job, target: Target, planned: Planned, evidence: Evidence
+    job: Job, target: Target, planned: Planned, evidence: Evidence, shipped: Path | None = None
 ) -> dict[str, BudgetRecord]:
     """Return the plan's budgets with what ships: what it spends there, and whether that is met.
+
+    ``shipped`` is its ONNX file, which instructions are counted of.
 
     Milliseconds are missed where the median is above the budget beyond the noise of its run, and
     not because the parent beside it is slower, too, than when the plan was made. Then what was
@@ -235,7 +233,7 @@ def settle(
     the parent's time where it is much less than it was.
     """
     parent, cut = evidence.cost_parent, evidence.cost
-    shipped = {
+    counts = {
         "macs": cut.macs / parent.macs,
         "params": cut.params / parent.params,
         "size_mb": cut.onnx_bytes / 1e6,
@@ -243,12 +241,15 @@ def settle(
     settled = {}
     for key, record in planned.budgets.items():
         update: dict[str, Any] = {"met": True}  # what is counted alone holds as it was planned
-        if key in shipped:
-            update = {"shipped": shipped[key], "met": shipped[key] <= record.wanted}
+        if key in counts:
+            update = {"shipped": counts[key], "met": counts[key] <= record.wanted}
         elif key == "latency_ms":
             update = {"met": None}
             if evidence.latency and record.how == "measured":
                 update = _settled_latency(job, target, planned, evidence.latency)
+        elif key == "instructions":
+            share = counted.share_shipped(job, target, shipped) if shipped else None
+            update = {"shipped": share, "met": None if share is None else share <= record.wanted}
         settled[key] = record.model_copy(update=update)
     return settled
 
@@ -268,35 +269,6 @@ def _settled_latency(
     if parent < LEAST_USED * usual:  # something else ran when it was measured first
         write_json(job.cache.folder("parent_latency", *_key(job, target)) / "value.json", parent)
     return {"shipped": timed.median_ms, "met": not missed}
-
-
-def load_table_of(job: Job, target: Target, path: Path) -> LatencyTable:
-    """Read a latency table of the target, in the precision that the job's plans are timed in.
-
-    Raises:
-        DeviceError: it is damaged, or of another precision or number of threads, or was measured
-            on this machine with another version of the runtime.
-    """
-    table = load_table(path)
-    if table.threads != target.threads:
-        raise DeviceError(
-            f"{path} was measured with {table.threads} threads, {target.name} has {target.threads}",
-            hint=f"measure one with `secateur profile RECIPE --target {target.name}`",
-        )
-    if table.precision != timed_precision(job):
-        raise DeviceError(
-            f"{path} was measured in {table.precision}, the recipe's plans are timed in "
-            f"{timed_precision(job)}",
-            hint=f"measure one with `secateur profile RECIPE --target {target.name}`",
-        )
-    if _is_of_this_machine(table, target):
-        table.check_runtime(runtime_of(target.runtime).version())
-    return table
-
-
-def _is_of_this_machine(table: LatencyTable, target: Target) -> bool:
-    """Say whether what the table predicts can be measured here."""
-    return target.is_this_machine() and bool(table.host.get("cpu") == host_facts()["cpu"])
 
 
 def _counts(plan: PrunePlan) -> list[int]:

@@ -17,9 +17,9 @@ from secateur.flow.entry import add_build
 from secateur.flow.evidence import gather_evidence
 from secateur.flow.inherited import best_start
 from secateur.flow.job import open_job
-from secateur.flow.ncnn import target_of
+from secateur.flow.ncnn import NCNN, target_of, with_runtime
 from secateur.flow.pack import Made, pack
-from secateur.flow.precision import check_precision, lower_cut
+from secateur.flow.precision import Device, check_precision, lower_cut
 from secateur.flow.recipe import Recipe
 from secateur.flow.recovery import check_recovery
 from secateur.flow.sparsity import check_sparse_target, plan_zeros, with_zeros
@@ -44,11 +44,13 @@ def build(
     cache: StageCache | None = None,
     protocol: Protocol | None = None,
     table: Path | None = None,
+    device: Device | None = None,
     command: str = "",
 ) -> BuildResult:
     """Cut, lower, measure and bundle one recipe for one target, under ``out/<target>/<precision>``.
 
-    ``table``: a latency table of the target, for a budget in milliseconds.
+    ``table``: a latency table of the target, for a budget in milliseconds, or one of instructions.
+    ``device``: where ``auto`` chooses precision and runtime; this machine if it is of that kind.
 
     Raises:
         SecateurError: what is wrong; no file of the bundle has been written then.
@@ -74,13 +76,14 @@ def build(
     begun, key = with_zeros(job, begun, zeros, key)
     cut = finish_cut(job, planned.plan, begun, key)
     clock.lap("cut_compensate_recover")
-    lowered = lower_cut(job, cut, target, protocol)
+    lowered = lower_cut(job, cut, target, protocol, device)
+    target = with_runtime(target, NCNN) if lowered.ncnn else target
     if zeros:
         check_sparsity(lowered.onnx)
     clock.lap("lower")
     evidence = gather_evidence(job, cut, lowered, target, protocol)
     clock.lap("measure")
-    budgets = settle(job, target, planned, evidence)
+    budgets = settle(job, target, planned, evidence, lowered.onnx)
     made = Made(target, planned, origin, cut, lowered, evidence, budgets, clock.seconds, command,
                 zeros)  # fmt: skip
     folder = out / target.name / lowered.precision

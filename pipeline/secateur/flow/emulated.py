@@ -38,8 +38,10 @@ from secateur.lower import Parity, compare_outputs
 
 FP32_TOLERANCE = 1e-4  # of each output's range, between this machine and the emulated one
 SAME_CLASS = 0.99  # of decisions, for lower precisions: their rounding differs between CPUs
-IMAGES = 4  # beside the bundle's own
-_USUAL = ("cortex-a72", "cortex-a76")  # without and with the dot product
+IMAGES = 16  # beside the bundle's own
+# Without and with the dot product, small cores and large ones.
+_USUAL = ("cortex-a53", "cortex-a72", "cortex-a76", "neoverse-n1")
+_UNKNOWN = "cortex-a76"  # stands in for a device without a profile
 _LARGEST_RESULT = 1 << 30  # bytes
 PATIENCE = 1800.0  # seconds for a run of all images
 _CLASSES = ("segmentation", "classification")
@@ -133,7 +135,7 @@ def compare_emulated(
 ) -> EmulatedVerify:
     """Run the bundle's own ``run.py`` on emulated CPUs and compare task by task.
 
-    Without ``cpus``, on the target's stand-in and on one CPU with and one without dot product.
+    Without ``cpus``, on the target's stand-in and on two CPUs with and two without dot product.
     ``limit`` is the number of evaluation images beside the one that the bundle holds.
 
     Raises:
@@ -213,7 +215,7 @@ def stand_in_of(manifest: Manifest) -> str:
     """Return the CPU model that stands in for the bundle's target."""
     known = manifest.device in target_names()
     stand_in = load_target(manifest.device).stand_in if known else None
-    return pick_cpu(find_qemu(), stand_in.qemu_cpus if stand_in else _USUAL[-1:])
+    return pick_cpu(find_qemu(), stand_in.qemu_cpus if stand_in else (_UNKNOWN,))
 
 
 def _material(folder: Path, manifest: Manifest, limit: int) -> _Material:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from secateur.bundle.engine_options import OPTIONS
@@ -12,7 +13,7 @@ from secateur.devices.connection import Connection
 from secateur.devices.probe import DeviceFacts
 from secateur.devices.remote_build import BUILDER, EngineRecord, Order, build_engine
 from secateur.devices.remote_job import Tell
-from secateur.devices.remote_probe import check_python, probe, probe_python
+from secateur.devices.remote_probe import check_modules, check_python, probe, probe_python
 from secateur.devices.target import Target, load_target, target_names
 from secateur.devices.version import Version, parse_version, show_version
 from secateur.flow.recipe import Recipe
@@ -46,23 +47,28 @@ def check_options(recipe: Recipe, target: Target) -> None:
         )
 
 
-def check_device(target_name: str, device: str, dla: int | None = None) -> None:
-    """Check that an engine of that target can be built on the device, before any long work.
+def check_device(
+    target: Target, device: str, runtimes: Sequence[str], dla: int | None = None
+) -> None:
+    """Check that a device can do its part of a build, before any long work.
 
-    ``dla`` is the core that it is to run on.
+    It is to build the target's engine, which is to run on the core ``dla`` if that is given; or,
+    where the target has none, to run one of the ``runtimes``.
 
     Raises:
-        DeviceError: the target has no engine, or the device is another one, cannot be reached, or
-            lacks the target's TensorRT, or that TensorRT cannot use a DLA.
+        DeviceError: the device is another one, cannot be reached, or lacks what is needed, or its
+            TensorRT cannot use a DLA.
     """
-    target = load_target(target_name)
-    runtime = _engine_runtime(target)
     with connect(device) as connection:
         check_fits(target, connection)
+        if not target.engine_runtime:
+            wanted = ["numpy", "cv2", *runtimes]
+            check_modules(probe_python(connection, wanted), connection.name)
+            return
         python = probe_python(connection)
-        check_python(python, connection.name, runtime)
+        check_python(python, connection.name, target.engine_runtime)
     if dla is not None:
-        check_dla(target, parse_version(python.modules[runtime] or "") or ())
+        check_dla(target, parse_version(python.modules[target.engine_runtime] or "") or ())
 
 
 def check_dla(target: Target, tensorrt: Version) -> None:

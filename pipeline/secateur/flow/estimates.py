@@ -8,26 +8,34 @@ from typing import Any
 
 from secateur.bench.estimate import Estimate, roofline, table_estimate
 from secateur.core.errors import DeviceError
+from secateur.devices.latency_table import Unit
 from secateur.devices.target import Precision, Target
-from secateur.flow.budgets import Basis, basis_of, load_table_of
 from secateur.flow.job import Job
+from secateur.flow.limits import Basis, basis_of, load_table_of
 from secateur.flow.warm_start import Planned
 
 
 @dataclass(frozen=True)
 class PlanEstimate:
-    """The latency of the parent, with the kept tasks only, and of the plan, in ``precision``."""
+    """The latency of the parent, with the kept tasks only, and of the plan, in ``precision``.
+
+    Of a table of instructions both are million instructions, as ``unit`` says.
+    """
 
     parent: Estimate
     plan: Estimate
     precision: Precision
+    unit: Unit = "ms"
 
     def said(self) -> str:
         """Return it in words."""
         label = "by the latency table" if self.plan.source == "table" else "roofline, not measured"
+        if self.unit != "ms":
+            label = "by the table of instructions, a proxy and no latency"
         return (
             f"estimate ({label}), {self.precision}: parent {self.parent.ms:.4g} ± "
-            f"{self.parent.error_ms:.2g} ms, plan {self.plan.ms:.4g} ± {self.plan.error_ms:.2g} ms"
+            f"{self.parent.error_ms:.2g} {self.unit}, plan {self.plan.ms:.4g} ± "
+            f"{self.plan.error_ms:.2g} {self.unit}"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -50,7 +58,7 @@ def estimate_plan(
         return _roofline(job, target, pair)
     table = load_table_of(job, target, table_file)
     parent, plan = (table_estimate(basis.timed, table, kept) for basis, kept in pair)
-    return PlanEstimate(parent, plan, table.precision)
+    return PlanEstimate(parent, plan, table.precision, table.unit)
 
 
 def _roofline(job: Job, target: Target, pair: tuple[tuple[Basis, list[int]], ...]) -> PlanEstimate:

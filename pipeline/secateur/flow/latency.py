@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from secateur.bench.profile import Narrowed, Sampling, measure_table
+from secateur.bench.profile import Narrowed, measure_table
 from secateur.core.channels import ChannelGroup
 from secateur.core.errors import DeviceError
 from secateur.core.files import file_sha256
 from secateur.core.model import MultiTaskModel
-from secateur.devices.host import host_facts
 from secateur.devices.latency_table import LatencyTable, Surface, load_table, save_table
 from secateur.devices.operators import Operators
 from secateur.devices.target import Precision, Target
 from secateur.flow.job import Job
+from secateur.flow.meters import Meter, here
 from secateur.flow.stages import exported
 from secateur.flow.trials import dialect_of
 from secateur.lower.operators import list_operators
@@ -26,12 +25,10 @@ from secateur.lower.resized import Resized
 from secateur.prune import find_groups
 from secateur.prune.costs import layer_widths
 from secateur.prune.problem import Limit, PairCost, Term, product
-from secateur.runtimes import onnxruntime as measured_runtime
 
 LEAST_SHARE = 0.1  # of a group's channels: what the table reaches down to
-SAMPLING = Sampling()
 SEEN = 4  # images of noise that int8 ranges are read from
-KEY = "prune.budget.latency_ms"
+KEY, COUNT_KEY = "prune.budget.latency_ms", "prune.budget.instructions"
 
 
 def network_operators(job: Job, groups: Sequence[ChannelGroup], file: Path) -> Operators:
@@ -44,32 +41,25 @@ def timed_precision(job: Job) -> Precision:
     return "int8" if job.recipe.precision.mode == "int8" else "fp32"
 
 
-def profile_job(job: Job, target: Target, out: Path) -> LatencyTable:
-    """Measure the recipe's operators on this machine into ``out``; what it has is kept.
+def profile_job(job: Job, target: Target, out: Path, meter: Meter | None = None) -> LatencyTable:
+    """Measure the recipe's operators into ``out`` by the meter, of this machine if there is none.
 
-    They are those of the precision that plans are timed in.
+    What ``out`` has is kept. They are those of the precision that plans are timed in.
 
     Raises:
         DeviceError: this machine is not of the target's kind, or ``out`` is of another runtime.
     """
-    if target.runtime != "onnxruntime" or target.arch != platform.machine():
-        raise DeviceError(
-            f"this machine ({platform.machine()}) cannot measure for {target.name} "
-            f"({target.arch}, {target.runtime})",
-            hint="run `secateur profile` on the device itself",
-        )
+    used = meter or here(target)
     groups, precision = find_groups(job.selected, job.example), timed_precision(job)
     file = timed_file(job, target)
     network = narrowed(job.selected, groups, file, job.grid(target))
     places = network.operators.places
     return measure_table(
         network,
-        lambda models, rounds: measured_runtime.network_times(
-            models, places, target.threads, rounds
-        ),
-        replace(_start(target, out, precision), scale=1.0),
+        lambda models, rounds: used.operators(models, places, rounds),
+        replace(_start(used, target, out, precision), scale=1.0),
         partial(save_table, out),
-        SAMPLING,
+        used.sampling,
     )
 
 
@@ -110,23 +100,25 @@ def _least(width: int, step: int) -> int:
     return min(width, max(1, round(LEAST_SHARE * width / step)) * step)
 
 
-def _start(target: Target, out: Path, precision: Precision) -> LatencyTable:
-    version = measured_runtime.version()
+def _start(meter: Meter, target: Target, out: Path, precision: Precision) -> LatencyTable:
     if not out.exists():
-        return LatencyTable(version, target.threads, host_facts(), {}, precision)
+        return LatencyTable(
+            meter.runtime, meter.threads, meter.host, {}, precision, unit=meter.unit
+        )
     table = load_table(out)
-    table.check_runtime(version)
-    if (table.threads, table.precision) != (target.threads, precision):
+    table.check_runtime(meter.runtime)
+    if (table.threads, table.precision, table.unit) != (meter.threads, precision, meter.unit):
         raise DeviceError(
-            f"{out} was measured in {table.precision} with {table.threads} threads, wanted are "
-            f"{precision} and the {target.threads} of {target.name}",
+            f"{out} was measured in {table.precision} with {table.threads} threads in "
+            f"{table.unit}, wanted are {precision} and the {meter.threads} of {target.name} in "
+            f"{meter.unit}",
             hint="give another --out, or remove that file",
         )
     return table
 
 
-def latency_limit(operators: Operators, table: LatencyTable, most_ms: float) -> Limit:
-    """Return the limit on milliseconds that the table predicts.
+def latency_limit(operators: Operators, table: LatencyTable, most: float) -> Limit:
+    """Return the limit on what the table predicts, in its unit.
 
     Raises:
         DeviceError: the table lacks an operator, or has holes.
@@ -138,7 +130,8 @@ def latency_limit(operators: Operators, table: LatencyTable, most_ms: float) -> 
         for p, surface in timed
         if surface.takes_time
     )
-    return Limit("latency", most_ms, terms, table.fixed_us * scale, "ms", key=KEY)
+    name, key = ("latency", KEY) if table.unit == "ms" else ("instructions", COUNT_KEY)
+    return Limit(name, most, terms, table.fixed_us * scale, table.unit, key=key)
 
 
 def _milliseconds(surface: Surface, scale: float) -> PairCost:

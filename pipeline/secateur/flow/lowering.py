@@ -69,7 +69,8 @@ class Lowered:
     """The cut in the precision that ships, made from the file ``fp32`` (itself in fp32).
 
     ``change`` is against the parent. ``choice`` says why ``auto`` took this precision. ``ncnn``
-    has the .param files of this precision and of fp32, where ncnn is the runtime.
+    has the .param files of this precision and of fp32, where ncnn is the runtime, and
+    ``ncnn_report`` what the manifest tells of its int8.
     """
 
     precision: Precision
@@ -79,6 +80,7 @@ class Lowered:
     quantised: Quantised | None = None
     choice: Mapping[str, Any] | None = None
     ncnn: tuple[Path, Path] | None = None
+    ncnn_report: Mapping[str, Any] | None = None
 
     @property
     def opened(self) -> Path:

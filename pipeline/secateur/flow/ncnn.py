@@ -6,20 +6,29 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
-from secateur.core.errors import RecipeError
+from secateur.core.errors import RecipeError, RuntimeMissing
 from secateur.core.model import MultiTaskModel
 from secateur.devices.host import library_versions
 from secateur.devices.target import Target, load_target
 from secateur.flow.job import Job
 from secateur.flow.lowering import Lowered
+from secateur.flow.ncnn_int8 import to_int8
 from secateur.flow.recipe import Recipe
-from secateur.flow.stages import Cut, change, exported, session_accuracy, torch_accuracy
+from secateur.flow.stages import (
+    Cut,
+    change,
+    exported,
+    session_accuracy,
+    too_low,
+    torch_accuracy,
+)
 from secateur.lower.ncnn import WITHOUT, export_ncnn, find_pnnx
 from secateur.lower.quant import Precision
+from secateur.metrics.delta import Delta
 from secateur.runtimes.base import runtime_of
 
-NCNN = "ncnn"
-PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16")  # that this version writes
+NCNN, AUTO = "ncnn", "auto"
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")  # that this version writes
 
 
 def target_of(recipe: Recipe, name: str) -> Target:
@@ -31,8 +40,8 @@ def target_of(recipe: Recipe, name: str) -> Target:
         RuntimeMissing: ncnn or pnnx is not installed.
     """
     target = load_target(name)
-    if recipe.runtime not in (None, target.runtime):
-        target = target.model_copy(update={"runtime": recipe.runtime})
+    if recipe.runtime not in (None, AUTO):
+        target = with_runtime(target, recipe.runtime)
     if target.runtime != NCNN:
         return target
     if target.accelerator != "cpu":
@@ -40,16 +49,43 @@ def target_of(recipe: Recipe, name: str) -> Target:
             f"runtime: {target.name} computes on its GPU, and ncnn runs on CPUs here",
             hint="leave runtime out, or choose a CPU target",
         )
-    if recipe.prune.budget.latency_ms is not None:
+    budget = recipe.prune.budget
+    tabled = [key for key in ("latency_ms", "instructions") if getattr(budget, key) is not None]
+    if tabled:
         raise RecipeError(
-            "prune.budget.latency_ms: latency tables are of ONNX Runtime's operators, and the "
-            "runtime is ncnn",
+            f"prune.budget.{tabled[0]}: tables are of ONNX Runtime's operators, and the runtime is "
+            "ncnn",
             hint="give macs instead, or runtime: onnxruntime",
         )
     find_pnnx()
     runtime_of(NCNN).version()
-    able = tuple(each for each in target.precisions if each in PRECISIONS)
-    return target.model_copy(update={"precisions": able})
+    return target
+
+
+def with_runtime(target: Target, runtime: str) -> Target:
+    """Return the target with another runtime, and the precisions that it has there."""
+    if runtime == target.runtime:
+        return target
+    able = tuple(each for each in target.precisions if runtime != NCNN or each in PRECISIONS)
+    return target.model_copy(update={"runtime": runtime, "precisions": able})
+
+
+def runtimes_of(recipe: Recipe, target: Target) -> tuple[str, ...]:
+    """Return the runtimes that a build of the recipe may ship: with ``auto`` also ncnn.
+
+    It is left out where it is not installed, cannot run there, or a budget is in ONNX Runtime's
+    own terms.
+    """
+    budget = recipe.prune.budget
+    tabled = budget.latency_ms is not None or budget.instructions is not None
+    if recipe.runtime != AUTO or target.accelerator != "cpu" or tabled:
+        return (target.runtime,)
+    try:
+        find_pnnx()
+        runtime_of(NCNN).version()
+    except RuntimeMissing:
+        return (target.runtime,)
+    return target.runtime, NCNN
 
 
 def runnable(
@@ -81,8 +117,15 @@ class NcnnLowering:
         self.parent = torch_accuracy(job, job.selected, "accuracy of the parent")
 
     def to(self, precision: Precision) -> Lowered:
-        """Return the cut in fp32 or fp16; a recipe's other wishes were refused before."""
+        """Return the cut in a precision.
+
+        Raises:
+            RecipeError: a node is pinned: names are those of the ONNX file.
+            BuildError, CalibrationError: see ``ncnn_int8.to_int8``.
+        """
         job, model, key = self.job, self.cut.recovered, self.cut.key
+        if precision == "int8":
+            return self._to_int8()
         low: Literal["fp32", "fp16"] = "fp16" if precision == "fp16" else "fp32"
         onnx = exported(job, model, key)
         exact = runnable(job, model, key, NCNN)
@@ -90,3 +133,27 @@ class NcnnLowering:
         session = runtime_of(NCNN).open_session(path, self.target.threads)
         metrics = session_accuracy(job, session, path, f"accuracy, ncnn {low}")
         return Lowered(low, onnx, onnx, change(job, self.parent, metrics), ncnn=(path, exact))
+
+    def _to_int8(self) -> Lowered:
+        job, model, key = self.job, self.cut.recovered, self.cut.key
+        if job.recipe.precision.pin:
+            raise RecipeError(
+                "precision.pin: its nodes are those of the ONNX file, and the runtime is ncnn",
+                hint="leave pin out; what costs a task too much stays in fp32 by itself",
+            )
+        onnx, exact = exported(job, model, key), runnable(job, model, key, NCNN)
+
+        def judge(path: Path) -> Delta:
+            session = runtime_of(NCNN).open_session(path, self.target.threads)
+            metrics = session_accuracy(job, session, path, "accuracy, ncnn int8")
+            return change(job, self.parent, metrics)
+
+        exact_change = judge(exact)
+        limits = {
+            task.name: task.max_drop
+            for task in job.tasks
+            if task.max_drop is not None and task.name not in too_low(job, exact_change)
+        }
+        made = to_int8(job, exact, judge, limits)
+        return Lowered("int8", onnx, onnx, made.change, ncnn=(made.path, exact),
+                       ncnn_report=made.report)  # fmt: skip

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -85,7 +86,7 @@ def pack(job: Job, made: Made, folder: Path) -> Manifest:
 
 
 def _manifest(job: Job, made: Made) -> Manifest:
-    evidence, spec, quantised = made.evidence, job.spec, made.lowered.quantised
+    evidence, spec = made.evidence, job.spec
     plan, vote = made.planned.plan.to_json(), made.planned.vote
     summary = {key: value for key, value in plan.items() if key != "cuts"}
     if vote is not None:
@@ -122,7 +123,7 @@ def _manifest(job: Job, made: Made) -> Manifest:
             name: {"max_abs_difference": p.max_abs_difference, "of_range": p.relative}
             for name, p in evidence.parity.items()
         },
-        quantisation=dict(quantised.report) if quantised else None,
+        quantisation=dict(report) if (report := _report(made.lowered)) else None,
         precision_choice=dict(choice) if (choice := made.lowered.choice) else None,
         latency_ms={name: result.to_json() for name, result in evidence.latency.items()},
         seconds=dict(made.seconds),
@@ -131,6 +132,11 @@ def _manifest(job: Job, made: Made) -> Manifest:
         command=made.command,
         recipe=job.recipe.source,
     )
+
+
+def _report(lowered: Lowered) -> Mapping[str, Any] | None:
+    """Return what is told of a lower precision."""
+    return lowered.quantised.report if lowered.quantised else lowered.ncnn_report
 
 
 def _task_contracts(job: Job, model: MultiTaskModel) -> tuple[TaskContract, ...]:

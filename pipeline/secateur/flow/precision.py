@@ -1,20 +1,47 @@
-"""The precision that ships: the recipe's, or the fastest that costs no task too much."""
+"""The precision and the runtime that ship: the recipe's, or the best that costs no task too much.
+
+Best is the fastest, measured on this machine or on a device; or, on an emulated CPU, what takes the
+fewest instructions, which is a proxy.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from secateur.bench.latency import Protocol, measure
 from secateur.core.errors import RecipeError
 from secateur.data.loading import image_batch
+from secateur.devices.emulated import EMULATED
+from secateur.devices.isa import int8_form
+from secateur.devices.remote_job import Tell
 from secateur.devices.target import Target
+from secateur.flow.forms import count_forms, time_forms
 from secateur.flow.job import Job
 from secateur.flow.lowering import Lowered, Lowering
-from secateur.flow.ncnn import NCNN, NcnnLowering
+from secateur.flow.ncnn import NCNN, NcnnLowering, runtimes_of, with_runtime
 from secateur.flow.stages import Cut, too_low
 from secateur.lower.quant import Precision
 from secateur.runtimes.base import runtime_of
+
+Forms = Mapping[str, Lowered]  # by what they are called
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where ``auto`` chooses: "" is this machine, else ``emulated[:CPU]`` or ``ssh://…``."""
+
+    name: str = ""
+    tell: Tell = lambda _: None
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """What ranks forms: ``costs`` in ``unit``, ``how`` in words."""
+
+    costs: Callable[[Forms], Mapping[str, float]]
+    unit: str
+    how: str
 
 
 def check_precision(job: Job, target: Target) -> None:
@@ -32,52 +59,116 @@ def check_precision(job: Job, target: Target) -> None:
         )
 
 
-def lower_cut(job: Job, cut: Cut, target: Target, protocol: Protocol | None = None) -> Lowered:
-    """Return the cut as it ships, and for ``auto`` why in this precision.
+def lower_cut(
+    job: Job,
+    cut: Cut,
+    target: Target,
+    protocol: Protocol | None = None,
+    device: Device | None = None,
+) -> Lowered:
+    """Return the cut as it ships, and for ``auto`` why in this precision and for this runtime.
 
     Raises:
         RecipeError: a pin names nothing in the model.
         CalibrationError: the training images cannot be calibrated on.
+        DeviceError: the device does not run a form, or nothing can be counted here.
     """
-    lowering = (NcnnLowering if target.runtime == NCNN else Lowering)(job, cut, target)
-    if job.recipe.precision.mode != "auto":
-        return lowering.to(job.recipe.precision.mode)
-    here = target.is_this_machine()
-    # Unmeasured, int8 may be slower than fp16 and even than fp32: the guard need not search.
-    tried: list[Precision] = [p for p in target.precisions if here or p != "int8"]
-    forms = {precision: lowering.to(precision) for precision in tried}
-    lost = {precision: too_low(job, form.change) for precision, form in forms.items()}
-    passing = {precision: form for precision, form in forms.items() if not lost[precision]}
-    times = _medians(job, passing, target, protocol) if here and len(passing) > 1 else {}
-    chosen, why = _choice(list(passing), times, target)
+    mode, runtimes = job.recipe.precision.mode, runtimes_of(job.recipe, target)
+    if mode != "auto" and len(runtimes) == 1:
+        return _lowering(job, cut, target, runtimes[0]).to(mode)
+    judge = _judge(job, target, protocol, device or Device())
+    forms: dict[str, Lowered] = {}
+    for runtime in runtimes if judge else runtimes[:1]:
+        lowering = _lowering(job, cut, target, runtime)
+        for precision in _tried(job, with_runtime(target, runtime), judge is not None):
+            name = precision if len(runtimes) == 1 else f"{runtime} {precision}"
+            forms[name] = lowering.to(precision)
+    lost = {name: too_low(job, form.change) for name, form in forms.items()}
+    passing = {name: form for name, form in forms.items() if not lost[name]}
+    costs = dict(judge.costs(passing)) if judge and len(passing) > 1 else {}
+    chosen, why = _choice(passing, forms, costs, judge, target)
+    unit = judge.unit if judge else "ms"
     return replace(forms[chosen], choice={
-        "chosen": chosen, "why": why, "median_ms": times,
-        "too_low": {precision: list(tasks) for precision, tasks in lost.items() if tasks},
+        "chosen": chosen, "why": why,
+        ("median_ms" if unit == "ms" else unit.replace(" ", "_")): costs,
+        "too_low": {name: list(tasks) for name, tasks in lost.items() if tasks},
     })  # fmt: skip
 
 
+def _lowering(job: Job, cut: Cut, target: Target, runtime: str) -> Lowering | NcnnLowering:
+    kind = NcnnLowering if runtime == NCNN else Lowering
+    return kind(job, cut, with_runtime(target, runtime))
+
+
+def _tried(job: Job, target: Target, judged: bool) -> Sequence[Precision]:
+    """Return the precisions that a runtime's forms are made in."""
+    mode = job.recipe.precision.mode
+    if mode != "auto":
+        return [mode] if mode in target.precisions else []
+    # Unmeasured, int8 may be slower than fp16 and even than fp32: the guard need not search. On
+    # Arm cores without dot product it is, though it takes fewer instructions.
+    suits = target.cpu is None or target.arch != "aarch64" or int8_form(target.cpu.isa) != "fp32"
+    return [each for each in target.precisions if each != "int8" or (judged and suits)]
+
+
+def _judge(job: Job, target: Target, protocol: Protocol | None, device: Device) -> _Judge | None:
+    """Return what ranks forms for the target: None where nothing here can."""
+    shape = tuple(job.example.shape[1:])
+    if device.name.partition(":")[0] == EMULATED:
+        cpu = device.name.partition(":")[2]
+        how = "the fewest instructions of what passes, on an emulated CPU (no latency)"
+        return _Judge(
+            lambda forms: count_forms(target, cpu, _opened(forms), shape),
+            "million instructions", how,
+        )  # fmt: skip
+    if device.name:
+        return _Judge(
+            lambda forms: time_forms(target, device.name, device.tell, _opened(forms), shape),
+            "ms", f"the fastest that passes, measured on {device.name}",
+        )  # fmt: skip
+    if target.is_this_machine():
+        return _Judge(
+            lambda forms: _medians(job, forms, target, protocol), "ms",
+            "the fastest that passes, measured here",
+        )  # fmt: skip
+    return None
+
+
+def _opened(forms: Forms) -> dict[str, tuple[str, str]]:
+    return {name: (NCNN if form.ncnn else "onnxruntime", str(form.opened))
+            for name, form in forms.items()}  # fmt: skip
+
+
 def _choice(
-    passing: list[Precision], times: Mapping[Precision, float], target: Target
-) -> tuple[Precision, str]:
+    passing: Forms, forms: Forms, costs: Mapping[str, float], judge: _Judge | None, target: Target
+) -> tuple[str, str]:
     if not passing:
-        return "fp32", "in every precision a task is below its max_drop; fp32 loses nothing more"
+        exact = next(name for name, form in forms.items() if form.precision == "fp32")
+        return exact, "in every precision a task is below its max_drop; fp32 loses nothing more"
     if len(passing) == 1:
-        return passing[0], "the only precision that keeps every task within its max_drop"
-    if times:
-        said = ", ".join(f"{precision} {ms:.3g} ms" for precision, ms in times.items())
-        return min(times, key=lambda p: times[p]), f"the fastest that passes, measured here: {said}"
+        return next(iter(passing)), "the only precision that keeps every task within its max_drop"
+    if judge:
+        said = ", ".join(f"{name} {cost:.3g} {judge.unit}" for name, cost in costs.items())
+        return min(costs, key=lambda name: costs[name]), f"{judge.how}: {said}"
     # TensorRT's fp16 is no slower than its fp32; a CPU's has to be measured.
-    chosen: Precision = "fp16" if target.accelerator == "gpu" and "fp16" in passing else "fp32"
-    return chosen, f"this machine is no {target.name}: int8 is not chosen without measuring it"
+    low = target.accelerator == "gpu"
+    wanted = "fp16" if low else "fp32"
+    chosen = next((n for n, f in passing.items() if f.precision == wanted), next(iter(passing)))
+    advice = "" if low else "; build with --device ssh://… to measure, or emulated to count"
+    return chosen, (
+        f"this machine is no {target.name}: int8 is not chosen without measuring it{advice}"
+    )
 
 
-def _medians(
-    job: Job, forms: Mapping[Precision, Lowered], target: Target, protocol: Protocol | None
-) -> dict[Precision, float]:
-    """Return each form's median latency in ms, the forms taking turns."""
-    runtime = runtime_of(target.runtime)
+def _medians(job: Job, forms: Forms, target: Target, protocol: Protocol | None) -> dict[str, float]:
+    """Return each form's median latency in ms here, the forms taking turns."""
     image = image_batch(job.eval, [0], job.spec).numpy()
-    sessions = {p: runtime.open_session(form.opened, target.threads) for p, form in forms.items()}
-    calls = {str(p): lambda s=session: s.run(image) for p, session in sessions.items()}
+    sessions = {
+        name: runtime_of(NCNN if form.ncnn else "onnxruntime").open_session(
+            form.opened, target.threads
+        )
+        for name, form in forms.items()
+    }
+    calls = {name: lambda s=session: s.run(image) for name, session in sessions.items()}
     timed = measure(calls, protocol, "measuring precisions")
-    return {precision: timed[precision].median_ms for precision in forms}
+    return {name: timed[name].median_ms for name in forms}

@@ -73,6 +73,7 @@ class BudgetSpec(_Strict):
     params: float | None = Field(default=None, gt=0, le=1)
     size_mb: float | None = Field(default=None, gt=0)
     latency_ms: float | None = Field(default=None, gt=0)
+    instructions: float | None = Field(default=None, gt=0, le=1)
     peak_memory_mb: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
@@ -208,7 +209,7 @@ class Recipe(_Strict):
     recover: RecoverSpec | Literal["none"] = "none"
     precision: PrecisionSpec = PrecisionSpec()
     engine: EngineSpec = EngineSpec()
-    runtime: Literal["onnxruntime", "ncnn"] | None = None
+    runtime: Literal["onnxruntime", "ncnn", "auto"] | None = None
     library: LibrarySpec = LibrarySpec()
     source: str = ""
     path: Path = Path()
