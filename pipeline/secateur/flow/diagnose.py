@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -235,7 +235,8 @@ class _Suspect:
         """Return the bundle's plan with all other nodes in fp32."""
         precisions: dict[str, Precision] = dict.fromkeys(self.modules, "fp32")
         precisions.update({node: self.plan.precisions[node] for node in nodes})
-        return plan_assigned(self.model, _table_of(self.plan), precisions, {}, self.plan.carrier)
+        part = plan_assigned(self.model, _table_of(self.plan), precisions, {}, self.plan.carrier)
+        return replace(part, shifts=self.plan.shifts)
 
 
 def _loss(finding: Finding) -> float:
