@@ -161,8 +161,8 @@ class RecoverSpec(_Strict):
 class DistillSpec(_Strict):
     steps: int = Field(default=300, ge=1)
     share: float = Field(default=0.9, gt=0, le=1)
-    learning_rate: float = Field(default=1e-4, gt=0)
-    batch_size: int = Field(default=8, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    batch_size: int = Field(default=8, ge=2)
 
 
 class PrecisionSpec(_Strict):
@@ -179,9 +179,8 @@ class PrecisionSpec(_Strict):
     def _pins_something(self) -> PrecisionSpec:
         if self.pin and self.mode == "fp32":
             raise ValueError("pin: with mode fp32 every node is in fp32 already")
-        if self.distill and not (self.guard and self.mode in ("int8", "auto")):
-            raise ValueError("distill: follows where the guard leaves too little in int8; give "
-                             "mode int8 or auto, and guard: true")  # fmt: skip
+        if self.distill and self.mode not in ("int8", "auto"):
+            raise ValueError("distill: teaches a network to bear int8; give mode int8 or auto")
         return self
 
 

@@ -215,7 +215,8 @@ class _Probe:
     def run(self, image: Images, position: int) -> dict[str, Images]:
         """Return the activations of one image, itself among them."""
         try:
-            arrays = self._session.run(self._names, {self._input: image})
+            # Without names it would give all outputs.
+            arrays = self._session.run(self._names, {self._input: image}) if self._names else []
         except Exception as error:  # as above
             raise CalibrationError(
                 f"the model cannot run calibration image {position} of shape {image.shape}: "
