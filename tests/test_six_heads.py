@@ -186,6 +186,18 @@ def test_equalisation_alone_repairs_it(project: Path) -> None:
     assert manifest["quantisation"]["kept"] == []
 
 
+@pytest.mark.parametrize(("layout", "wrong"), [("RGB", False), ("BGR", True)])
+def test_a_wrong_channel_order_is_seen_by_the_accuracy(
+    capsys, project: Path, layout: str, wrong: bool
+) -> None:
+    """Calibration alone cannot see it: such images are as good as any."""
+    text = RECIPE.replace("[3, 32, 48]}", f"[3, 32, 48], layout: {layout}}}")
+    folder, _ = build(project, layout, "{mode: int8, images: 32, guard: false}", text)
+    code, stdout, _ = run(capsys, "diagnose", folder, "--json")
+    kinds = [finding["kind"] for finding in json.loads(stdout)["findings"]]
+    assert kinds.count("preprocessing") == wrong and (code == 1 or not wrong)
+
+
 def test_where_the_guard_finds_too_little_the_network_learns_to_bear_int8(project: Path) -> None:
     text = RECIPE.replace("six.safetensors", "worn.safetensors").replace(
         "max_drop: 4", "max_drop: 9"

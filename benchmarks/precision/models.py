@@ -65,8 +65,7 @@ class Model:
             train=self.train, test=test,
         )  # fmt: skip
         cut = WHOLE if self.keep == 1.0 else HALF
-        return f"{filled}{cut}{LIBRARY}precision: {precision}
-"
+        return f"{filled}{cut}{LIBRARY}precision: {precision}\n"
 
 
 MODELS = (

@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,9 @@ def main() -> None:
     if options.quick:
         with shown():
             kinds = (*SETTINGS, "latency")
-            rows = [{"setting": kind, **CELL_MAKERS[kind](QUICK, kind, "val")} for kind in kinds]
+            rows = [
+                {"setting": kind, **CELL_MAKERS[kind](QUICK, kind, "calibration")} for kind in kinds
+            ]
         print(json.dumps(rows, indent=2))
         return
     chosen = [m for m in MODELS if not options.models or any(p in m.name for p in options.models)]
@@ -151,9 +153,9 @@ def latency_row(model: Model, kind: str, test: str) -> dict[str, Any]:
     forms = {"fp32": lowering.fp32.onnx, "int8": lowering.to("int8").onnx}
     image = image_batch(job.eval, [0], job.spec).numpy()
     runtime = runtime_of(TARGET.runtime)
-    sessions = {name: runtime.open_session(path, TARGET.threads) for name, path in forms.items()}
     calls: dict[str, Callable[[], object]] = {
-        name: lambda s=session: s.run(image) for name, session in sessions.items()
+        name: partial(runtime.open_session(path, TARGET.threads).run, image)
+        for name, path in forms.items()
     }
     timed = measure(calls, Protocol(), f"{model.name}, latency")
     ratio = timed["int8"].median_ms / timed["fp32"].median_ms

@@ -44,8 +44,13 @@ from secateur.runtimes.base import runtime_of
 
 @dataclass(frozen=True)
 class Quantised:
-    """What a lower precision adds to a bundle; ``report`` is for its manifest."""
+    """What a lower precision adds to a bundle; ``report`` is for its manifest.
 
+    ``model`` is the fp32 file that ``plan`` is for: the exported cut, or that with weights that
+    were equalised or distilled for int8.
+    """
+
+    model: Path
     plan: QuantPlan
     dialect: Dialect
     report: Mapping[str, Any]
@@ -58,8 +63,6 @@ class Quantised:
 @dataclass(frozen=True)
 class Lowered:
     """The cut in the precision that ships, made from the file ``fp32`` (itself in fp32).
-
-    That is the exported cut, or one whose weights were equalised or distilled for int8.
 
     ``change`` is against the parent. ``choice`` says why ``auto`` took this precision. ``ncnn``
     has the .param files of this precision and of fp32, where ncnn is the runtime.
@@ -152,8 +155,8 @@ class Lowering:
         if not path.exists():
             emit(model, plan, dialect, path)
         report = {**self._report(found), "seconds": seconds}
-        return Lowered(precision, path, model, self._change(path, precision),
-                       Quantised(plan, dialect, report))  # fmt: skip
+        return Lowered(precision, path, self.model, self._change(path, precision),
+                       Quantised(model, plan, dialect, report))  # fmt: skip
 
     def _change(self, path: Path, title: str) -> Delta:
         """Return what a form changes in each task, against the parent, on its own runtime."""
