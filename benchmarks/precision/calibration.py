@@ -64,7 +64,8 @@ def main() -> None:
                for name in CALIBRATORS)  # fmt: skip
     peak = facts["whole"]["peak_gb"]
     row = {"images": options.images, "size": [HEIGHT, WIDTH], "peak_gb": peak,
-           "killed_after": after, "calibrators_with_the_same_table": same, "tensors": facts["whole"]["tensors"],
+           "killed_after": after, "calibrators_with_the_same_table": same,
+           "tensors": facts["whole"]["tensors"],
            "minutes": round(seconds / 60, 1)}  # fmt: skip
     shows = [
         Show(f"GB of memory to calibrate on {options.images} images at {HEIGHT}x{WIDTH}", MOST_GB,
