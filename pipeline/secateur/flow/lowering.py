@@ -180,17 +180,16 @@ class Lowering:
             return found
         table = found.source.table(self.wanted.calibrator)
         base = self._with_shifts("int8", _Base(found.source, self._all_fp32, "fp32", table))
-        low = [unit.name for unit in self._units("int8", base) if not unit.ends_head]
+        guarded = self.wanted.guard
+        low = [u.name for u in self._units("int8", base) if not (guarded and u.ends_head)]
         taught = self._plan(dict.fromkeys(low, "int8"), base)
         most = macs_share(found.source.model, taught)["int8"]
-        if self.wanted.guard and found.passed and found.share >= wanted.share * most:
+        if guarded and found.passed and found.share >= wanted.share * most:
             return found
         source = distilled(self.job, self.cut, found.source, taught, wanted)
         second = self._to_int8(source, correct=False)
         # Without a guard nobody judges: what was asked for is done.
-        better = not self.wanted.guard or (
-            (second.passed, second.share) > (found.passed, found.share)
-        )
+        better = not guarded or ((second.passed, second.share) > (found.passed, found.share))
         told = {"steps": wanted.steps, "taken": better, "int8_before": round(found.share, 4),
                 "int8_after": round(second.share, 4)}  # fmt: skip
         return replace(second if better else found, distilled=told)
