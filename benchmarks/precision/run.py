@@ -5,9 +5,9 @@ be in int8, heads to their last layer), with biases corrected and channels equal
 helps, guarded, and all of it taught by quantisation-aware distillation; on the whole test split, by
 the pipeline's own stages for the x86-64 target. The guard judges on the same images, as a build
 does; changes are against the fp32 model. Then fp32 and guarded int8 are timed in turns, and the
-three forms for TensorRT built by tensorrt-rtx. Cells that are done are found again: a stopped run goes
-on. ``--models`` takes parts of names. Models whose parents are not trained yet are left out, and
-claims say how many (train_parent.py makes them).
+three forms for TensorRT built by tensorrt-rtx. Cells that are done are found again: a stopped run
+goes on. ``--models`` takes parts of names. Models whose parents are not trained yet are left out,
+and the first claim says how many (train_parent.py makes them).
 """
 
 from __future__ import annotations
