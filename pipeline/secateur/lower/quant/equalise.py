@@ -55,9 +55,10 @@ def plan_equalisation(model: Path, images: Images) -> Equalisation:
     large = _activation_shares(model, images, found)
     weight = _weight_shares(found)
     # Readers with a scale per channel of their own (depth-wise) bear any spread.
-    migrated = np.where(np.isnan(weight), 1 / np.maximum(large, 1e-12), np.sqrt(
-        np.nan_to_num(weight, nan=1.0) / np.maximum(large, 1e-12)))  # fmt: skip
-    alive = (large > 0) & (np.nan_to_num(weight, nan=1.0) > 0)
+    share = np.where(np.isnan(weight), 1.0, MIGRATION)
+    weight = np.nan_to_num(weight, nan=1.0)
+    migrated = (weight / np.maximum(large, 1e-12)) ** share
+    alive = (large > 0) & (weight > 0)
     chosen = np.where(alive, np.clip(migrated, 1 / LARGEST, LARGEST), 1.0)
     chosen[0] = 1.0
     return Equalisation({name: chosen[places] for name, places in found.places.items()})
