@@ -1,6 +1,7 @@
 """Train a parent to convergence and write its weights, curve and model card.
 
     python benchmarks/train_parent.py nyuv2_lite0 --data DIR --weights FILE [--epochs 60]
+    python benchmarks/train_parent.py nyuv2_resnet18_96x128 --data DIR [--epochs 120]
     python benchmarks/train_parent.py pets_lite0 --data DIR --weights FILE [--epochs 60]
     python benchmarks/train_parent.py scenes_small [--epochs 60]    # or scenes_vit
     python benchmarks/train_parent.py cifar_resnet --data DIR --batch-size 64    # or cifar_vit
@@ -59,8 +60,15 @@ class Parent:
 
 
 def _nyuv2(
-    factory: str, height: int, width: int, backbone: str, train_split: str = "train"
+    factory: str, height: int, width: int, backbone: str | None, train_split: str = "train"
 ) -> Parent:
+    """``backbone``: whose ImageNet weights it starts from; None where none are to be had."""
+    start = (
+        f"Backbone pre-trained on ImageNet-1k ({backbone})."
+        if backbone
+        else "Trained from scratch: no pre-trained weights of this backbone are at hand, so its "
+        "accuracy is far from what it could be; it is for comparing precisions."
+    )
     return Parent(
         factory=factory,
         tasks=(
@@ -72,7 +80,7 @@ def _nyuv2(
         reader="nyuv2",
         data="NYUv2 (Silberman, Hoiem, Kohli, Fergus, ECCV 2012), official 795 training and 654 "
         "test images at 288x384, 13 classes; normals derived from depth, so angles are not "
-        f"comparable with published ones. Backbone pre-trained on ImageNet-1k ({backbone}).",
+        f"comparable with published ones. {start}",
         terms="NYUv2 is for research use only; so are these weights.",
         augment=Augment(),
         train_split=train_split,
@@ -123,6 +131,11 @@ PARENTS = {
     "nyuv2_mobilenetv2_96x128": _nyuv2(
         "nyuv2_mobilenetv2", 96, 128, "torchvision, BSD-3-Clause", train_split="fit"
     ),
+    # Of the suite of precisions; quoted there once they are trained.
+    **{
+        f"{factory}_96x128": _nyuv2(factory, 96, 128, None, train_split="fit")
+        for factory in ("nyuv2_mobilenetv3", "nyuv2_resnet18", "nyuv2_vit")
+    },
     "pets_lite0": Parent(
         factory="pets_lite0",
         tasks=(

@@ -169,7 +169,7 @@ def planted(project: Path) -> Path:
     weights["seg_mix.bias"][0] *= 300
     weights["seg.weight"][:, 0] /= 300
     save_file(weights, project / "planted.safetensors")
-    plain = "precision: {mode: int8, calibrator: minmax, images: 8, guard: false}"
+    plain = "precision: {mode: int8, calibrator: minmax, images: 8, guard: false, equalise: false}"
     folder, manifest = build(project, "planted", f"{PLANTED}{plain}\n")
     assert manifest["accuracy"]["change_percent"]["segmentation"] < -8
     return folder
@@ -188,7 +188,7 @@ def test_diagnose_names_the_planted_node_and_its_module(capsys, planted: Path) -
 
 
 def test_the_guard_repairs_what_was_planted(project: Path, planted: Path) -> None:
-    guarded = "precision: {mode: int8, calibrator: minmax, images: 8}"
+    guarded = "precision: {mode: int8, calibrator: minmax, images: 8, equalise: false}"
     _, manifest = build(project, "repaired", f"{PLANTED}{guarded}\n")
     assert manifest["accuracy"]["too_low"] == [] and manifest["quantisation"]["guard"]["passed"]
     kept = {row["module"]: row["why"] for row in manifest["quantisation"]["kept"]}

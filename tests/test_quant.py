@@ -494,7 +494,8 @@ def test_tensorrt_quantises_inputs_and_the_shortcut_alone(
             assert makers == ["DequantizeLinear"] * 2
             assert node.input[2] in constants(emitted)  # the bias stays fp32
     # relu (the shortcut) is quantised; the convolution before the sum takes the sum in.
-    assert [maker[name].op_type for name in nodes["node_add"].input] == ["DequantizeLinear", "Conv"]
+    (total,) = (node for node in nodes.values() if node.op_type == "Add")
+    assert [maker[name].op_type for name in total.input] == ["DequantizeLinear", "Conv"]
     assert {maker[output.name].op_type for output in emitted.graph.output} == {"Conv", "Gemm"}
 
 

@@ -191,6 +191,10 @@ def _range(intervals: AccuracyIntervals | None) -> str:
     return f", 95 % interval {low:+.2f} to {high:+.2f}"
 
 
+# What was done to the fp32 model first, by key of the manifest's quantisation.
+READY = {"equalised_channels": "channels equalised", "corrected_biases": "biases corrected"}
+
+
 def _precision_lines(manifest: Manifest) -> list[str]:
     """Say what stayed in high precision and why, as a block to pin, and why this precision."""
     lines = []
@@ -203,6 +207,13 @@ def _precision_lines(manifest: Manifest) -> list[str]:
         f"{share:.1%} {name}" for name, share in found["macs_share"].items() if share
     )
     lines.append(f"MACs      {shares}; {found['calibrator']} of {found['images']} images")
+    ready = [f"{found[key]} {what}" for key, what in READY.items() if found.get(key)]
+    if ready:
+        lines.append(f"for int8  {', '.join(ready)}")
+    if taught := found.get("distilled"):
+        shares = f"{taught['int8_after']:.1%} of the MACs, {taught['int8_before']:.1%} without"
+        lines.append(f"distilled {taught['steps']} steps: int8 has {shares}; "
+                     f"{'taken' if taught['taken'] else 'not taken'}")  # fmt: skip
     if found["guard"]:
         outcome = "passed" if found["guard"]["passed"] else "found nothing that passes"
         lines.append(f"guard     {outcome}, {found['guard']['evaluations']} evaluations")

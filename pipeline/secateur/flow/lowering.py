@@ -8,53 +8,49 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
-from secateur.core.files import file_sha256
 from secateur.core.progress import track
-from secateur.data.loading import image_batch
 from secateur.devices.target import Target
+from secateur.flow.distilling import distilled
 from secateur.flow.job import Job
+from secateur.flow.sources import Source, equalised, fresh_source
 from secateur.flow.stages import Cut, change, exported, session_accuracy, too_low, torch_accuracy
 from secateur.flow.trials import Trials, dialect_of
 from secateur.lower.quant import (
-    ActivationStatistics,
-    CalibrationSettings,
     CalibrationTable,
     Dialect,
     Guarded,
     Precision,
     QuantPlan,
     Unit,
+    bias_shifts,
     emit,
     find_units,
     guard,
     macs_share,
     node_modules,
-    observe,
     plan_assigned,
     resolve_pins,
-    table_of,
 )
 from secateur.metrics.delta import Delta
 from secateur.runtimes.base import runtime_of
 
-READ_AT_ONCE = 8
-DISTANCE_IMAGES = 4  # that sensitivities are measured on
-
 
 @dataclass(frozen=True)
 class Quantised:
-    """What a lower precision adds to a bundle; ``report`` is for its manifest."""
+    """What a lower precision adds to a bundle; ``report`` is for its manifest.
 
+    ``model`` is the fp32 file that ``plan`` is for: the exported cut, or that with weights that
+    were equalised or distilled for int8.
+    """
+
+    model: Path
     plan: QuantPlan
     dialect: Dialect
     report: Mapping[str, Any]
@@ -95,19 +91,35 @@ class Lowered:
 
 @dataclass(frozen=True)
 class _Base:
-    """What is lowered: every node's precision, the float type between, the ranges to go by."""
+    """What is lowered: every node's precision, the float type between, the ranges to go by.
 
+    ``shifts`` correct the biases of nodes in int8.
+    """
+
+    source: Source
     precisions: Mapping[str, Precision]
     carrier: Literal["fp32", "fp16"]
     table: CalibrationTable
+    shifts: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class _Found:
-    """A plan and the guard's searches that led to it."""
+    """A plan for a source, the guard's searches that led to it, and what distillation did."""
 
+    source: Source
     plan: QuantPlan
     searches: tuple[Guarded, ...] = ()
+    distilled: Mapping[str, Any] | None = None
+
+    @property
+    def passed(self) -> bool:
+        return all(search.passed for search in self.searches)
+
+    @property
+    def share(self) -> float:
+        """The share of the MACs that is computed in int8."""
+        return macs_share(self.source.model, self.plan)["int8"]
 
 
 class Lowering:
@@ -119,7 +131,7 @@ class Lowering:
     """
 
     def __init__(self, job: Job, cut: Cut, target: Target) -> None:
-        self.job, self.wanted = job, job.recipe.precision
+        self.job, self.cut, self.wanted = job, cut, job.recipe.precision
         self.model = exported(job, cut.recovered, cut.key)
         self.on_gpu = target.accelerator == "gpu"
         self.pins = resolve_pins(self.model, self.wanted.pin)
@@ -138,15 +150,15 @@ class Lowering:
         if precision == "fp32":
             return self.fp32
         start = time.monotonic()
-        found = self._to_fp16() if precision == "fp16" else self._to_int8()
+        found = self._to_fp16(self._plain) if precision == "fp16" else self._best_int8()
         seconds = round(time.monotonic() - start, 1)
-        plan, dialect = found.plan, self.trials.dialect
+        plan, dialect, model = found.plan, self.trials.dialect, found.source.model
         path = self.job.cache.folder("lowered", plan.to_json(), dialect.mark()) / "model.onnx"
         if not path.exists():
-            emit(self.model, plan, dialect, path)
+            emit(model, plan, dialect, path)
         report = {**self._report(found), "seconds": seconds}
         return Lowered(precision, path, self.model, self._change(path, precision),
-                       Quantised(plan, dialect, report))  # fmt: skip
+                       Quantised(model, plan, dialect, report))  # fmt: skip
 
     def _change(self, path: Path, title: str) -> Delta:
         """Return what a form changes in each task, against the parent, on its own runtime."""
@@ -154,95 +166,126 @@ class Lowering:
         metrics = session_accuracy(self.job, session, path, f"accuracy, {title}")
         return change(self.job, self.parent, metrics)
 
-    def _to_fp16(self) -> _Found:
+    @cached_property
+    def _plain(self) -> Source:
+        """The exported cut."""
+        return fresh_source(self.job, self.trials)
+
+    def _best_int8(self) -> _Found:
+        """Return the cut in int8, distilled where the guard leaves too little of it there.
+
+        The last layers of heads and pins are no part of that share.
+        """
+        found = self._to_int8(equalised(self.job, self._plain))
+        wanted = self.wanted.distill
+        if wanted is False:
+            return found
+        table = found.source.table(self.wanted.calibrator)
+        base = self._with_shifts("int8", _Base(found.source, self._all_fp32, "fp32", table))
+        guarded = self.wanted.guard
+        low = [u.name for u in self._units("int8", base) if not (guarded and u.ends_head)]
+        taught = self._plan(dict.fromkeys(low, "int8"), base)
+        most = macs_share(found.source.model, taught)["int8"]
+        if guarded and found.passed and found.share >= wanted.share * most:
+            return found
+        source = distilled(self.job, self.cut, found.source, taught, wanted)
+        second = self._to_int8(source, correct=False)
+        # Without a guard nobody judges: what was asked for is done.
+        better = not guarded or ((second.passed, second.share) > (found.passed, found.share))
+        told = {"steps": wanted.steps, "taken": better, "int8_before": round(found.share, 4),
+                "int8_after": round(second.share, 4)}  # fmt: skip
+        return replace(second if better else found, distilled=told)
+
+    def _to_fp16(self, source: Source) -> _Found:
         # CPUs run int8 among fp32 alone, and a pin may ask for int8 here, too.
         mixed = "int8" in self.pins.values() and not self.on_gpu
         # Not the calibrator's ranges: a peak that int8 may clip overflows in fp16.
-        table = table_of(self._statistics, "minmax")
-        return self._lower("fp16", _Base(self._all_fp32, "fp32" if mixed else "fp16", table))
+        table = source.table("minmax")
+        return self._lower(
+            "fp16", _Base(source, self._all_fp32, "fp32" if mixed else "fp16", table)
+        )
 
-    def _to_int8(self) -> _Found:
-        table = table_of(self._statistics, self.wanted.calibrator)
+    def _to_int8(self, source: Source, *, correct: bool = True) -> _Found:
+        """``correct``: biases may be shifted (those of a distilled source have learned it)."""
+        table = source.table(self.wanted.calibrator)
         if self.on_gpu:
-            half = self._to_fp16()
-            if all(search.passed for search in half.searches):
-                found = self._lower("int8", _Base(half.plan.precisions, "fp16", table))
-                return _Found(found.plan, (*half.searches, *found.searches))
-        return self._lower("int8", _Base(self._all_fp32, "fp32", table))
+            half = self._to_fp16(source)
+            if half.passed:
+                base = _Base(source, half.plan.precisions, "fp16", table)
+                found = self._lower("int8", base, correct=correct)
+                return replace(found, searches=(*half.searches, *found.searches))
+        base = _Base(source, self._all_fp32, "fp32", table)
+        return self._lower("int8", base, correct=correct)
 
-    def _lower(self, low: Precision, base: _Base) -> _Found:
-        """Take to ``low`` what can be taken there and need not stay as it is in ``base``."""
+    def _with_shifts(self, low: Precision, base: _Base) -> _Base:
+        if low != "int8" or not self.wanted.correct_bias:
+            return base
+        lowest = self._plan(dict.fromkeys(base.precisions, low), base)
+        source = base.source
+        return replace(base, shifts=bias_shifts(
+            source.model, lowest, self.trials.dialect, source.few_images))  # fmt: skip
+
+    def _units(self, low: Precision, base: _Base) -> tuple[Unit, ...]:
+        """Return what can be taken to ``low`` and is not pinned."""
         lowest = self._plan(dict.fromkeys(base.precisions, low), base)
         kept = {name for name, p in base.precisions.items() if base.carrier == "fp16" != p}
         # The end of a head is safe in fp16; int8 takes its resolution.
-        units = tuple(
+        return tuple(
             replace(unit, ends_head=unit.ends_head and low == "int8")
-            for unit in find_units(self.model, lowest)
+            for unit in find_units(base.source.model, lowest)
             if lowest.precisions[unit.name] == low and unit.name not in self.pins
             and not (low == "int8" and unit.name in kept)  # what fp16 hurts, int8 hurts more
         )  # fmt: skip
+
+    def _lower(self, low: Precision, base: _Base, *, correct: bool = True) -> _Found:
+        """Take to ``low`` what can be taken there and need not stay as it is in ``base``."""
+        base = self._with_shifts(low, base) if correct else base
+        source = base.source
+        units = self._units(low, base)
         if not self.wanted.guard:
-            return _Found(self._plan(dict.fromkeys((unit.name for unit in units), low), base))
+            all_low = self._plan(dict.fromkeys((unit.name for unit in units), low), base)
+            return _Found(source, all_low)
         numbers = count(1)
 
         def judge(assignment: Mapping[str, Precision]) -> Mapping[str, float]:
-            with self.trials.written(self._plan(assignment, base)) as path:
+            with source.trials.written(self._plan(assignment, base)) as path:
                 return self._change(path, f"{low}, guard's trial {next(numbers)}").per_task
 
         guarded = guard(
             units, self.limits, judge, lambda: self._sensitivity(low, base, units),
             low=low, high=lambda name: base.precisions[name],
         )  # fmt: skip
-        return _Found(self._plan(guarded.assignment, base), (guarded,))
+        return _Found(source, self._plan(guarded.assignment, base), (guarded,))
 
     def _plan(self, precisions: Mapping[str, Precision], base: _Base) -> QuantPlan:
         named = {**base.precisions, **precisions}
-        return plan_assigned(self.model, base.table, named, self.pins, base.carrier)
+        plan = plan_assigned(base.source.model, base.table, named, self.pins, base.carrier)
+        return replace(plan, shifts={name: values for name, values in base.shifts.items()
+                                     if plan.precisions[name] == "int8"})  # fmt: skip
 
     def _sensitivity(
         self, low: Precision, base: _Base, units: tuple[Unit, ...]
     ) -> dict[str, dict[str, float]]:
         """Return, per task and unit, the error's power when that unit alone is lowered."""
+        trials = base.source.trials
 
         def measured() -> dict[str, dict[str, float]]:
-            images = image_batch(self.job.train, self._chosen[:DISTANCE_IMAGES], self.job.spec)
-            reference = self.trials.reference(images.numpy())
+            reference = trials.reference(base.source.distance_images)
             found: dict[str, dict[str, float]] = {task: {} for task in reference.outputs}
             for unit in track(units, f"sensitivity to {low}", len(units)):
                 plan = self._plan({unit.name: low}, base)
-                for task, noise in self.trials.noise(plan, reference).items():
+                for task, noise in trials.noise(plan, reference).items():
                     found[task][unit.name] = noise
             return found
 
-        key = (self.trials.dialect.mark(), low, asdict(base), self.pins,
-               [unit.name for unit in units])  # fmt: skip
+        key = (trials.dialect.mark(), low, base.precisions, base.carrier, asdict(base.table),
+               base.shifts, self.pins, [unit.name for unit in units])  # fmt: skip
         sensitivity: dict[str, dict[str, float]] = self.job.cache.json("sensitivity", key, measured)
         return sensitivity
 
     @cached_property
     def _all_fp32(self) -> dict[str, Precision]:
         return dict.fromkeys(node_modules(self.model), "fp32")
-
-    @cached_property
-    def _chosen(self) -> tuple[int, ...]:
-        """The training images that are calibrated on."""
-        images = min(self.wanted.images, len(self.job.train))
-        return CalibrationSettings(images).choose(len(self.job.train))
-
-    @cached_property
-    def _statistics(self) -> ActivationStatistics:
-        """What activations were seen; a calibration that was stopped goes on."""
-        job, chosen = self.job, self._chosen
-
-        def read() -> Iterator[NDArray[np.float32]]:
-            starts = range(0, len(chosen), READ_AT_ONCE)
-            for start in track(starts, "calibrating", len(starts)):
-                indices = chosen[start : start + READ_AT_ONCE]
-                yield image_batch(job.train, indices, job.spec).numpy()
-
-        key = (file_sha256(self.model), job.train.fingerprint, asdict(job.spec), chosen)
-        state = job.cache.folder("calibration", *key) / "statistics.npz"
-        return observe(self.model, read, state=state)
 
     def _report(self, found: _Found) -> dict[str, Any]:
         """Say what became of every node, and what to pin to get the same again."""
@@ -252,18 +295,21 @@ class Lowering:
         return {
             "dialect": self.trials.dialect.name,
             "calibrator": plan.calibrator,
-            "images": self._statistics.images,
-            "images_digest": self._statistics.images_digest,
+            "images": found.source.statistics.images,
+            "images_digest": found.source.statistics.images_digest,
             "carrier": plan.carrier,
             "nodes": dict(Counter(plan.precisions.values())),
-            "macs_share": macs_share(self.model, plan),
+            "macs_share": macs_share(found.source.model, plan),
+            "equalised_channels": found.source.equalised_channels,
+            "corrected_biases": len(plan.shifts),
+            "distilled": found.distilled,
             "kept": [
                 {"node": name, "module": modules[name], "precision": precision, "why": why[name]}
                 for name, precision in kept.items()
             ],
             "pin": {**self.wanted.pin, **kept},
             "guard": {
-                "passed": all(search.passed for search in found.searches),
+                "passed": found.passed,
                 "evaluations": sum(search.evaluations for search in found.searches),
                 "limits": self.limits,
                 "change_percent": dict(found.searches[-1].change),

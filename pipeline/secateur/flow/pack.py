@@ -71,7 +71,8 @@ def pack(job: Job, made: Made, folder: Path) -> Manifest:
     ncnn = made.lowered.ncnn
     write_ncnn(folder, (ncnn[0], weights_file(ncnn[0])) if ncnn else None)
     quantised = made.lowered.quantised
-    write_origin(folder, made.lowered.fp32, quantised.to_json() if quantised else None)
+    origin = quantised.model if quantised else made.lowered.fp32
+    write_origin(folder, origin, quantised.to_json() if quantised else None)
     write_json(folder / "plan.json", made.planned.plan.to_json())
     write_text(folder / "recipe.yaml", job.recipe.source)
     write_runner(folder)

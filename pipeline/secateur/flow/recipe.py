@@ -159,17 +159,29 @@ class RecoverSpec(_Strict):
         return self
 
 
+class DistillSpec(_Strict):
+    steps: int = Field(default=300, ge=1)
+    share: float = Field(default=0.9, gt=0, le=1)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    batch_size: int = Field(default=8, ge=2)
+
+
 class PrecisionSpec(_Strict):
     mode: Literal["fp32", "fp16", "int8", "auto"] = "fp32"
     calibrator: Calibrator = "percentile"
     images: int = Field(default=128, ge=2)
+    equalise: bool | Literal["auto"] = "auto"
+    correct_bias: bool = True
     guard: bool = True
     pin: dict[str, Precision] = {}
+    distill: DistillSpec | Literal[False] = False
 
     @model_validator(mode="after")
     def _pins_something(self) -> PrecisionSpec:
         if self.pin and self.mode == "fp32":
             raise ValueError("pin: with mode fp32 every node is in fp32 already")
+        if self.distill and self.mode not in ("int8", "auto"):
+            raise ValueError("distill: teaches a network to bear int8; give mode int8 or auto")
         return self
 
 

@@ -32,6 +32,24 @@ def nyuv2_mobilenetv2(backbone_weights: str | Path | None = None) -> ComposedMod
     return compose("mobilenetv2_100", NYUV2_HEADS, backbone_weights=backbone_weights)
 
 
+def nyuv2_mobilenetv3(backbone_weights: str | Path | None = None) -> ComposedModel:
+    """MobileNetV3-Large (hard-swish, squeeze-and-excite) with the same three heads."""
+    return compose("mobilenetv3_large_100", NYUV2_HEADS, backbone_weights=backbone_weights)
+
+
+def nyuv2_resnet18(backbone_weights: str | Path | None = None) -> ComposedModel:
+    """ResNet-18 with the same three heads."""
+    return compose("resnet18", NYUV2_HEADS, backbone_weights=backbone_weights)
+
+
+def nyuv2_vit(backbone_weights: str | Path | None = None) -> ComposedModel:
+    """ViT-Tiny with the same heads: 96x128 in patches of 8; they read blocks 4, 8 and 12."""
+    return compose(
+        "vit_tiny_patch16_224", NYUV2_HEADS, backbone_weights=backbone_weights,
+        img_size=(96, 128), patch_size=8, out_indices=(3, 7, 11),
+    )  # fmt: skip
+
+
 def pets_lite0(backbone_weights: str | Path | None = None) -> ComposedModel:
     """EfficientNet-Lite0 with breed (3), species (2) and trimap (3 classes per pixel) heads."""
     return compose(

@@ -8,8 +8,11 @@ from secateur.lower.quant.dialect import (
     onnxruntime_arm,
     onnxruntime_x86,
 )
+from secateur.lower.quant.equalise import Equalisation, apply_equalisation, plan_equalisation
 from secateur.lower.quant.guard import Guarded, guard
 from secateur.lower.quant.plan import PRECISIONS, Precision, QuantPlan, overflowing, plan_quant
+from secateur.lower.quant.replay import Replay, write_learned
+from secateur.lower.quant.shifts import bias_shifts
 from secateur.lower.quant.table import (
     CalibrationSettings,
     CalibrationTable,
@@ -33,10 +36,14 @@ __all__ = [
     "CalibrationSettings",
     "CalibrationTable",
     "Dialect",
+    "Equalisation",
     "Guarded",
     "Precision",
     "QuantPlan",
+    "Replay",
     "Unit",
+    "apply_equalisation",
+    "bias_shifts",
     "calibrate",
     "dialect_named",
     "emit",
@@ -49,7 +56,9 @@ __all__ = [
     "onnxruntime_x86",
     "overflowing",
     "plan_assigned",
+    "plan_equalisation",
     "plan_quant",
     "resolve_pins",
     "table_of",
+    "write_learned",
 ]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Collection, Iterable, Iterator, MutableMapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,12 @@ class ActivationStatistics:
         self.images = 0
         self.images_digest = ""
         self.tensors: dict[str, TensorStatistics] = {}
+
+    def for_model(self, model: str) -> ActivationStatistics:
+        """Return the same statistics under another model's SHA-256: one with the same tensors."""
+        found = copy.copy(self)
+        found.model = model
+        return found
 
     def save(self, path: Path) -> None:
         """Write everything to ``path`` (.npz), whole or not at all."""
@@ -167,12 +174,13 @@ class _Probe:
     in one order.
     """
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, wanted: Collection[str] | None = None) -> None:
         graph_model = onnx.load(model)
         self.results = Graph(graph_model).results()
         outputs = {value.name for value in graph_model.graph.output}
         for node in graph_model.graph.node:
-            names = [name for name in node.output if name and name not in outputs]
+            names = [name for name in node.output if name and name not in outputs
+                     and (wanted is None or name in wanted)]  # fmt: skip
             # Without a type: ONNX Runtime infers it, and says it below.
             graph_model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
         options = onnxruntime.SessionOptions()
@@ -189,25 +197,41 @@ class _Probe:
             ) from error
         self._input = self._session.get_inputs()[0].name
         self._names = [
-            output.name for output in self._session.get_outputs() if output.type == "tensor(float)"
-        ]
+            output.name for output in self._session.get_outputs()
+            if output.type == "tensor(float)" and (wanted is None or output.name in wanted)
+        ]  # fmt: skip
 
     def count(
         self, image: Images, position: int, tensors: MutableMapping[str, TensorStatistics]
     ) -> None:
         """Add one image's activations to ``tensors``."""
+        for name, values in self.run(image, position).items():
+            if values.size and not tensors.setdefault(name, TensorStatistics()).add(values):
+                raise CalibrationError(
+                    f"activation '{name}' is NaN or infinite on calibration image {position}",
+                    hint="the fp32 model itself fails there: check its weights and the input",
+                )
+
+    def run(self, image: Images, position: int) -> dict[str, Images]:
+        """Return the activations of one image, itself among them."""
         try:
-            arrays = self._session.run(self._names, {self._input: image})
+            # Without names it would give all outputs.
+            arrays = self._session.run(self._names, {self._input: image}) if self._names else []
         except Exception as error:  # as above
             raise CalibrationError(
                 f"the model cannot run calibration image {position} of shape {image.shape}: "
                 f"{first_line(error)}",
                 hint="give images of the size that the model was exported for",
             ) from error
-        activations = {self._input: image, **dict(zip(self._names, arrays, strict=True))}
-        for name, values in activations.items():
-            if values.size and not tensors.setdefault(name, TensorStatistics()).add(values):
-                raise CalibrationError(
-                    f"activation '{name}' is NaN or infinite on calibration image {position}",
-                    hint="the fp32 model itself fails there: check its weights and the input",
-                )
+        return {self._input: image, **dict(zip(self._names, arrays, strict=True))}
+
+
+def watch(model: Path, images: Images, wanted: Collection[str]) -> Iterator[dict[str, Images]]:
+    """Yield, image by image, the activations of ``model`` that are ``wanted`` (and the image).
+
+    Raises:
+        CalibrationError: the model cannot run the images.
+    """
+    probe = _Probe(model, wanted)
+    for position, image in enumerate(_single_images([images])):
+        yield probe.run(image, position)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
+import onnx.shape_inference
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, numpy_helper
 
 from secateur.core.errors import BuildError
 
+Values = NDArray[np.floating[Any]]
 WEIGHTED = frozenset({"Conv", "Gemm", "MatMul"})
 FUSED_ACTIVATIONS = frozenset({"Relu", "Clip"})  # a runtime clamps while it requantises
 SAME_GRID = frozenset({"MaxPool", "Resize"})  # their results lie on their input's grid or within it
@@ -72,6 +75,27 @@ class Graph:
         """Return the one node that reads a tensor, None when there are others or outputs."""
         readers = self.consumers[name]
         return readers[0] if len(readers) == 1 and name not in self.outputs else None
+
+
+def tensor_shapes(model: ModelProto) -> dict[str, tuple[int, ...]]:
+    """Return each tensor's shape for a batch of one."""
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    return {
+        value.name: tuple(dim.dim_value or 1 for dim in value.type.tensor_type.shape.dim)
+        for value in [*graph.input, *graph.value_info, *graph.output]
+    }
+
+
+def replace_constant(model: ModelProto, node: NodeProto, position: int, values: Values) -> None:
+    """Give one node another constant as input ``position``; other readers keep the old one."""
+    name = f"{node.name}_input_{position}"
+    replaced = numpy_helper.from_array(np.ascontiguousarray(values, dtype=np.float32), name)
+    node.input[position] = name
+    old = [tensor for tensor in model.graph.initializer if tensor.name == name]
+    if old:
+        old[0].CopyFrom(replaced)
+    else:
+        model.graph.initializer.append(replaced)
 
 
 def replace_nodes(model: ModelProto, nodes: Sequence[NodeProto]) -> None:

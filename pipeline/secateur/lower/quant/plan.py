@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -39,7 +39,8 @@ class QuantPlan:
 
     An int8 node reads 8-bit values; its results, where a dialect does not quantise them too, are in
     the float type ``carrier``. ``model`` is the SHA-256 of the fp32 ONNX file that the plan is for,
-    ``calibrator`` the rule its ranges come from.
+    ``calibrator`` the rule its ranges come from. ``shifts`` are, per node and output channel, what
+    rounding adds to the mean of the result when the node is in int8: its bias is lower by that.
     """
 
     model: str
@@ -47,6 +48,7 @@ class QuantPlan:
     carrier: Literal["fp32", "fp16"]
     precisions: Mapping[str, Precision]
     ranges: Mapping[str, Range]
+    shifts: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON-like data."""
@@ -65,7 +67,9 @@ class QuantPlan:
                 raise ValueError(f"precision {wrong[0]!r}")
             ranges = {name: (float(low), float(high)) for name, (low, high)
                       in data["ranges"].items()}  # fmt: skip
-            return QuantPlan(**{**data, "ranges": ranges})
+            shifts = {name: tuple(map(float, values)) for name, values
+                      in data.get("shifts", {}).items()}  # fmt: skip
+            return QuantPlan(**{**data, "ranges": ranges, "shifts": shifts})
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BuildError(
                 f"this is not a plan of precisions: {error!r}", hint="plan it again"

@@ -14,7 +14,7 @@ from onnx import NodeProto
 
 from secateur.core.errors import RecipeError
 from secateur.lower.export import MODULE_KEY
-from secateur.lower.quant.graph import FUSED_ACTIVATIONS, WEIGHTED, Graph
+from secateur.lower.quant.graph import FUSED_ACTIVATIONS, WEIGHTED, Graph, tensor_shapes
 from secateur.lower.quant.plan import PRECISIONS, Precision, QuantPlan, plan_quant
 from secateur.lower.quant.table import CalibrationTable
 
@@ -42,7 +42,7 @@ def find_units(model: Path, plan: QuantPlan) -> tuple[Unit, ...]:
     Activations that a runtime fuses are left to the node before them.
     """
     proto = onnx.load(model)
-    graph, shapes = Graph(proto), _shapes(proto)
+    graph, shapes = Graph(proto), tensor_shapes(proto)
     ends = _ends_of_heads(graph)
     return tuple(
         Unit(
@@ -74,7 +74,7 @@ def plan_assigned(
 def macs_share(model: Path, plan: QuantPlan) -> dict[Precision, float]:
     """Return the share of the model's MACs that is computed in each precision."""
     proto = onnx.load(model)
-    graph, shapes = Graph(proto), _shapes(proto)
+    graph, shapes = Graph(proto), tensor_shapes(proto)
     sums: dict[Precision, int] = dict.fromkeys(PRECISIONS, 0)
     for name, node in graph.nodes.items():
         sums[plan.precisions[name]] += _macs(graph, node, shapes)
@@ -115,15 +115,6 @@ def resolve_pins(model: Path, pins: Mapping[str, Precision]) -> dict[str, Precis
             )  # fmt: skip
         found.update(dict.fromkeys(inside, pins[pin]))
     return found
-
-
-def _shapes(proto: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
-    """Return each tensor's shape for a batch of one."""
-    graph = onnx.shape_inference.infer_shapes(proto).graph
-    return {
-        value.name: tuple(dim.dim_value or 1 for dim in value.type.tensor_type.shape.dim)
-        for value in [*graph.input, *graph.value_info, *graph.output]
-    }
 
 
 def _macs(graph: Graph, node: NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> int:

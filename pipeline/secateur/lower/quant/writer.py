@@ -14,11 +14,18 @@ from secateur.core.errors import BuildError, CalibrationError, first_line
 from secateur.core.files import atomic_path, file_sha256
 from secateur.lower.quant.dialect import Dialect
 from secateur.lower.quant.fp16 import lower_floats
-from secateur.lower.quant.graph import FUSED_ACTIVATIONS, WEIGHTED, Graph, replace_nodes
+from secateur.lower.quant.graph import (
+    FUSED_ACTIVATIONS,
+    WEIGHTED,
+    Graph,
+    replace_constant,
+    replace_nodes,
+)
 from secateur.lower.quant.plan import QuantPlan
+from secateur.lower.quant.weights import quantise_weights
 
 QDQ = frozenset({"QuantizeLinear", "DequantizeLinear"})
-CHANNEL_AXIS = {"Conv": 0, "MatMul": 1}  # of the weights; Gemm's depends on transB
+WEIGHT, BIAS = "_weight", "_bias"  # after a node's name: what is stored of it in integers
 
 
 def emit(model: Path, plan: QuantPlan, dialect: Dialect, out: Path) -> None:
@@ -32,18 +39,12 @@ def emit(model: Path, plan: QuantPlan, dialect: Dialect, out: Path) -> None:
         CalibrationError: the plan is for another model.
         BuildError: the dialect cannot say what the plan asks for.
     """
-    if file_sha256(model) != plan.model:
-        raise CalibrationError(
-            f"the plan of precisions was made for another model than {model}",
-            hint="plan again with this model's calibration table",
-        )
     if dialect.int32_bias and plan.carrier == "fp16" and "int8" in plan.precisions.values():
         raise BuildError(
             f"{dialect.name} keeps int8 nodes between fp32 ones, the plan's carrier is fp16",
             hint="plan with carrier fp32 for a CPU",
         )
-    proto = onnx.load(model)
-    _Writer(proto, plan, dialect).write()
+    proto = quantised_graph(model, plan, dialect)
     if plan.carrier == "fp16" or "fp16" in plan.precisions.values():
         lower_floats(proto, _float_types(proto, plan))
     try:
@@ -55,6 +56,22 @@ def emit(model: Path, plan: QuantPlan, dialect: Dialect, out: Path) -> None:
         ) from error
     with atomic_path(out) as temporary:
         onnx.save(proto, temporary)
+
+
+def quantised_graph(model: Path, plan: QuantPlan, dialect: Dialect) -> ModelProto:
+    """Return ``model`` with the Q/DQ nodes of ``plan``, all its floats still fp32.
+
+    Raises:
+        CalibrationError: the plan is for another model.
+    """
+    if file_sha256(model) != plan.model:
+        raise CalibrationError(
+            f"the plan of precisions was made for another model than {model}",
+            hint="plan again with this model's calibration table",
+        )
+    proto = onnx.load(model)
+    _Writer(proto, plan, dialect).write()
+    return proto
 
 
 def _float_types(proto: ModelProto, plan: QuantPlan) -> dict[str, str]:
@@ -165,23 +182,20 @@ class _Writer:
         source = node.input[1]
         if source not in self.graph.constants:
             return  # a MatMul of two activations
-        weights = self.graph.array(source)
-        transposed = any(a.name == "transB" and a.i for a in node.attribute)
-        axis = CHANNEL_AXIS.get(node.op_type, 0 if transposed else 1)
-        first = np.moveaxis(weights, axis, 0)
         bias = self.graph.array(node.input[2]) if len(node.input) > 2 and node.input[2] else None
+        if bias is not None and node.name in self.plan.shifts:
+            bias = bias - np.array(self.plan.shifts[node.name], dtype=np.float32)
+            replace_constant(self.proto, node, 2, bias)
         input_scale = self._input_scale(node)
-        scales = self.dialect.weight_scales(first, bias, input_scale, fp16=self.fp16)
-        limit = self.dialect.weight_limit
-        steps = np.rint(first / scales.reshape(-1, *[1] * (first.ndim - 1)))
-        stored = np.moveaxis(np.clip(steps, -limit, limit).astype(np.int8), 0, axis)
+        whole = quantise_weights(node, self.graph.array(source), bias, input_scale, self.dialect,
+                                 fp16=self.fp16)  # fmt: skip
         node.input[1] = self._dequantised(
-            f"{node.name}_weight", np.ascontiguousarray(stored), scales, axis
+            f"{node.name}{WEIGHT}", whole.stored, whole.scales, whole.axis
         )
         if bias is not None and self.dialect.int32_bias:
-            steps_of_sum = scales * np.float32(input_scale)
+            steps_of_sum = whole.scales * np.float32(input_scale)
             integers = np.rint(bias.astype(np.float64) / steps_of_sum).astype(np.int32)
-            node.input[2] = self._dequantised(f"{node.name}_bias", integers, steps_of_sum, 0)
+            node.input[2] = self._dequantised(f"{node.name}{BIAS}", integers, steps_of_sum, 0)
 
     def _input_scale(self, node: NodeProto) -> float:
         tensor = self.before.get(node.input[0], node.input[0])
