@@ -413,7 +413,7 @@ def call():
     count[0] += 1
     path.write_text(str(1000 * count[0]))  # a mJ each
 how = {"rounds": 2, "seconds": 0.05, "settle": 0.01}
-print(json.dumps(on_bench.energy_of(call, how, sys.argv[2])))
+print(json.dumps(on_bench.energy_of(call, "secateur.bench.energy", how, sys.argv[2])))
 """
 
 

@@ -7,6 +7,7 @@ The standard library and what ``run.py`` needs, Python 3.8; it lies in the bundl
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import platform
@@ -104,7 +105,8 @@ def latency(
     """Write the protocol's samples as JSON, with what the device is and did meanwhile.
 
     ``image``: what the runtime's call alone is measured on; ``file``: what is read, decoded,
-    prepared, run and answered from end to end. ``energy``: that protocol, None to leave it out.
+    prepared, run and answered from end to end. ``energy``: arguments of ``energy_of``,
+    None to leave it out.
     """
     runner = opened(threads)
     inputs = runner.module.preprocess(runner.module.read_rgb(image), runner.manifest["input"])
@@ -127,7 +129,7 @@ def latency(
         "temperature_after_c": temperature_c(),
         "throttling_before": alarms,
         "throttling_after": throttling(),
-        "energy": energy and energy_of(lambda: runner.session.run(inputs), energy),
+        "energy": energy and energy_of(lambda: runner.session.run(inputs), **energy),
         "runtime": runner.runtime,
         "process_peak_memory_mb": round(
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000, 1
@@ -155,11 +157,16 @@ def many_at_once(session: Any, inputs: Any) -> Callable[[], object]:
     return lambda: [session.run(inputs) for _ in range(OFFLINE_BATCH)]
 
 
-def energy_of(call: Callable[[], object], protocol: dict[str, Any], root: str = "/") -> Any:
-    """A call's energy above idle as JSON-like data, or why this machine does not tell it."""
+def energy_of(
+    call: Callable[[], object], module: str, protocol: dict[str, Any], root: str = "/"
+) -> Any:
+    """A call's energy above idle as JSON-like data, or why this machine does not tell it.
+
+    ``module`` is the one in ``METERS`` that measures.
+    """
     sys.path.insert(0, str(Path(METERS).resolve()))
     try:
-        from secateur.bench import energy
+        energy = importlib.import_module(module)
     except (ImportError, SyntaxError, TypeError) as error:
         return {"not_measurable": f"its Python cannot read meters: {error}"}
     finally:

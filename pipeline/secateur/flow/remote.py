@@ -115,8 +115,11 @@ class Board:
                 cv2.imwrite(str(path), image)
             files[METERS] = Path(scratch) / METERS
             pack_meters(files[METERS])
+            meter = (
+                {"module": bench_energy.__name__, "protocol": asdict(energy)} if energy else None
+            )
             order = {"image": "image.png", "file": "image.jpg", "threads": threads,
-                     "protocol": asdict(protocol), "energy": energy and asdict(energy)}  # fmt: skip
+                     "protocol": asdict(protocol), "energy": meter}  # fmt: skip
             return self.bundle.latency(Work("latency", order, files, LONGEST_RESULT))
 
     def _check_numbers(self, outputs: Outputs) -> None:
