@@ -165,7 +165,9 @@ def print_bench(record: Mapping[str, Any], file: str, console: Console) -> None:
 
 def _bench_lines(record: Mapping[str, Any]) -> list[str]:
     """Return why figures are noisy, then throughput, memory and energy, a line each."""
-    many, memory = record["offline"], record["memory_mb"]
+    from secateur.bench.wording import memory_said
+
+    many = record["offline"]
     lines = [f"{name} is noisy: {remark}" for name, row in
              [*record["latency"].items(), ("offline", many["latency"])]
              for remark in row["remarks"]]  # fmt: skip
@@ -175,10 +177,7 @@ def _bench_lines(record: Mapping[str, Any]) -> list[str]:
         if row["outliers"]
     ]
     lines.append(f"offline: {many['images_per_s']:.4g} images a second, {many['batch']} at a time")
-    asked = [f"{what} {memory[what]:.4g} MB" for what in ("weights", "activations")
-             if memory[what] is not None]  # fmt: skip
-    peak = f"memory: the process at its highest {memory['process_peak']:.4g} MB"
-    lines.append("; ".join([peak, ", ".join(asked)]) if asked else peak)
+    lines.append(f"memory: {memory_said(record['memory_mb'])}")
     return [*lines, energy_line(record["energy"])]
 
 
