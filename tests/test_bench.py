@@ -225,12 +225,22 @@ def test_a_bench_tells_offline_threads_and_memory(
     stored = sum(onnx.numpy_helper.to_array(t).nbytes
                  for t in onnx.load(bundle / "model.onnx").graph.initializer)  # fmt: skip
     assert memory["weights"] == pytest.approx(stored / 1e6, abs=1e-3)
-    assert memory["process_peak"] > memory["activations"] > 0
+    import psutil
+
+    assert 20 < memory["process_peak"] < psutil.Process().memory_info().rss / 1e6  # no torch in it
+    assert 0 < memory["activations"] < 1
     page = report(bundle).page.read_text(encoding="utf-8")
     assert "By number of threads" in page and "images a second, 8 at a time" in page
     code, out, _ = run(capsys, "bench", bundle, "--sweep")
-    assert code == 0
-    for words in ("offline: ", "images a second, 8 at a time", "weights ", "threads"):
+    assert code == 0 and "…" not in out  # nothing cut off where no terminal is
+    for words in (
+        "p99.9",
+        "end_to_end",
+        "offline: ",
+        "images a second, 8 at a time",
+        "weights ",
+        "threads",
+    ):
         assert words in out
 
 

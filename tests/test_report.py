@@ -267,8 +267,8 @@ def test_throughput_threads_and_memory_are_told(folder: Path) -> None:
     text = page_of(folder).text
     assert "Offline: 130.5 images a second, 8 at a time, noisy." in text
     assert (
-        "Memory: the process at its highest 210.5 MB; of the model weights 2.096 MB, "
-        "activations 0.875 MB." in text
+        "Memory: run.py at its highest 210.5 MB, the model's weights 2.096 MB, "
+        "its activations 0.875 MB." in text
     )
     assert re.search(r"By number of threads.*1 ?8\.000 ?9\.500 ?130\.0 ?2 noisy ?4\.500", text)
 

@@ -13,7 +13,15 @@ from typing import Any
 from secateur.bench.charts import Layer, Skyline, skyline
 from secateur.bench.decisions import Decisions, decisions
 from secateur.bench.record import BenchRecord, EnergyRow, NoEnergy
-from secateur.bench.wording import change, count, megabytes, millijoules, milliseconds, number
+from secateur.bench.wording import (
+    change,
+    count,
+    megabytes,
+    memory_said,
+    millijoules,
+    milliseconds,
+    number,
+)
 from secateur.core.errors import RecipeError
 from secateur.core.task import Task
 from secateur.metrics.kind import kind_of
@@ -187,10 +195,7 @@ class View:
             said.append(f"Offline: {bench.offline.images_per_s:.4g} images a second, "
                         f"{bench.offline.batch} at a time{noisy}.")  # fmt: skip
         if bench.memory_mb:
-            parts = {name: getattr(bench.memory_mb, name) for name in ("weights", "activations")}
-            asked = [f"{name} {mb:.4g} MB" for name, mb in parts.items() if mb is not None]
-            said.append(f"Memory: the process at its highest {bench.memory_mb.process_peak:.4g} MB"
-                        f"{'; of the model ' * bool(asked)}{', '.join(asked)}.")  # fmt: skip
+            said.append(f"Memory: {memory_said(bench.memory_mb.model_dump())}.")
         return said
 
     @property

@@ -56,7 +56,7 @@ class SweepRow(_Lenient):
 class MemoryRow(_Lenient):
     """MB: of the whole process at its highest, and what the file asks for."""
 
-    process_peak: Positive
+    process_peak: Positive | None
     weights: Finite | None
     activations: Finite | None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 NONE = "–"
 
@@ -12,6 +13,16 @@ def number(value: object) -> float | None:
     if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
     return None
+
+
+def memory_said(found: Mapping[str, float | None]) -> str:
+    """Return what ``bench.json`` has of memory, in words; what is None was not to be had."""
+    words = {"process_peak": "run.py at its highest", "weights": "the model's weights",
+             "activations": "its activations"}  # fmt: skip
+    said = [
+        f"{text} {mb:.4g} MB" for name, text in words.items() if (mb := found[name]) is not None
+    ]
+    return ", ".join(said) or "not known"
 
 
 def _digits(amount: float, digits: int) -> str:

@@ -151,16 +151,7 @@ def bench(
 
 def print_bench(record: Mapping[str, Any], file: str, console: Console) -> None:
     """Print what ``bench`` measured, and every reason to doubt it."""
-    percentiles = list(record["latency"]["host_to_host"]["percentiles_ms"])
-    table = Table("ms", "min", "mean", "median", *percentiles, "max", "runs", "CoV")
-    for name, row in record["latency"].items():
-        table.add_row(
-            name, *(f"{row[key]:.2f}" for key in ("min_ms", "mean_ms", "median_ms")),
-            *(f"{row['percentiles_ms'][p]:.2f}" for p in percentiles), f"{row['max_ms']:.2f}",
-            str(row["runs"]), f"{row['coefficient_of_variation']:.3f}"
-            + (" noisy" if row["noisy"] else ""),
-        )  # fmt: skip
-    console.print(table)
+    console.print(_latency_table(record["latency"]))
     if record["threads_sweep"]:
         console.print(_sweep_table(record["threads_sweep"]))
     for line in _bench_lines(record):
@@ -169,9 +160,26 @@ def print_bench(record: Mapping[str, Any], file: str, console: Console) -> None:
                   f"written to {file}", soft_wrap=True)  # fmt: skip
 
 
+def _latency_table(latency: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Return a column per way of measuring: a log of 80 characters has room for all figures."""
+    rows = list(latency.values())
+    table = Table("ms", *latency)
+    for name in ("min", "mean", "median"):
+        table.add_row(name, *(f"{row[f'{name}_ms']:.3f}" for row in rows))
+    for name in rows[0]["percentiles_ms"]:
+        table.add_row(name, *(f"{row['percentiles_ms'][name]:.3f}" for row in rows))
+    table.add_row("max", *(f"{row['max_ms']:.3f}" for row in rows))
+    table.add_row("runs", *(str(row["runs"]) for row in rows))
+    table.add_row("variation", *(f"{row['coefficient_of_variation']:.1%}" for row in rows))
+    table.add_row("", *("noisy" if row["noisy"] else "" for row in rows))
+    return table
+
+
 def _bench_lines(record: Mapping[str, Any]) -> list[str]:
     """Return why figures are noisy, throughput, memory, energy and the device's state, in lines."""
-    many, memory = record["offline"], record["memory_mb"]
+    from secateur.bench.wording import memory_said
+
+    many = record["offline"]
     lines = [f"{name} is noisy: {remark}" for name, row in
              [*record["latency"].items(), ("offline", many["latency"])]
              for remark in row["remarks"]]  # fmt: skip
@@ -181,10 +189,7 @@ def _bench_lines(record: Mapping[str, Any]) -> list[str]:
         if row["outliers"]
     ]
     lines.append(f"offline: {many['images_per_s']:.4g} images a second, {many['batch']} at a time")
-    asked = [f"{what} {memory[what]:.4g} MB" for what in ("weights", "activations")
-             if memory[what] is not None]  # fmt: skip
-    peak = f"memory: the process at its highest {memory['process_peak']:.4g} MB"
-    lines.append("; ".join([peak, ", ".join(asked)]) if asked else peak)
+    lines.append(f"memory: {memory_said(record['memory_mb'])}")
     lines.append(energy_line(record["energy"]))
     return lines + state_lines(record.get("telemetry")) + opinion_lines(record.get("trtexec"))
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
-import resource
+import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
@@ -31,6 +34,7 @@ from secateur.bundle.runner import Runner, preprocess, read_rgb
 from secateur.bundle.write import CHECK_FILE
 from secateur.core.errors import DeviceError
 from secateur.core.files import write_json
+from secateur.devices import on_bench
 from secateur.devices.energy import NotMeasurable, find_meter
 from secateur.devices.host import host_facts, library_versions
 from secateur.devices.on_bench import OFFLINE_BATCH, offline_samples
@@ -81,6 +85,7 @@ def bench(
             {"host_to_host": lambda: session.run(inputs), "end_to_end": from_file}, protocol
         )
         many = _offline(session, inputs, protocol)
+        peak = _peak_memory_mb(folder, file, used)
     swept = _swept(folder, manifest, inputs, protocol) if sweep else None
     energy = energy_of(lambda: session.run(inputs), EnergyProtocol(seconds=protocol.seconds / 3))
     record = {
@@ -94,7 +99,7 @@ def bench(
         "offline": many.to_json(),
         "threads_sweep": swept,
         "energy": energy,
-        "memory_mb": memory_record(folder, manifest, _peak_memory_mb()),
+        "memory_mb": memory_record(folder, manifest, peak),
         "host": host_facts(),
         "versions": library_versions(),
     }
@@ -122,10 +127,10 @@ def _swept(
     return rows
 
 
-def memory_record(folder: Path, manifest: Manifest, process_peak: float) -> dict[str, Any]:
+def memory_record(folder: Path, manifest: Manifest, process_peak: float | None) -> dict[str, Any]:
     """Return what ``bench.json`` says of memory, in MB: measured, and what the model asks for.
 
-    ``process_peak`` is all that a process held at its highest, libraries included; ``weights`` and
+    ``process_peak`` is all that ``run.py`` held at its highest, libraries included; ``weights`` and
     ``activations`` are those of one image in the file, None where it does not tell.
     """
     files = [folder / name for name in model_files(manifest)]
@@ -158,6 +163,15 @@ def energy_of(
         return {"not_measurable": error.message}
 
 
-def _peak_memory_mb() -> float:
-    """Return the largest resident size this whole process had, libraries included."""
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000, 1)
+def _peak_memory_mb(folder: Path, image: Path, threads: int) -> float | None:
+    """Return what the bundle's own ``run.py`` holds at its highest, in a process of its own.
+
+    This process has torch in it, which no device needs. None where the bundle runs here only
+    within it.
+    """
+    agent, result = image.with_name("on_bench.py"), image.with_name("peak")
+    shutil.copy(on_bench.__file__, agent)
+    order = {"result": str(result), "image": str(image), "threads": threads}
+    words = [sys.executable, str(agent), "peak", json.dumps(order)]
+    done = subprocess.run(words, cwd=folder, capture_output=True, check=False)
+    return float(result.read_text()) if done.returncode == 0 and result.exists() else None
