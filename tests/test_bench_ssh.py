@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from cli_run import run
+from cli_run import RECIPE, make_project, run
 from secateur.bench.latency import Protocol
 from secateur.bundle import build_engine
 from secateur.core.errors import ConnectionLost, DeviceError, SecateurError, VerifyError
@@ -164,6 +164,30 @@ def test_the_bundle_is_copied_once(device: Device, bundle: Path, monkeypatch) ->
               if "had to be copied" in line]  # fmt: skip
     model = (bundle / "model.onnx").stat().st_size
     assert len(copied) == 3 and copied[0] > model and max(copied[1:]) < model
+
+
+def test_a_build_with_a_device_chooses_and_measures_there(
+    device: Device, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    """auto compares both runtimes' forms on the device, and the bench of what ships comes back."""
+    pytest.importorskip("ncnn")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    text = RECIPE.replace("depth}", "depth, max_drop: 90}").replace("recover:    {epochs: 1}\n", "")
+    recipe = make_project(
+        tmp_path, f"{text}runtime: auto\nprecision: {{mode: auto, images: 8, guard: false}}\n"
+    )
+    code, out, err = run(capsys, "build", recipe, "--target", "x86-64-cpu", "--device", DEVICE,
+                         "--out", tmp_path / "out", "--json")  # fmt: skip
+    assert code in (0, 1), err
+    (row,) = json.loads(out)
+    choice = row["manifest"]["precision_choice"]
+    assert choice["chosen"] == min(choice["median_ms"], key=choice["median_ms"].get)
+    assert {name.split()[0] for name in choice["median_ms"]} == {"onnxruntime", "ncnn"}
+    assert f"measured on {DEVICE}" in choice["why"]
+    runtime, precision = choice["chosen"].split()
+    assert (row["manifest"]["runtime"], row["manifest"]["precision"]) == (runtime, precision)
+    assert row["measured"]["device"] == DEVICE and device.builds() == []
+    assert row["measured"]["runtime"].startswith(f"{runtime} ")
 
 
 # -- a connection that breaks

@@ -373,11 +373,8 @@ def versions() -> dict[str, str]:
 
 
 VERBS: dict[str, Callable[..., None]] = {
-    "infer": infer, "latency": latency, "trtexec": trtexec,
+    "infer": infer, "latency": latency, "peak": peak, "trtexec": trtexec,
 }  # fmt: skip
-
-
-VERBS: dict[str, Callable[..., None]] = {"infer": infer, "latency": latency, "peak": peak}
 
 
 def main(argv: list[str]) -> int:

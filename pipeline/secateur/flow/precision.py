@@ -114,6 +114,17 @@ def _tried(job: Job, target: Target, judged: bool) -> Sequence[Precision]:
 def _judge(job: Job, target: Target, protocol: Protocol | None, device: Device) -> _Judge | None:
     """Return what ranks forms for the target: None where nothing here can."""
     shape = tuple(job.example.shape[1:])
+    if target.accelerator == "cpu" and device.name not in ("", "local"):
+        return _judge_there(target, device, shape)
+    if target.is_this_machine():
+        return _Judge(
+            lambda forms: _medians(job, forms, target, protocol), "ms",
+            "the fastest that passes, measured here",
+        )  # fmt: skip
+    return None
+
+
+def _judge_there(target: Target, device: Device, shape: tuple[int, ...]) -> _Judge:
     if device.name.partition(":")[0] == EMULATED:
         cpu = device.name.partition(":")[2]
         how = "the fewest instructions of what passes, on an emulated CPU (no latency)"
@@ -121,17 +132,10 @@ def _judge(job: Job, target: Target, protocol: Protocol | None, device: Device) 
             lambda forms: count_forms(target, cpu, _opened(forms), shape),
             "million instructions", how,
         )  # fmt: skip
-    if device.name:
-        return _Judge(
-            lambda forms: time_forms(target, device.name, device.tell, _opened(forms), shape),
-            "ms", f"the fastest that passes, measured on {device.name}",
-        )  # fmt: skip
-    if target.is_this_machine():
-        return _Judge(
-            lambda forms: _medians(job, forms, target, protocol), "ms",
-            "the fastest that passes, measured here",
-        )  # fmt: skip
-    return None
+    return _Judge(
+        lambda forms: time_forms(target, device.name, device.tell, _opened(forms), shape),
+        "ms", f"the fastest that passes, measured on {device.name}",
+    )  # fmt: skip
 
 
 def _opened(forms: Forms) -> dict[str, tuple[str, str]]:
