@@ -21,7 +21,7 @@ class DistillSpec(Strict):
 
     steps: int = Field(default=300, ge=1)
     share: float = Field(default=0.9, gt=0, le=1)
-    learning_rate: float = Field(default=1e-3, gt=0)
+    learning_rate: float = Field(default=3e-4, gt=0)
     batch_size: int = Field(default=8, ge=2)
 
 

@@ -35,7 +35,7 @@ from secateur.lower.quant.calibrators import Calibrator
 READ_AT_ONCE = 8
 FEW_IMAGES = 16  # that channels are equalised and biases corrected on
 DISTANCE_IMAGES = 4  # that sensitivities are measured on
-LESS_NOISE = 0.9  # of the error's power: what equalisation has to bring it down to
+LESS_NOISE = 0.95  # of the error's power: what equalisation has to bring it down to
 
 Images = NDArray[np.float32]
 
