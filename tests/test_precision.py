@@ -114,6 +114,9 @@ def test_a_module_can_be_pinned_by_its_torch_name(project: Path) -> None:
         ("{mode: int4}", "precision.mode"),
         ("{mode: int8, calibrator: max}", "precision.calibrator"),
         ("{mode: int8, pin: {seg: int4}}", "precision.pin.seg"),
+        ("{mode: int8, distill: {steps: 0}}", "precision.distill"),
+        ("{mode: fp16, distill: {steps: 9}}", "distill: teaches a network to bear int8"),
+        ("{mode: int8, equalise: maybe}", "precision.equalise"),
     ],
 )
 def test_wrong_keys_are_named(capsys, project: Path, precision: str, said: str) -> None:

@@ -206,7 +206,9 @@ def test_where_the_guard_finds_too_little_the_network_learns_to_bear_int8(projec
     _, manifest = build(project, "worn", f"{{{given}}}", text)
     guarded = manifest["quantisation"]
     assert guarded["guard"]["passed"] and guarded["distilled"] is None
-    folder, manifest = build(project, "distilled", f"{{{given}, distill: {{steps: 120}}}}", text)
+    folder, manifest = build(
+        project, "distilled", f"{{{given}, distill: {{steps: 120, learning_rate: 1.0e-3}}}}", text
+    )
     found = manifest["quantisation"]
     assert found["distilled"]["taken"] and manifest["accuracy"]["too_low"] == []
     assert found["distilled"]["int8_before"] == round(guarded["macs_share"]["int8"], 4)

@@ -43,7 +43,8 @@ from suite import RESULTS, Show, append_row, exit_status, read_rows, write_suite
 CELLS = RESULTS / "precision.cells.jsonl"
 CACHE = StageCache(ROOT / "out" / "precision")
 TARGET = load_target("x86-64-cpu")
-STEPS, IMAGES = 300, 128
+STEPS, QUICK_STEPS = 300, 20
+TAUGHT = "{{mode: int8, guard: false, distill: {{steps: {}}}}}"
 BARE = "equalise: false, correct_bias: false, guard: false"
 SETTINGS: dict[str, str] = {
     "fp32": "{}",
@@ -51,7 +52,7 @@ SETTINGS: dict[str, str] = {
     **{f"int8, {name}": f"{{mode: int8, calibrator: {name}, {BARE}}}" for name in CALIBRATORS},
     "int8, corrected": "{mode: int8, guard: false}",
     "int8, guarded": "{mode: int8}",
-    "int8, distilled": f"{{mode: int8, guard: false, distill: {{steps: {STEPS}}}}}",
+    "int8, distilled": TAUGHT.format(STEPS),
 }
 PLAIN = tuple(f"int8, {name}" for name in CALIBRATORS)
 MAX_DROP = 1.0  # percent, of every task
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=[], help="parts of their names")
     options = parser.parse_args()
     if options.quick:
+        SETTINGS["int8, distilled"] = TAUGHT.format(QUICK_STEPS)
         with shown():
             kinds = (*SETTINGS, "latency")
             rows = [

@@ -13,7 +13,7 @@ from secateur.core.model import MultiTaskModel
 from secateur.data.loading import resized_reader
 from secateur.data.transforms import Augment
 from secateur.flow.job import Job
-from secateur.flow.recipe import DistillSpec
+from secateur.flow.precision_spec import DistillSpec
 from secateur.flow.sources import Source
 from secateur.flow.stages import Cut
 from secateur.lower.quant import QuantPlan, Replay, write_learned

@@ -19,7 +19,7 @@ from secateur.core.progress import track
 from secateur.devices.target import Target
 from secateur.flow.distilling import distilled
 from secateur.flow.job import Job
-from secateur.flow.sources import Source, equalised, fresh_source
+from secateur.flow.sources import Source, equalised, fresh_source, noise_ratio
 from secateur.flow.stages import Cut, change, exported, session_accuracy, too_low, torch_accuracy
 from secateur.flow.trials import Trials, dialect_of
 from secateur.lower.quant import (
@@ -190,8 +190,10 @@ class Lowering:
             return found
         source = distilled(self.job, self.cut, found.source, taught, wanted)
         second = self._to_int8(source, correct=False)
-        # Without a guard nobody judges: what was asked for is done.
-        better = not guarded or ((second.passed, second.share) > (found.passed, found.share))
+        if guarded:
+            better = (second.passed, second.share) > (found.passed, found.share)
+        else:
+            better = noise_ratio(found.source, found.plan, source, second.plan) < 1
         told = {"steps": wanted.steps, "taken": better, "int8_before": round(found.share, 4),
                 "int8_after": round(second.share, 4)}  # fmt: skip
         return replace(second if better else found, distilled=told)

@@ -8,20 +8,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from secateur.core.errors import RecipeError
 from secateur.core.model import ModelInput
 from secateur.core.shipped import shipped_root
 from secateur.core.task import Task
-from secateur.lower.quant.calibrators import Calibrator
-from secateur.lower.quant.plan import Precision
+from secateur.flow.precision_spec import PrecisionSpec
+from secateur.flow.precision_spec import Strict as _Strict
 
 VARIABLE = re.compile(r"\$\{(\w+)\}")
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 Positive = Annotated[float, Field(gt=0)]
@@ -40,7 +36,7 @@ class InputSpec(_Strict):
 
 class ModelSpec(_Strict):
     factory: str = Field(pattern=r"^[\w.]+:\w+$")
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = Field(default={})
     checkpoint: Path | None = None
     input: InputSpec
 
@@ -60,7 +56,7 @@ class DataSpec(_Strict):
     reader: str
     root: str | None = None
     split: str
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default={})
 
 
 class DataSpecs(_Strict):
@@ -156,32 +152,6 @@ class RecoverSpec(_Strict):
             raise ValueError("give epochs or steps, one of the two")
         if self.early_stop and not self.labels:
             raise ValueError("early_stop compares accuracies, which labels: false forbids")
-        return self
-
-
-class DistillSpec(_Strict):
-    steps: int = Field(default=300, ge=1)
-    share: float = Field(default=0.9, gt=0, le=1)
-    learning_rate: float = Field(default=1e-3, gt=0)
-    batch_size: int = Field(default=8, ge=2)
-
-
-class PrecisionSpec(_Strict):
-    mode: Literal["fp32", "fp16", "int8", "auto"] = "fp32"
-    calibrator: Calibrator = "percentile"
-    images: int = Field(default=128, ge=2)
-    equalise: bool | Literal["auto"] = "auto"
-    correct_bias: bool = True
-    guard: bool = True
-    pin: dict[str, Precision] = {}
-    distill: DistillSpec | Literal[False] = False
-
-    @model_validator(mode="after")
-    def _pins_something(self) -> PrecisionSpec:
-        if self.pin and self.mode == "fp32":
-            raise ValueError("pin: with mode fp32 every node is in fp32 already")
-        if self.distill and self.mode not in ("int8", "auto"):
-            raise ValueError("distill: teaches a network to bear int8; give mode int8 or auto")
         return self
 
 

@@ -14,12 +14,13 @@ from secateur.core.files import file_sha256
 from secateur.core.progress import track
 from secateur.data.loading import image_batch
 from secateur.flow.job import Job
-from secateur.flow.trials import Reference, Trials
+from secateur.flow.trials import Trials
 from secateur.lower.quant import (
     ActivationStatistics,
     CalibrationSettings,
     CalibrationTable,
     Precision,
+    QuantPlan,
     apply_equalisation,
     find_units,
     node_modules,
@@ -34,7 +35,7 @@ from secateur.lower.quant.calibrators import Calibrator
 READ_AT_ONCE = 8
 FEW_IMAGES = 16  # that channels are equalised and biases corrected on
 DISTANCE_IMAGES = 4  # that sensitivities are measured on
-LESS_NOISE = 0.9  # of the error's power: what equalisation has to bring it down to
+LESS_NOISE = 0.95  # of the error's power: what equalisation has to bring it down to
 
 Images = NDArray[np.float32]
 
@@ -127,15 +128,29 @@ def _noise_ratio(source: Source, other: Source) -> float:
     Both calibrated on the few images only, all but the ends of heads in int8.
     """
     reference = source.trials.reference(source.distance_images)
-    before, after = (_plain_noise(each, reference) for each in (source, other))
-    ratios = [after[task] / max(before[task], 1e-12) for task in before]
-    return float(np.exp(np.mean(np.log(np.maximum(ratios, 1e-12)))))
+    return _ratio(*(each.trials.noise(_plain(each), reference) for each in (source, other)))
 
 
-def _plain_noise(source: Source, reference: Reference) -> Mapping[str, float]:
+def noise_ratio(source: Source, plan: QuantPlan, other: Source, plan_of_other: QuantPlan) -> float:
+    """Return the distance of ``other`` under its plan from ``source`` in fp32, over its own.
+
+    It is the power of the error, the geometric mean over tasks, on a few training images.
+    """
+    reference = source.trials.reference(source.few_images)
+    return _ratio(source.trials.noise(plan, reference),
+                  other.trials.noise(plan_of_other, reference))  # fmt: skip
+
+
+def _ratio(before: Mapping[str, float], after: Mapping[str, float]) -> float:
+    ratios = [max(after[task], 1e-12) / max(before[task], 1e-12) for task in before]
+    return float(np.exp(np.mean(np.log(ratios))))
+
+
+def _plain(source: Source) -> QuantPlan:
+    """Return all but the ends of heads in int8, calibrated on the few images."""
     seen = observe(source.model, lambda: [source.few_images])
     table = table_of(seen, source.job.recipe.precision.calibrator)
     units = find_units(source.model, plan_quant(source.model, table, {}))
     named: dict[str, Precision] = dict.fromkeys(node_modules(source.model), "fp32")
     named.update((unit.name, "int8") for unit in units if not unit.ends_head)
-    return source.trials.noise(plan_assigned(source.model, table, named, {}, "fp32"), reference)
+    return plan_assigned(source.model, table, named, {}, "fp32")
