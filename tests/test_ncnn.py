@@ -211,7 +211,7 @@ def test_the_recipes_runtime_wins_over_the_targets(tmp_path: Path) -> None:
     assert target_of(recipe_with(tmp_path, ""), "raspberry-pi-5").runtime == "onnxruntime"
     if installed:
         target = target_of(recipe_with(tmp_path, "runtime: ncnn"), "raspberry-pi-5")
-        assert (target.runtime, target.precisions) == ("ncnn", ("fp32", "fp16"))
+        assert (target.runtime, target.precisions) == ("ncnn", ("fp32", "fp16", "int8"))
 
 
 @pytest.fixture(scope="module")

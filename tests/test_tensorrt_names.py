@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import ctypes
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -202,16 +202,21 @@ C_TYPES = {  # a handle is a pointer to something nobody looks into
     "enum cudaStreamCaptureMode": engine_cuda.NUMBER, "unsigned int": ctypes.c_uint,
     "unsigned long long": ctypes.c_ulonglong, "void **": engine_cuda.OUT,
     "cudaStream_t *": engine_cuda.OUT, "cudaGraph_t *": engine_cuda.OUT,
-    "cudaGraphExec_t *": engine_cuda.OUT,
+    "cudaGraphExec_t *": engine_cuda.OUT, "cudaEvent_t": engine_cuda.HANDLE,
+    "cudaEvent_t *": engine_cuda.OUT, "float *": engine_cuda.REAL,
 }  # fmt: skip
+
+
+def inputs_of(types: Sequence[object]) -> list[object]:
+    """Of a function's arguments those that are not for what it gives back."""
+    return [kind for kind in types if kind not in (engine_cuda.OUT, engine_cuda.REAL)]
 
 
 @pytest.mark.parametrize("name", sorted(CUDA))
 def test_every_cuda_function_has_the_types_of_the_header_and_of_cuda_python(name: str) -> None:
     for function, types in engine_cuda.FUNCTIONS.items():
         assert [C_TYPES[text] for text in CUDA[name]["c"][function]] == list(types), function
-        inputs = [kind for kind in types if kind is not engine_cuda.OUT]
-        assert len(CUDA[name]["python"][function]) == len(inputs), function
+        assert len(CUDA[name]["python"][function]) == len(inputs_of(types)), function
     for function, (place, kind) in engine_cuda.ENUMS.items():
         assert f"enum {kind}" == CUDA[name]["c"][function][place]
     members = {name: number for kind in CUDA[name]["enums"].values()
@@ -236,5 +241,5 @@ def test_every_cuda_call_names_a_known_function_with_all_of_its_inputs() -> None
     words = [node.args if isinstance(node, ast.Call) else node.elts for node in calls]
     for name, *inputs in words:
         types = engine_cuda.FUNCTIONS[name.value]
-        assert len(inputs) == len([kind for kind in types if kind is not engine_cuda.OUT])
+        assert len(inputs) == len(inputs_of(types))
     assert {name.value for name, *_ in words} == set(engine_cuda.FUNCTIONS)

@@ -26,6 +26,7 @@ WHEELS = {  # (C header, Python module); CUDA 12.6 is JetPack 6's, and cuda-bind
 }
 FAMILIES = (
     r"cuda(?:Malloc|Free|MemcpyAsync|Stream|GetError|GetLast"
+    r"|Event(?:Create|Destroy|ElapsedTime|Record)"
     r"|Graph(?:Instantiate|Launch|Destroy|ExecDestroy))\w*"
 )
 ENUMS = ("cudaError_t", "cudaMemcpyKind", "cudaStreamCaptureMode")

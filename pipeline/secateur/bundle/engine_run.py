@@ -128,9 +128,9 @@ class EngineSession:
             for _ in range(2):
                 self.events.append(self.cuda("cudaEventCreate"))
                 self.owned.append(("cudaEventDestroy", self.events[-1]))
-        start, end = self.events
+        (start, end), context = self.events, self.context
         self.cuda("cudaEventRecord", start, self.stream)
-        if not self.context.execute_async_v3(self.stream):
+        if not context.execute_async_v3(self.stream):
             raise self._problem("cannot run model.engine")
         self.cuda("cudaEventRecord", end, self.stream)
         self.cuda("cudaStreamSynchronize", self.stream)
