@@ -40,7 +40,8 @@ from suite import Show, exit_status, write_suite
 
 ROOT = Path(__file__).resolve().parents[2]
 SPREAD, AGREEMENT = 0.05, 0.03
-ROUNDS, RUNS, WARM_UP = 15, 60, 10
+ROUNDS, RUNS = 30, 60
+WARM_UP_MS = 200  # two of the protocol's windows: both ways start as warm
 Row = dict[str, Any]
 
 
@@ -112,7 +113,7 @@ def side_by_side(folder: Path) -> dict[str, list[float]]:
 
 def by_protocol(call: Callable[[], object]) -> float:
     """Return the median ms of a call by the protocol that every bench uses."""
-    return measure({"call": call}, Protocol(100, 0, RUNS))["call"].median_ms
+    return measure({"call": call}, Protocol(WARM_UP_MS / 2, 0, RUNS))["call"].median_ms
 
 
 def opened(model: Path, profile: str = "") -> onnxruntime.InferenceSession:
@@ -127,12 +128,15 @@ def opened(model: Path, profile: str = "") -> onnxruntime.InferenceSession:
 def plain_loop(session: onnxruntime.InferenceSession, image: NDArray[np.float32]) -> float:
     """Return the median ms of calls in the loop that everybody writes."""
     feed = {session.get_inputs()[0].name: image}
+    until = time.perf_counter() + WARM_UP_MS / 1000
+    while time.perf_counter() < until:
+        session.run(None, feed)
     times = []
-    for _ in range(WARM_UP + RUNS):
+    for _ in range(RUNS):
         start = time.perf_counter()
         session.run(None, feed)
         times.append(1000 * (time.perf_counter() - start))
-    return float(statistics.median(times[WARM_UP:]))
+    return float(statistics.median(times))
 
 
 def profiled(model: Path, image: NDArray[np.float32]) -> dict[str, float]:
