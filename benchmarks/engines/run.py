@@ -3,7 +3,7 @@
 ``.ci/engines`` as it stands, on the recipe examples/scenes.yaml, then on the same with a planted
 fault, the first run's bundles as baseline: unchanged (green), a cut that leaves more MACs and so
 is slower (red, by the latency), one that is hardly recovered (red, by the accuracy) and one that
-loses more than its recipe allows (red, by the build). Takes about ten minutes; needs apt for the
+loses more than its recipe allows (red, by the build). Takes about twenty minutes; needs apt for the
 emulator.
 """
 
