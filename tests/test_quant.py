@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,7 @@ from secateur.lower.quant import (
 from secateur.lower.quant.calibrators import CALIBRATORS, PERCENTILE, Calibrator, calibrated_range
 from secateur.lower.quant.dialect import BIAS_LIMIT
 from secateur.lower.quant.statistics import HALF, TensorStatistics
+from secateur.runtimes.onnxruntime import INT8_ALLOWED, open_session
 
 X86, ARM = onnxruntime_x86(), onnxruntime_arm()
 IMAGES = np.random.default_rng(0).standard_normal((8, 3, 32, 48)).astype(np.float32)
@@ -371,17 +373,39 @@ def test_every_dialect_loads_and_stays_near_fp32(
     assert bool(int32) is dialect.int32_bias
 
 
-def test_onnxruntime_runs_the_x86_form_in_integers(
-    tiny: Path, table: CalibrationTable, tmp_path: Path
-) -> None:
-    path, _ = written(tiny, plan_quant(tiny, table, {}), X86)
+def operators_run(path: Path, scratch: Path, **settings: str) -> list[str]:
+    """Return the operators of the graph that ONNX Runtime makes of a file on this machine."""
     options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.optimized_model_filepath = str(scratch / "optimised.onnx")
     options.log_severity_level = 4
+    for key, value in settings.items():
+        options.add_session_config_entry(key, value)
     onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    left = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
+    return [node.op_type for node in onnx.load(scratch / "optimised.onnx").graph.node]
+
+
+@pytest.mark.parametrize(("dialect", "allowed"), [(X86, "0"), (ARM, "1")], ids=["x86", "arm"])
+def test_onnxruntime_runs_its_forms_in_integers(
+    tiny: Path, table: CalibrationTable, tmp_path: Path, dialect: Dialect, allowed: str
+) -> None:
+    path, _ = written(tiny, plan_quant(tiny, table, {}), dialect)
+    left = operators_run(path, tmp_path, **{INT8_ALLOWED: allowed})
     assert not {"Conv", "FusedConv", "Add", "Mul", "Gemm", "Clip", "Relu", "Sigmoid"} & set(left)
     assert left.count("QLinearConv") == 9 and left.count("QGemm") == 2
+
+
+def test_an_arm_form_can_be_computed_here_as_it_is_there(
+    tiny: Path, table: CalibrationTable, tmp_path: Path
+) -> None:
+    path, _ = written(tiny, plan_quant(tiny, table, {}), ARM)
+    images = np.random.default_rng(1).standard_normal((64, *IMAGES.shape[1:])).astype(np.float32)
+    operators_run(path, tmp_path, **{INT8_ALLOWED: "1"})
+    wanted = run(tmp_path / "optimised.onnx", images)
+    there = open_session(path, 1, as_on_arm=True).run(images)
+    assert all(np.array_equal(values, wanted[task]) for task, values in there.items())
+    if platform.machine() == "x86_64":  # its own way rounds some ties otherwise
+        usual = open_session(path, 1).run(images)
+        assert any((usual[task] != values).any() for task, values in wanted.items())
 
 
 def neighbours(model: onnx.ModelProto, name: str) -> set[str]:

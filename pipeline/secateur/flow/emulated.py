@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from secateur.bench.accuracy import evaluate
 from secateur.bundle.manifest import Manifest
-from secateur.bundle.read import check_files, read_bundle, run_files
+from secateur.bundle.read import check_files, model_files, read_bundle, run_files
 from secateur.bundle.runner import preprocess
 from secateur.core.errors import BuildError, DataError, DeviceError, RecipeError, VerifyError
 from secateur.core.progress import track
@@ -35,6 +35,8 @@ from secateur.flow.predict import bundle_session, predictor
 from secateur.flow.recipe import Recipe
 from secateur.flow.verify import check_parity, eval_data, own_image
 from secateur.lower import Parity, compare_outputs
+from secateur.runtimes import onnxruntime
+from secateur.runtimes.base import Session
 
 FP32_TOLERANCE = 1e-4  # of each output's range, between this machine and the emulated one
 SAME_CLASS = 0.99  # of decisions, for lower precisions: their rounding differs between CPUs
@@ -149,7 +151,7 @@ def compare_emulated(
         pick_cpu(userland.qemu, (cpu,))
     material = _material(folder, manifest, limit)
     inputs = [preprocess(image, manifest.input.model_dump()) for image in material.images]
-    session = bundle_session(folder, manifest, 1)
+    session = _session_here(folder, manifest)
     here: list[Outputs] = [dict(session.run(each)) for each in inputs]
     try:
         accuracy_here = _accuracy(material, _Recorded(inputs, here))
@@ -178,6 +180,13 @@ def compare_emulated(
         accuracy_here=accuracy_here,
         skipped=material.skipped,
     )
+
+
+def _session_here(folder: Path, manifest: Manifest) -> Session:
+    """Open a bundle on this machine, to compute what an Arm CPU does."""
+    if manifest.runtime != "onnxruntime":
+        return bundle_session(folder, manifest, 1)
+    return onnxruntime.open_session(folder / model_files(manifest)[0], 1, as_on_arm=True)
 
 
 def prepared_userland(runtime: str = "onnxruntime") -> Userland:

@@ -16,16 +16,22 @@ from secateur.devices.profiled import NetworkTimes, ToldNetwork, by_place
 # It quantises biases with a scale that underflows in fp16 (seen in 1.31); every int8 file of ours
 # that wants integer biases has them.
 DISABLED = on_profile.DISABLED
+# On x86 it is off unless set: int8 activations become uint8, and an operator whose input has other
+# readers, too, stays in fp32. So ties are rounded otherwise than by the integers of an Arm CPU.
+INT8_ALLOWED = "session.qdqisint8allowed"
 WARM_UP = 3  # runs that are thrown away
 
 
 class OnnxRuntimeSession:
     """One model, a fixed number of intra-op threads, sequential execution."""
 
-    def __init__(self, model: Path, threads: int) -> None:
+    def __init__(self, model: Path, threads: int, as_on_arm: bool) -> None:
+        options = on_profile.options(threads)
+        if as_on_arm:
+            options.add_session_config_entry(INT8_ALLOWED, "1")
         try:
             self._session = onnxruntime.InferenceSession(
-                str(model), on_profile.options(threads), providers=["CPUExecutionProvider"],
+                str(model), options, providers=["CPUExecutionProvider"],
                 disabled_optimizers=DISABLED,
             )  # fmt: skip
         except Exception as error:  # onnxruntime's own exception types share no base
@@ -41,13 +47,16 @@ class OnnxRuntimeSession:
         return dict(zip(self._outputs, arrays, strict=True))
 
 
-def open_session(model: Path, threads: int) -> OnnxRuntimeSession:
+def open_session(model: Path, threads: int, *, as_on_arm: bool = False) -> OnnxRuntimeSession:
     """Load an ONNX file.
+
+    ``as_on_arm`` computes int8 activations by the operators that ONNX Runtime takes on an Arm CPU:
+    to compare values, since on x86 they are several times slower than its own.
 
     Raises:
         BundleError: the file is not a model ONNX Runtime can run.
     """
-    return OnnxRuntimeSession(model, threads)
+    return OnnxRuntimeSession(model, threads, as_on_arm)
 
 
 def version() -> str:
