@@ -330,3 +330,5 @@ def test_a_bundle_for_another_architecture_is_refused(
     assert code == 2 and "is for x86-64-cpu" in err and "raspberry-pi-5" in err
     code, _, err = run(capsys, "bench", built, "--device", "emulated:cortex-a999")
     assert code == 2 and "cortex-a76" in err
+    code, _, err = run(capsys, "bench", built, "--device", "emulated", "--sweep")
+    assert code == 2 and "leave out --sweep" in err

@@ -73,8 +73,12 @@ def test_whole_runs_are_the_marks_differences() -> None:
     assert Counted(lines(marks), [NETWORK, NETWORK]).wholes() == [250, 600]
 
 
+NODE = '{"name": "a", "us": [1.0], "reads": [], "makes": []}'
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '[{"run_us": [-1], "nodes": []}]',
-                                  '[{"run_us": [], "nodes": []}]', "[" * 100_000])  # fmt: skip
+                                  '[{"run_us": [], "nodes": []}]', "[" * 100_000,
+                                  f'[{{"run_us": [1, 2], "nodes": [{NODE}]}}]'])  # fmt: skip
 def test_what_a_device_says_of_operators_is_checked(tmp_path: Path, text: str) -> None:
     (tmp_path / "result").write_text(text)
     with pytest.raises(DeviceError, match="about its operators is not valid") as stop:

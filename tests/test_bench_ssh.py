@@ -333,8 +333,8 @@ def told(samples: object, **changes: object) -> str:
     whole = {
         "samples_ms": samples, "phases": [], "offline_ms": [8.0] * 2, "offline_batch": 8,
         "temperature_before_c": None, "temperature_after_c": None, "throttling_before": {},
-        "throttling_after": {}, "runtime": "x", "process_peak_memory_mb": 1.0, "host": host,
-        "versions": {},
+        "throttling_after": {}, "throttling_offline": {}, "runtime": "x",
+        "process_peak_memory_mb": 1.0, "host": host, "versions": {},
     }  # fmt: skip
     return json.dumps({**whole, **changes})
 
@@ -348,6 +348,7 @@ GOOD = {"host_to_host": [1.0] * 20, "end_to_end": [2.0] * 20}
         ("{", "Expecting property name"),
         ("[" * 100_000, "not valid"),
         ("[]", "not valid"),
+        (told({**GOOD, "device_only": []}), "device_only"),
         (told({**GOOD, "end_to_end": [2.0] * 19}), "20 and 19 runs, expected as many of each"),
         (told({"host_to_host": [1.0], "end_to_end": [1.0]}), "at least 20"),
         (told({**GOOD, "host_to_host": [float("nan")] * 20}), "host_to_host.0"),

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,10 @@ CODE = REPOSITORY / "pipeline" / "secateur"
 NOUNS = {"core", "data", "metrics", "devices"}  # every stage may use these
 STAGES = {"tasks", "importance", "fusion", "prune", "compensate", "recover", "lower", "runtimes",
           "bundle", "bench", "vote"}  # fmt: skip
+TRAVELLING = sorted(
+    path for room in ("bundle", "devices") for path in (CODE / room).glob("*.py")
+    if "Python 3.8" in (ast.get_docstring(ast.parse(path.read_text())) or "")
+)  # fmt: skip
 
 
 def imported_rooms(path: Path) -> set[str]:
@@ -55,6 +60,30 @@ def test_files_and_functions_stay_short() -> None:
             if isinstance(node, ast.FunctionDef):
                 lines = (node.end_lineno or 0) - node.lineno + 1
                 assert lines <= 70, f"{path.name}:{node.name} has {lines} lines"
+
+
+@pytest.mark.parametrize("file", TRAVELLING, ids=lambda path: path.name)
+def test_what_runs_on_devices_imports_on_python_3_8(file: Path) -> None:
+    tree = ast.parse(file.read_text(), feature_version=(3, 8))
+    notes = {id(part) for node in ast.walk(tree) for part in annotations(node)}
+    subscripted = {
+        node.value.id for node in ast.walk(tree)
+        if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name)
+        and id(node) not in notes
+    }  # fmt: skip
+    generic = {"list", "dict", "tuple", "set", "type"} | {
+        alias.name for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module == "collections.abc"
+        for alias in node.names
+    }  # fmt: skip
+    assert not subscripted & generic  # 3.9 is the first that can
+
+
+def annotations(node: ast.AST) -> Iterator[ast.AST]:
+    """Everything in the annotations of a function or an assignment: never evaluated there."""
+    for name in ("annotation", "returns"):
+        if (found := getattr(node, name, None)) is not None:
+            yield from ast.walk(found)
 
 
 def test_errors_carry_a_hint() -> None:

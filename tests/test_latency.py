@@ -375,6 +375,12 @@ def test_profile_measures_a_recipe_and_says_what_it_found(
     assert summary["points"] == sum(len(points) for points in table.points.values()) > 30
     assert table.runtime == runtime.version() and table.threads == 1
     assert table.precision == precision
+    save_table(out, replace(table, host={**table.host, "cpu": "an abacus"}))
+    code, said, _ = run(capsys, "profile", recipe, "--out", out, "--json")
+    assert code == 2 and "measured on another cpu (an abacus, now " in json.loads(said)["error"]
+    save_table(out, table)
+    code, said, _ = run(capsys, "profile", recipe, "--out", out, "--target", "rtx-pc", "--json")
+    assert code == 2 and "rtx-pc computes on its GPU" in json.loads(said)["error"]
     monkeypatch.setattr(runtime, "version", lambda: "onnxruntime 0.0")
     code, said, _ = run(capsys, "profile", recipe, "--out", out, "--json")
     assert code == 2 and "this machine has onnxruntime 0.0" in json.loads(said)["error"]

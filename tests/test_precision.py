@@ -17,8 +17,10 @@ from cli_run import RECIPE, make_project, run
 from conftest import tiny_model
 from safetensors.torch import save_file
 from secateur.bench.latency import Protocol
+from secateur.core.errors import BuildError
 from secateur.flow.build import build as run_build
 from secateur.flow.cache import StageCache
+from secateur.flow.lowering import Lowering
 from secateur.flow.recipe import parse_recipe
 from secateur.flow.trials import noise_power
 from secateur.lower.quant import overflowing, plan_quant
@@ -145,7 +147,35 @@ def test_auto_takes_the_fastest_that_passes_and_says_why(project: Path) -> None:
     assert set(times) | set(choice["too_low"]) == {"fp32", "fp16", "int8"}
     assert all(f"{name} {ms:.3g} ms" in choice["why"] for name, ms in times.items())
     folder, manifest = build(project, "auto", recipe, "raspberry-pi-5")
-    assert folder.name == "fp32" and "int8 is not chosen" in manifest["precision_choice"]["why"]
+    choice = manifest["precision_choice"]
+    assert folder.name == "fp32" and "int8 was left out: unmeasured" in choice["why"]
+    assert choice["left_out"].keys() == {"int8"}
+
+
+def test_auto_goes_on_without_a_form_that_cannot_be_made(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Lowering, source: object) -> None:
+        raise BuildError("no such operator in fp16", hint="-")
+
+    monkeypatch.setattr(Lowering, "_to_fp16", refuse)
+    recipe = recipe_with("{mode: auto, calibrator: minmax, images: 8}", ", max_drop: 60")
+    _, manifest = build(project, "without", recipe)
+    choice = manifest["precision_choice"]
+    assert choice["left_out"] == {"fp16": "no such operator in fp16"}
+    assert choice["why"].endswith("; fp16 was left out: no such operator in fp16")
+    assert set(choice["median_ms"]) | set(choice["too_low"]) == {"fp32", "int8"}
+
+
+def test_where_every_form_takes_too_much_one_ships_all_the_same(project: Path) -> None:
+    pytest.importorskip("pnnx", reason="ncnn is absent: pip install '.[ncnn]'")
+    wanted = "{mode: int8, calibrator: minmax, images: 8}\nruntime: auto"
+    recipe = recipe_with(wanted, ", max_drop: 0.001")
+    folder, manifest = build(project, "low", recipe, "raspberry-pi-5")
+    choice = manifest["precision_choice"]
+    assert folder.name == manifest["precision"] == "int8" and choice["median_ms"] == {}
+    assert choice["too_low"] == {"int8": ["depth"]}
+    assert choice["why"] == "each form takes a task below its max_drop"
 
 
 PLANTED = """\

@@ -407,7 +407,8 @@ def test_who_stops_waiting_hears_how_to_end_the_build(tmp_path: Path, capsys) ->
     said: list[str] = []
     with pytest.raises(KeyboardInterrupt):
         follow_job(Stopped(), Job("x", {}, [], "build", BuildError), said.append)
-    assert said[-1].startswith("the build goes on there; to end it: secateur doctor --device ")
+    hint = "the build goes on there; to end it: secateur doctor --device 'local' --stop"
+    assert said[-1] == hint
     code, _, err = run(capsys, "doctor", "--stop")
     assert code == 2 and "name it with --device" in err
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from secateur.devices.trtexec_report import (
     parse_summary,
     parse_times,
 )
-from secateur.flow.second_opinion import said_of, second_opinion, trtexec_order
+from secateur.flow.second_opinion import asked_opinion, said_of, second_opinion, trtexec_order
 
 ANY = st.binary(max_size=80).map(lambda raw: raw.decode("utf-8", "replace"))
 OLD, NEW = (10, 3, 0), (11, 1, 0)
@@ -400,13 +401,15 @@ def engine_bundle(bundle: Path) -> Path:
     return bundle
 
 
-def opinion(bundle: Path, tmp_path: Path, monkeypatch) -> dict[str, Any]:
+def opinion(
+    bundle: Path, tmp_path: Path, monkeypatch, ask: Callable[..., dict[str, Any]] = second_opinion
+) -> dict[str, Any]:
     """The second opinion of a program in this PATH."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "device"))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     files = {"model.engine": bundle / "model.engine"}
     with bundle_on_device(LocalConnection(), files, tmp_path / "desk", print) as there:
-        return second_opinion(there, read_bundle(bundle), bundle)
+        return ask(there, read_bundle(bundle), bundle)
 
 
 def test_a_second_opinion_tells_each_tasks_share(
@@ -436,6 +439,9 @@ def test_without_trtexec_there_it_is_said_how_to_get_it(
 ) -> None:
     with pytest.raises(DeviceError, match="no trtexec here: sudo apt install libnvinfer-bin"):
         opinion(engine_bundle, tmp_path, monkeypatch)
+    found = opinion(engine_bundle, tmp_path, monkeypatch, asked_opinion)
+    (line,) = said_of(found)  # what else was measured stays
+    assert line.startswith("trtexec: not available: ") and "libnvinfer-bin" in line
 
 
 def test_what_trtexec_cannot_time_is_refused_before_it_runs(engine_bundle: Path, capsys) -> None:

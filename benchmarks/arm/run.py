@@ -4,8 +4,8 @@
 run by its own ``run.py`` on seventeen images under four CPU models, against this machine.
 ``counts``: instructions of one inference of that parent and of a ResNet-18 (random weights), whole
 and at 50 and 25 % of the MACs, per runtime and precision, on the Cortex-A76 of a Raspberry Pi 5.
-``table``: the cut of that parent which the table of its operators' instructions chooses, at half of
-the parent's instructions (ONNX Runtime, fp32).
+``table``: the cut of each which the table of its operators' instructions chooses, at half of the
+parent's instructions (ONNX Runtime, fp32).
 ``report``: no work, the results of what is there.
 
 Emulation tells no latency. A stopped run goes on. Needs apt's qemu-user, and ``.[ncnn]``.
@@ -92,10 +92,11 @@ def main() -> None:
                     if options.part in (None, "counts") and key not in done:
                         row = counted(bundle(network, share, runtime, precision))
                         append_row(CELLS, {**dict(zip(KEYS, key, strict=True)), **row})
-        key = ("table", NETWORKS[0], *FORMS[0], BY_TABLE)
-        if options.part in (None, "table") and key not in done:
-            row = counted(bundle(NETWORKS[0], BY_TABLE, *FORMS[0], budget="instructions"))
-            append_row(CELLS, {**dict(zip(KEYS, key, strict=True)), **row})
+        for network in NETWORKS:
+            key = ("table", network, *FORMS[0], BY_TABLE)
+            if options.part in (None, "table") and key not in done:
+                row = counted(bundle(network, BY_TABLE, *FORMS[0], budget="instructions"))
+                append_row(CELLS, {**dict(zip(KEYS, key, strict=True)), **row})
     rows = read_rows(CELLS)
     shows = claims(rows)
     write_suite("arm", "python benchmarks/arm/run.py", [0], rows, shows)

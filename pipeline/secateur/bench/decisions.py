@@ -70,7 +70,7 @@ def decisions(manifest: Mapping[str, Any]) -> Decisions | None:
 
 def _guard_said(guard: Mapping[str, Any], kept: int) -> str:
     if not guard:
-        return "No guard judged it: the recipe says so, or no task has a limit."
+        return "No guard judged it, as the recipe says."
     outcome = "is satisfied" if guard.get("passed") is True else "found nothing that passes"
     nodes = "no node" if not kept else "one node" if kept == 1 else f"{kept} nodes"
     said = f"The guard {outcome} with {nodes} in high precision, after "

@@ -166,9 +166,12 @@ class Offline:
         return asdict(self)
 
 
-def offline(samples_ms: NDArray[np.float64], batch: int) -> Offline:
-    """Return the throughput of (runs,) calls with ``batch`` images each: all images, all time."""
-    found = summarise(samples_ms)
+def offline(samples_ms: NDArray[np.float64], batch: int, lowered: bool | None = None) -> Offline:
+    """Return the throughput of (runs,) calls with ``batch`` images each: all images, all time.
+
+    ``lowered``: whether the clock was, meanwhile; None where nothing tells.
+    """
+    found = summarise(samples_ms, throttled=lowered)
     return Offline(batch, 1000 * batch / found.mean_ms, found)
 
 

@@ -37,7 +37,7 @@ from secateur.bundle.engine_errors import (
 from secateur.bundle.engine_layers import engine_rows, join_rows, network_rows
 from secateur.bundle.engine_options import all_options, batch_sizes, node_table, read_table
 from secateur.bundle.engine_progress import progress_monitor
-from secateur.bundle.engine_supervise import supervised
+from secateur.bundle.engine_supervise import end_with_supervisor, supervised
 from secateur.bundle.engine_tensorrt import load_tensorrt, process_logger
 
 WORKSPACE_SHARE = 0.5  # of the free memory: the builder itself and the weights need the rest
@@ -341,6 +341,7 @@ def main(argv=None):
             return 0
         if not alone:
             return supervised(Path(__file__).resolve(), [*words, "--in-this-process"])
+        end_with_supervisor()
         given = {name: value for name, value in options.items() if value is not None}
         engine = build(folder, given)
     except EngineProblem as problem:

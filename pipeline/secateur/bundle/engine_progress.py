@@ -32,6 +32,8 @@ def progress_monitor(trt):
                     sys.stderr.flush()
             except KeyboardInterrupt:  # it must not unwind through the builder's own frames
                 self.stopped = True
+            except (OSError, ValueError):  # nobody reads stderr any more
+                pass
             return not self.stopped
 
         def phase_finish(self, phase_name):

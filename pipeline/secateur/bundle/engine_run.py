@@ -122,7 +122,8 @@ class EngineSession:
     def device_ms(self):
         """Milliseconds of the engine alone on the GPU, by its clock, on the image that is there.
 
-        Neither the copies nor the host's calls are in it: trtexec's "GPU Compute Time".
+        The copies are not in it: trtexec's "GPU Compute Time" without a CUDA graph. Where kernels
+        are shorter than the host's calls that start them, the GPU waits, and that is in it.
         """
         if not self.events:
             for _ in range(2):

@@ -5,14 +5,18 @@ also abort (an exception in its own logger), stand still for ever (a lock that n
 killed by Linux. Travels inside build_engine.py; standard library only, Python 3.8.
 """
 
+import ctypes
+import signal
 import subprocess
 import time
+from contextlib import suppress
 from sys import executable, flags
 
 from secateur.bundle.engine_errors import BuildProblem
 
 STANDS_STILL = 180.0  # seconds without any CPU time: a builder that waits for its GPU takes some
 LOOK_EVERY = 0.2
+PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 CHANGE = "close what else runs, give a smaller --workspace or --batch, or add swap"
 
 
@@ -40,6 +44,12 @@ def supervised(program, words):
             )
         )
     return code
+
+
+def end_with_supervisor():
+    """Have Linux kill this process when the one that started it ends: nobody wants its engine."""
+    with suppress(OSError, AttributeError):  # another system: it builds to the end
+        ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
 
 def wait(process):

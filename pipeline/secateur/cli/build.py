@@ -145,7 +145,7 @@ def _next_lines(folder: Path, manifest: Manifest) -> list[str]:
         lines.append("engine    not built yet, it is made on the device itself: repeat this build "
                      "with --device ssh://HOST, or copy the bundle there and run "
                      "`python3 build_engine.py`")  # fmt: skip
-    if not manifest.latency_ms:
+    if not manifest.latency_ms and not (folder / "bench.json").exists():
         lines.append(f"latency   to be measured there: secateur bench {folder} --device ssh://HOST")
     return [*lines, f"run it    python3 {folder / 'run.py'} IMAGE"]
 

@@ -140,6 +140,9 @@ def bench(
     if trtexec and not device.startswith("ssh:"):
         raise DeviceError("--trtexec measures over ssh", hint="give --device ssh://host")
     if cpus is not None:
+        if sweep or threads:
+            raise DeviceError("instructions are counted of one thread",
+                              hint="leave out --sweep and --threads")  # fmt: skip
         _bench_emulated(bundle, cpus, as_json)
         return
     record = _benched(bundle, device, threads, sweep, trtexec, as_json)

@@ -45,7 +45,7 @@ class Output:
 
 
 class Connection(Protocol):
-    """A device that commands run on. ``name`` is what messages call it.
+    """A device that commands run on. ``name`` is what messages call it, ``address`` what one types.
 
     ``folder`` is the name of a folder of ours there, made when something is put into it. All
     methods raise ``ConnectionLost`` when the connection breaks, other ``DeviceError`` for what is
@@ -53,6 +53,7 @@ class Connection(Protocol):
     """
 
     name: str
+    address: str
 
     def run(self, command: str, *, seconds: float = 60) -> Output:
         """Run a POSIX shell command; a failing one is the caller's to judge."""
@@ -83,6 +84,7 @@ class PipedConnection(ABC):
     """
 
     name: str
+    address: str
     python: str
     patience: float = PATIENCE
 

@@ -120,7 +120,7 @@ class EmulatedConnection(PipedConnection):
     """
 
     def __init__(self, userland: Userland, model: str) -> None:
-        self.name = f"{EMULATED} {model}"
+        self.name, self.address = f"{EMULATED} {model}", f"{EMULATED}:{model}"
         self._userland, self._model = userland, pick_cpu(userland.qemu, (model,))
         self._folder = Path(tempfile.mkdtemp(prefix="secateur-"))
         self.python = str(self._wrapper("python3"))
@@ -179,6 +179,17 @@ class EmulatedConnection(PipedConnection):
             plugin if isinstance(plugin, str) else "",
         )  # fmt: skip
 
+    def check_counting(self) -> Path:
+        """Return QEMU's plugin that counts, compiled.
+
+        Raises:
+            DeviceError: it cannot be had here.
+        """
+        plugin = self._plugin()
+        if isinstance(plugin, str):
+            raise DeviceError(f"instructions cannot be counted: {plugin}", hint=INSTALL_QEMU)
+        return plugin
+
     def count(self, verb: str, models: Mapping[str, Path], seconds: float) -> Counted:
         """Run a counting verb of ``on_profile.py`` on models by their file names.
 
@@ -187,17 +198,15 @@ class EmulatedConnection(PipedConnection):
         Raises:
             DeviceError: instructions cannot be counted here, or a model does not run.
         """
-        plugin = self._plugin()
-        if isinstance(plugin, str):
-            raise DeviceError(f"instructions cannot be counted: {plugin}", hint=INSTALL_QEMU)
+        plugin = self.check_counting()
         place = Path(tempfile.mkdtemp(dir=self._folder))
         for name, path in models.items():
             (place / name).symlink_to(path.resolve())
-        python = self._wrapper("profiling", "-plugin", f"{plugin},out={place / 'counts'}")
+        python = self._wrapper("profiling", "-plugin", f"{plugin},out=counts")
         names = [name for name in models if name.endswith((".onnx", ".param"))]
         order = json.dumps({"result": "result", "models": names})
         words = shlex.join([str(python), on_profile.__file__, verb, order])
-        result = self.run(f"cd {place} && exec {words}", seconds=seconds)
+        result = self.run(f"cd {shlex.quote(str(place))} && exec {words}", seconds=seconds)
         if result.code != 0:
             said = clean(result.out.strip().rpartition("\n")[2]).removeprefix("error: ")
             raise DeviceError(

@@ -11,7 +11,7 @@ from secateur.devices.connection import RESUMES, PipedConnection
 class LocalConnection(PipedConnection):
     """Runs everything here, with the Python that runs this."""
 
-    name = "this machine"
+    name, address = "this machine", "local"
     python = sys.executable
 
     def _argv(self, command: str) -> list[str]:

@@ -122,9 +122,11 @@ def latency(
     calls = {"host_to_host": lambda: runner.session.run(inputs), "end_to_end": from_file}
     before, alarms = temperature_c(), throttling()
     samples = take_samples(calls, progress=lambda rounds: told(rounds, "rounds"), **protocol)
+    after, lowered, peak_mb = temperature_c(), throttling(), peak_memory_mb()  # of these alone
     if hasattr(runner.session, "device_ms"):  # a runtime that tells its device's own time
         samples["device_only"] = [runner.session.device_ms() for _ in samples["host_to_host"]]
     offline = offline_samples(many_at_once(runner.session, inputs), **protocol)
+    lowered_offline = throttling()
     seconds = protocol["seconds"] / 3
     found = {
         "samples_ms": samples,
@@ -132,11 +134,12 @@ def latency(
         "offline_ms": offline,
         "offline_batch": OFFLINE_BATCH,
         "temperature_before_c": before,
-        "temperature_after_c": temperature_c(),
+        "temperature_after_c": after,
         "throttling_before": alarms,
-        "throttling_after": throttling(),
+        "throttling_after": lowered,
+        "throttling_offline": lowered_offline,
         "runtime": runner.runtime,
-        "process_peak_memory_mb": peak_memory_mb(),
+        "process_peak_memory_mb": peak_mb,
         "host": host(),
         "versions": versions(),
     }
@@ -223,9 +226,9 @@ def repeat(work: Callable[[], object], seconds: float) -> int:
     return count
 
 
-def peak(result: str, image: str, threads: int | None) -> None:
+def peak(result: str, image: str, threads: int | None, how: str) -> None:
     """Write the MB that this process held at its highest, having run one image file to its end."""
-    runner = opened(threads)
+    runner = opened(threads, how)
     picture = runner.module.read_rgb(image)
     runner.decode(runner.predict(picture), picture.shape[:2])
     with written(result) as part:
@@ -259,12 +262,15 @@ def many_at_once(session: Any, inputs: Any) -> Callable[[], object]:
     return lambda: [session.run(inputs) for _ in range(OFFLINE_BATCH)]
 
 
-def opened(threads: int | None) -> Any:
-    """Open the bundle in this folder; ``module`` is its run.py, ``runtime`` what runs it."""
+def opened(threads: int | None, how: str | None = None) -> Any:
+    """Open the bundle in this folder; ``module`` is its run.py, ``runtime`` what runs it.
+
+    ``how`` names the runtime, if not the one that run.py takes by itself.
+    """
     sys.path.insert(0, str(Path.cwd()))
     import run  # type: ignore[import-not-found]  # the bundle's run.py
 
-    runner = run.Runner(Path.cwd(), threads)
+    runner = run.Runner(Path.cwd(), threads, how)
     runner.module = run
     own = [getattr(runner.session, name, None) for name in ("trt", "ncnn")]
     library = next((each for each in own if each), None) or sys.modules["onnxruntime"]

@@ -259,7 +259,7 @@ def start(folder: str, command: list[str]) -> None:
     A job that runs already, or has ended and was not removed yet, is left to be followed.
     """
     place = folder_of(folder)
-    lock = take(place / "job.lock")
+    lock = take(place / "job.lock", 0.5)  # whoever looks holds it for a moment
     if lock < 0 or (place / "job.json").exists():
         answer(started=False)
         return
@@ -357,7 +357,7 @@ def removed(place: Path, keep: list[str] | None = None) -> bool:
     """Remove a folder, or all in it but what to keep, that no copy and no job works in."""
     if not place.exists():
         return True
-    copying, job = take(place / "copy.lock", 5), take(place / "job.lock")  # a cut copy soon ends
+    copying, job = take(place / "copy.lock", 5), take(place / "job.lock", 0.5)  # both soon end
     if copying >= 0 and job >= 0:
         if keep is None:
             shutil.rmtree(str(place))

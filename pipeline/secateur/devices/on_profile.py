@@ -24,8 +24,6 @@ NCNN_LAYERS = ".param"
 MARK, GETPRIORITY = 0x4D41524B, 141  # of count_instructions.c
 TOLD_EVERY = 5.0  # seconds
 
-Mark = Callable[[int], None]
-
 
 def operators(result: str, models: list[str], threads: int, rounds: int, warm_up: int) -> None:
     """Write per model how long its runs took, and each of its operators."""
@@ -61,7 +59,11 @@ def count_whole(result: str, models: list[str]) -> None:
 
 
 def measured(
-    models: Sequence[Any], threads: int, rounds: int, warm_up: int, mark: Mark = lambda _: None
+    models: Sequence[Any],
+    threads: int,
+    rounds: int,
+    warm_up: int,
+    mark: Callable[[int], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
     """Return per ONNX model (a file or its bytes) its runs and its operators, models taking turns.
 
@@ -147,7 +149,8 @@ def opened_ncnn(model: Path, threads: int) -> Callable[[], object]:
         extractor = net.create_extractor()
         extractor.input(name, ncnn.Mat(image))
         for output in outputs:
-            extractor.extract(output)
+            if extractor.extract(output)[0] != 0:
+                raise ValueError(f"ncnn {ncnn.__version__} cannot run {model.name}")
 
     return run
 
@@ -200,7 +203,7 @@ def noise(opened_session: Any) -> dict[str, Any]:
     }
 
 
-def marker() -> Mark:
+def marker() -> Callable[[int], None]:
     """What marks a place for the counting emulator."""
     library = ctypes.CDLL(None)
     return lambda number: library.syscall(

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from secateur.core.errors import DeviceError
 from secateur.devices.connection import clean
@@ -39,6 +39,12 @@ class ToldNetwork(BaseModel):
     run_us: list[Micro] = Field(min_length=1)
     nodes: list[ToldNode]
     sequence: list[tuple[str, Micro]] = []
+
+    @model_validator(mode="after")
+    def _every_run_is_told(self) -> ToldNetwork:
+        if any(len(node.us) != len(self.run_us) for node in self.nodes):
+            raise ValueError("an operator has more or fewer runs than its network")
+        return self
 
 
 _NETWORKS = TypeAdapter(list[ToldNetwork])

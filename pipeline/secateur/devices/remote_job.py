@@ -49,7 +49,7 @@ def copy_files(connection: Connection, job: Job, tell: Tell) -> None:
 
     def told(done: int, total: int) -> None:
         nonlocal shown
-        tenth = 10 * done // total
+        tenth = 10 * done // max(total, 1)  # a file may be there but for its name
         if tenth > shown and total >= 16 * MIB:
             tell(f"copied {done // MIB} of {total // MIB} MiB")
         shown = tenth
@@ -116,7 +116,7 @@ def _answers(connection: Connection, job: Job, tell: Tell) -> Iterator[dict[str,
         yield from connection.ask("follow", folder=job.folder)
     except KeyboardInterrupt:
         tell(f"the {job.noun} goes on there; to end it: secateur doctor --device "
-             f"'{connection.name}' --stop")  # fmt: skip
+             f"'{connection.address}' --stop")  # fmt: skip
         raise
 
 

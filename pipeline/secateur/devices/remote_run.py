@@ -51,7 +51,7 @@ class ToldHost(_Told):
     cpu: Short | None
     arch: Short
     os: Short
-    logical_cores: int | None
+    logical_cores: Annotated[int, Field(ge=1, le=4096)] | None
     memory_gb: Known
     governor: Short | None
     clock_mhz: Known
@@ -64,7 +64,8 @@ class ToldSamples(_Told):
 
     host_to_host: list[Positive]
     end_to_end: list[Positive]
-    device_only: list[Positive] | None = None  # of a runtime that tells
+    # of a runtime that tells
+    device_only: Annotated[list[Positive], Field(min_length=1)] | None = None
 
 
 class ToldLook(_Told):
@@ -94,6 +95,7 @@ class ToldLatency(_Told):
     temperature_after_c: Known
     throttling_before: dict[Short, int]
     throttling_after: dict[Short, int]
+    throttling_offline: dict[Short, int]
     runtime: Short
     process_peak_memory_mb: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     host: ToldHost

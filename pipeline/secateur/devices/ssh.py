@@ -17,7 +17,7 @@ import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, quote, urlsplit
 
 from secateur.core.errors import ConnectionLost, DeviceError
 from secateur.devices.connection import RESUMES, PipedConnection, clean
@@ -25,6 +25,7 @@ from secateur.devices.connection import RESUMES, PipedConnection, clean
 CONFIG = "SECATEUR_SSH_CONFIG"
 """Environment variable: a configuration file for ssh instead of ~/.ssh/config (``ssh -F``)."""
 
+DEFAULT_PYTHON = "python3"
 _FORM = "ssh://[user@]host[:port][?python=/path/to/python3]"
 _OPTIONS = (
     "BatchMode=yes", "LogLevel=ERROR", "RequestTTY=no", "RemoteCommand=none", "ForwardX11=no",
@@ -64,7 +65,7 @@ class SshAddress:
     host: str
     user: str | None = None
     port: int | None = None
-    python: str = "python3"
+    python: str = DEFAULT_PYTHON
 
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
@@ -88,7 +89,7 @@ def parse_address(text: str) -> SshAddress:
             f"the address of {host} has a password in it, and passwords are never used",
             hint="use a key: ssh-copy-id, then leave the password out",
         )
-    python = query.pop("python", "python3")
+    python = query.pop("python", DEFAULT_PYTHON)
     names = [host or "", *([parts.username] if parts.username is not None else [])]
     # a name that begins with a dash would be an option to ssh
     bad = not all(re.fullmatch(r"[\w.:%\[][\w.:%\-\]]*", name) for name in names)
@@ -103,7 +104,9 @@ class SshConnection(PipedConnection):
     """Runs commands on the device that ssh reaches; opens nothing before the first."""
 
     def __init__(self, address: SshAddress) -> None:
-        self.name = str(address)
+        self.name = self.address = str(address)
+        if address.python != DEFAULT_PYTHON:
+            self.address += f"?python={quote(address.python)}"
         self.python = address.python
         self._address = address
         self._folder = Path(tempfile.mkdtemp(prefix="secateur-"))

@@ -47,6 +47,7 @@ from secateur.flow.limits import (
     limits_of,
     load_table_of,
 )
+from secateur.flow.meters import emulated_cpu
 from secateur.flow.stages import exported
 from secateur.flow.warm_start import Planned, plan_job
 from secateur.prune import apply_plan
@@ -120,7 +121,7 @@ def _tables(job: Job, target: Target, table_file: Path | None) -> Tables:
         elif key == "latency_ms":
             table = profile_job(job, target, _folder(job, target) / "latency.json")
         else:
-            file = _folder(job, target) / "instructions.json"
+            file = _folder(job, target) / f"instructions-{emulated_cpu(target)}.json"
             table = counted.instruction_table(job, target, file)
         return {key: table}
     return {}

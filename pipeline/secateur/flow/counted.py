@@ -15,7 +15,7 @@ from secateur.devices.target import Target
 from secateur.flow.emulated import PATIENCE
 from secateur.flow.job import Job
 from secateur.flow.latency import profile_job, timed_file
-from secateur.flow.meters import RUNTIME, counting, emulated
+from secateur.flow.meters import RUNTIME, counting, emulated, emulated_cpu
 from secateur.flow.stages import exported
 from secateur.runtimes.base import runtime_of
 
@@ -43,7 +43,7 @@ def instructions_of(job: Job, target: Target, file: Path) -> int:
         with emulated(target) as connection:
             return connection.count("count_whole", {"model.onnx": file}, PATIENCE).wholes()[0]
 
-    key = file_sha256(file), str(target.stand_in), runtime_of(RUNTIME).version()
+    key = file_sha256(file), emulated_cpu(target), runtime_of(RUNTIME).version()
     return int(job.cache.json("instructions", key, counted))
 
 

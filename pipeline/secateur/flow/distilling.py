@@ -29,6 +29,7 @@ def distilled(job: Job, cut: Cut, source: Source, plan: QuantPlan, wanted: Disti
     """
     dialect = source.trials.dialect
     key = (file_sha256(source.model), cut.key, plan.to_json(), dialect.mark(),
+           [(task.name, task.kind, task.weight) for task in job.tasks],
            job.train.fingerprint, wanted.model_dump(exclude={"share"}))  # fmt: skip
     folder = job.cache.folder("distilled", *key)
     path = folder / "model.onnx"

@@ -53,7 +53,7 @@ def check_device(
     """Check that a device can do its part of a build, before any long work.
 
     It is to build the target's engine, which is to run on the core ``dla`` if that is given; or,
-    where the target has none, to run one of the ``runtimes``.
+    where the target has none, to run the bundle with each of the ``runtimes``.
 
     Raises:
         DeviceError: the device is another one, cannot be reached, or lacks what is needed, or its

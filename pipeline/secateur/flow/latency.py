@@ -27,6 +27,7 @@ from secateur.prune.costs import layer_widths
 from secateur.prune.problem import Limit, PairCost, Term, product
 
 LEAST_SHARE = 0.1  # of a group's channels: what the table reaches down to
+MEASURED_ON = ("cpu", "target", "device")  # of a table's host: what another table is of
 SEEN = 4  # images of noise that int8 ranges are read from
 KEY, COUNT_KEY = "prune.budget.latency_ms", "prune.budget.instructions"
 
@@ -114,6 +115,13 @@ def _start(meter: Meter, target: Target, out: Path, precision: Precision) -> Lat
             f"{meter.unit}",
             hint="give another --out, or remove that file",
         )
+    for key in MEASURED_ON:
+        then, now = table.host.get(key), meter.host.get(key)
+        if then != now:
+            raise DeviceError(
+                f"{out} was measured on another {key} ({then or 'none'}, now {now or 'none'})",
+                hint="give another --out, or remove that file",
+            )
     return table
 
 

@@ -111,8 +111,8 @@ def load_table_of(job: Job, target: Target, path: Path) -> LatencyTable:
     """Read a latency table of the target, in the precision that the job's plans are timed in.
 
     Raises:
-        DeviceError: it is damaged, or of another precision or number of threads, or was measured
-            on this machine with another version of the runtime.
+        DeviceError: it is damaged, or of another target, precision or number of threads, or was
+            measured on this machine with another version of the runtime.
     """
     table = load_table(path)
     if table.unit == "ms" and table.threads != target.threads:
@@ -125,6 +125,11 @@ def load_table_of(job: Job, target: Target, path: Path) -> LatencyTable:
             f"{path} was measured in {table.precision}, the recipe's plans are timed in "
             f"{timed_precision(job)}",
             hint=f"measure one with `secateur profile RECIPE --target {target.name}`",
+        )
+    if table.host.get("target", target.name) != target.name:
+        raise DeviceError(
+            f"{path} counts for {table.host['target']}, and the target is {target.name}",
+            hint=f"count with `secateur profile RECIPE --target {target.name} --device emulated`",
         )
     if is_of_this_machine(table, target):
         table.check_runtime(runtime_of(target.runtime).version())

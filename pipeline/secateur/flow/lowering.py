@@ -280,8 +280,9 @@ class Lowering:
                     found[task][unit.name] = noise
             return found
 
-        key = (trials.dialect.mark(), low, base.precisions, base.carrier, asdict(base.table),
-               base.shifts, self.pins, [unit.name for unit in units])  # fmt: skip
+        key = (trials.runtime.version(), trials.dialect.mark(), low, base.precisions,
+               base.carrier, asdict(base.table), base.shifts, self.pins,
+               [unit.name for unit in units])  # fmt: skip
         sensitivity: dict[str, dict[str, float]] = self.job.cache.json("sensitivity", key, measured)
         return sensitivity
 

@@ -37,7 +37,7 @@ from secateur.core.files import write_json
 from secateur.devices import on_bench
 from secateur.devices.energy import NotMeasurable, find_meter
 from secateur.devices.host import host_facts, library_versions
-from secateur.devices.on_bench import OFFLINE_BATCH, offline_samples
+from secateur.devices.on_bench import OFFLINE_BATCH, offline_samples, throttled, throttling
 from secateur.flow.predict import bundle_session
 from secateur.flow.verify import check_parity
 from secateur.lower.memory import model_memory
@@ -85,7 +85,7 @@ def bench(
             {"host_to_host": lambda: session.run(inputs), "end_to_end": from_file}, protocol
         )
         many = _offline(session, inputs, protocol)
-        peak = _peak_memory_mb(folder, file, used)
+        peak = _peak_memory_mb(folder, file, used, manifest.runtime)
     swept = _swept(folder, manifest, inputs, protocol) if sweep else None
     energy = energy_of(lambda: session.run(inputs), EnergyProtocol(seconds=protocol.seconds / 3))
     record = {
@@ -110,8 +110,9 @@ def bench(
 def _offline(session: Session, inputs: NDArray[np.float32], protocol: Protocol) -> Offline:
     """Measure calls with many images each; every runtime here takes a batch."""
     batch = inputs.repeat(OFFLINE_BATCH, axis=0)
+    alarms = throttling()
     samples = offline_samples(lambda: session.run(batch), **asdict(protocol))
-    return offline(np.array(samples), OFFLINE_BATCH)
+    return offline(np.array(samples), OFFLINE_BATCH, throttled(alarms, throttling()))
 
 
 def _swept(
@@ -163,7 +164,7 @@ def energy_of(
         return {"not_measurable": error.message}
 
 
-def _peak_memory_mb(folder: Path, image: Path, threads: int) -> float | None:
+def _peak_memory_mb(folder: Path, image: Path, threads: int, runtime: str) -> float | None:
     """Return what the bundle's own ``run.py`` holds at its highest, in a process of its own.
 
     This process has torch in it, which no device needs. None where the bundle runs here only
@@ -171,7 +172,7 @@ def _peak_memory_mb(folder: Path, image: Path, threads: int) -> float | None:
     """
     agent, result = image.with_name("on_bench.py"), image.with_name("peak")
     shutil.copy(on_bench.__file__, agent)
-    order = {"result": str(result), "image": str(image), "threads": threads}
+    order = {"result": str(result), "image": str(image), "threads": threads, "how": runtime}
     words = [sys.executable, str(agent), "peak", json.dumps(order)]
     done = subprocess.run(words, cwd=folder, capture_output=True, check=False)
     return float(result.read_text()) if done.returncode == 0 and result.exists() else None

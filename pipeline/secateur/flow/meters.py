@@ -62,6 +62,7 @@ def meter_of(target: Target, device: str, tell: Tell, cpu: str = "") -> Iterator
         DeviceError: the device cannot stand for the target, or lacks something.
         RuntimeMissing: nothing can be emulated here.
     """
+    _check_cpu(target)
     if target.runtime != RUNTIME:
         raise DeviceError(
             f"tables are of ONNX Runtime's operators, and the runtime of {target.name} is "
@@ -84,6 +85,7 @@ def here(target: Target) -> Meter:
     Raises:
         DeviceError: it is not of the target's kind.
     """
+    _check_cpu(target)
     if target.arch != platform.machine():
         emulated_too = " or emulated" if target.stand_in else ""
         raise DeviceError(
@@ -98,6 +100,14 @@ def here(target: Target) -> Meter:
         ),
         measured_runtime.version(), host_facts(), target.threads, SAMPLING,
     )  # fmt: skip
+
+
+def _check_cpu(target: Target) -> None:
+    if target.accelerator != "cpu":
+        raise DeviceError(
+            f"tables are of operators on a CPU, and {target.name} computes on its GPU",
+            hint="plan by macs or params; `secateur bench --device ssh://…` measures the engine",
+        )
 
 
 def counting(target: Target, connection: EmulatedConnection) -> Meter:
@@ -128,14 +138,24 @@ def emulated(target: Target, cpu: str = "", runtime: str = RUNTIME) -> Iterator[
         DeviceError: the target has no stand-in, or nothing runs on it.
         RuntimeMissing: the emulator or apt is missing here.
     """
+    model = emulated_cpu(target, cpu)
+    with EmulatedConnection(prepared_userland(runtime), model) as connection:
+        yield connection
+
+
+def emulated_cpu(target: Target, cpu: str = "") -> str:
+    """Return the CPU model that this machine's QEMU takes for a target, or for the one asked for.
+
+    Raises:
+        DeviceError: the target has no stand-in, or this QEMU has no such CPU.
+        RuntimeMissing: there is no QEMU here.
+    """
     if target.stand_in is None:
         raise DeviceError(
             f"no emulated CPU stands in for {target.name}",
             hint="give an Arm CPU as the target (`secateur targets`), or leave out --device",
         )
-    model = cpu or pick_cpu(find_qemu(), target.stand_in.qemu_cpus)
-    with EmulatedConnection(prepared_userland(runtime), model) as connection:
-        yield connection
+    return pick_cpu(find_qemu(), (cpu,) if cpu else target.stand_in.qemu_cpus)
 
 
 @contextmanager

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,8 @@ def _scales(job: Job, exact: Path, chosen: Sequence[int]) -> dict[str, float]:
     def made() -> dict[str, float]:
         return read_scales(observe_inputs(exact, read), calibrator)
 
-    key = (_digest(exact), job.train.fingerprint, list(chosen), calibrator, ncnn.version())
+    key = (_digest(exact), job.train.fingerprint, asdict(job.spec), list(chosen), calibrator,
+           ncnn.version())  # fmt: skip
     found: dict[str, float] = job.cache.json("ncnn_scales", key, made)
     return found
 
@@ -117,7 +119,7 @@ class _Trials:
         self._job, self._exact, self._scales, self._ends = job, exact, scales, ends
 
     def write(self, kept: frozenset[str]) -> Path:
-        """Return the file with the layers of ``kept`` in fp32."""
+        """Return the file with the layers of ``kept`` in fp32, made now or found."""
         key = (_digest(self._exact), sorted(self._scales.items()), sorted(kept))
         path = self._job.cache.folder("ncnn_int8", *key) / "model.ncnn.param"
         if not path.exists():
@@ -130,8 +132,11 @@ class _Trials:
         images = image_batch(self._job.train, chosen, self._job.spec).numpy()
         wanted = ncnn.open_session(self._exact, 1).run(images)
         worst = {}
-        for name in track(names, "sensitivity to int8", len(names)):
-            alone = self.write(self._ends | frozenset(names) - {name})
-            got = ncnn.open_session(alone, 1).run(images)
-            worst[name] = max(noise_power(wanted[task], got[task]) for task in wanted)
+        with tempfile.TemporaryDirectory(prefix="secateur-") as scratch:
+            alone = Path(scratch) / "model.ncnn.param"
+            for name in track(names, "sensitivity to int8", len(names)):
+                kept = self._ends | frozenset(names) - {name}
+                write_int8(self._exact, self._scales, alone, kept)
+                got = ncnn.open_session(alone, 1).run(images)
+                worst[name] = max(noise_power(wanted[task], got[task]) for task in wanted)
         return sorted(names, key=lambda name: -worst[name])

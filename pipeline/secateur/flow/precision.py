@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from secateur.bench.latency import Protocol, measure
-from secateur.core.errors import RecipeError
+from secateur.core.errors import BuildError, RecipeError, SecateurError
 from secateur.data.loading import image_batch
 from secateur.devices.emulated import EMULATED
 from secateur.devices.isa import int8_form
@@ -77,22 +77,45 @@ def lower_cut(
     if mode != "auto" and len(runtimes) == 1:
         return _lowering(job, cut, target, runtimes[0]).to(mode)
     judge = _judge(job, target, protocol, device or Device())
-    forms: dict[str, Lowered] = {}
-    for runtime in runtimes if judge else runtimes[:1]:
-        lowering = _lowering(job, cut, target, runtime)
-        for precision in _tried(job, with_runtime(target, runtime), judge is not None):
-            name = precision if len(runtimes) == 1 else f"{runtime} {precision}"
-            forms[name] = lowering.to(precision)
+    forms, left_out = _made(job, cut, target, runtimes if judge else runtimes[:1], judge)
     lost = {name: too_low(job, form.change) for name, form in forms.items()}
     passing = {name: form for name, form in forms.items() if not lost[name]}
     costs = dict(judge.costs(passing)) if judge and len(passing) > 1 else {}
     chosen, why = _choice(passing, forms, costs, judge, target)
+    reasons = [f"{name} was left out: {said}" for name, said in left_out.items()]
     unit = judge.unit if judge else "ms"
     return replace(forms[chosen], choice={
-        "chosen": chosen, "why": why,
+        "chosen": chosen, "why": "; ".join([why, *reasons]),
         ("median_ms" if unit == "ms" else unit.replace(" ", "_")): costs,
         "too_low": {name: list(tasks) for name, tasks in lost.items() if tasks},
+        "left_out": left_out,
     })  # fmt: skip
+
+
+def _made(
+    job: Job, cut: Cut, target: Target, runtimes: Sequence[str], judge: _Judge | None
+) -> tuple[Forms, dict[str, str]]:
+    """Return the forms to choose from, and why others are none of them.
+
+    Raises:
+        BuildError, RecipeError: not one can be made.
+    """
+    forms: dict[str, Lowered] = {}
+    left_out: dict[str, str] = {}
+    refused: SecateurError | None = None
+    for runtime in runtimes:
+        lowering = _lowering(job, cut, target, runtime)
+        precisions, reasons = _tried(job, with_runtime(target, runtime), judge is not None)
+        prefix = "" if len(runtimes) == 1 else f"{runtime} "
+        left_out |= {prefix + precision: why for precision, why in reasons.items()}
+        for precision in precisions:
+            try:
+                forms[prefix + precision] = lowering.to(precision)
+            except (BuildError, RecipeError) as error:
+                left_out[prefix + precision], refused = error.message, error
+    if refused and not forms:
+        raise refused
+    return forms, left_out
 
 
 def _lowering(job: Job, cut: Cut, target: Target, runtime: str) -> Lowering | NcnnLowering:
@@ -100,15 +123,23 @@ def _lowering(job: Job, cut: Cut, target: Target, runtime: str) -> Lowering | Nc
     return kind(job, cut, with_runtime(target, runtime))
 
 
-def _tried(job: Job, target: Target, judged: bool) -> Sequence[Precision]:
-    """Return the precisions that a runtime's forms are made in."""
+def _tried(
+    job: Job, target: Target, judged: bool
+) -> tuple[Sequence[Precision], Mapping[Precision, str]]:
+    """Return the precisions that a runtime's forms are made in, and why others are not."""
     mode = job.recipe.precision.mode
     if mode != "auto":
-        return [mode] if mode in target.precisions else []
-    # Unmeasured, int8 may be slower than fp16 and even than fp32: the guard need not search. On
-    # Arm cores without dot product it is, though it takes fewer instructions.
-    suits = target.cpu is None or target.arch != "aarch64" or int8_form(target.cpu.isa) != "fp32"
-    return [each for each in target.precisions if each != "int8" or (judged and suits)]
+        able = mode in target.precisions
+        return ([mode], {}) if able else ([], {mode: f"{target.runtime} has none on {target.name}"})
+    high = [each for each in target.precisions if each != "int8"]
+    if len(high) == len(target.precisions):
+        return high, {}
+    if target.cpu and target.arch == "aarch64" and int8_form(target.cpu.isa) == "fp32":
+        # It takes fewer instructions there, which a count would take for better.
+        return high, {"int8": "it is slower on Arm cores without dot product"}
+    if not judged:  # the guard need not search
+        return high, {"int8": "unmeasured, it may be slower than fp32"}
+    return target.precisions, {}
 
 
 def _judge(job: Job, target: Target, protocol: Protocol | None, device: Device) -> _Judge | None:
@@ -147,21 +178,23 @@ def _choice(
     passing: Forms, forms: Forms, costs: Mapping[str, float], judge: _Judge | None, target: Target
 ) -> tuple[str, str]:
     if not passing:
-        exact = next(name for name, form in forms.items() if form.precision == "fp32")
+        exact = next((name for name, form in forms.items() if form.precision == "fp32"), None)
+        if exact is None:
+            return next(iter(forms)), "each form takes a task below its max_drop"
         return exact, "in every precision a task is below its max_drop; fp32 loses nothing more"
-    if len(passing) == 1:
-        return next(iter(passing)), "the only precision that keeps every task within its max_drop"
-    if judge:
+    if len(passing) == 1 and len(forms) > 1:
+        return next(iter(passing)), "the only one that keeps every task within its max_drop"
+    if costs and judge:
         said = ", ".join(f"{name} {cost:.3g} {judge.unit}" for name, cost in costs.items())
         return min(costs, key=lambda name: costs[name]), f"{judge.how}: {said}"
+    if judge:
+        return next(iter(passing)), "the only one that can be made"
     # TensorRT's fp16 is no slower than its fp32; a CPU's has to be measured.
     low = target.accelerator == "gpu"
     wanted = "fp16" if low else "fp32"
     chosen = next((n for n, f in passing.items() if f.precision == wanted), next(iter(passing)))
     advice = "" if low else "; build with --device ssh://… to measure, or emulated to count"
-    return chosen, (
-        f"this machine is no {target.name}: int8 is not chosen without measuring it{advice}"
-    )
+    return chosen, f"this machine is no {target.name}, and nothing was measured{advice}"
 
 
 def _medians(job: Job, forms: Forms, target: Target, protocol: Protocol | None) -> dict[str, float]:

@@ -47,7 +47,7 @@ from secateur.flow.cache import StageCache
 from secateur.flow.engine import check_fits
 from secateur.flow.measure import memory_record
 from secateur.flow.recipe import Recipe
-from secateur.flow.second_opinion import engine_of, second_opinion, trtexec_order
+from secateur.flow.second_opinion import asked_opinion, engine_of, trtexec_order
 from secateur.flow.verify import VerifyResult, check_parity, judged, own_image
 from secateur.flow.watch import Watch, begin_watch, end_watch
 from secateur.lower import Parity
@@ -196,7 +196,7 @@ def bench_on_device(
         told = board.latency(used, how, watch)
         state, energy = end_watch(watch, board.connection, told.phases)
         swept = _swept(board, told, how) if sweep else None
-        opinion = second_opinion(board.bundle, board.manifest, folder) if trtexec else None
+        opinion = asked_opinion(board.bundle, board.manifest, folder) if trtexec else None
     manifest = board.manifest
     record = {
         "device": board.name,
@@ -276,7 +276,8 @@ def _latencies(told: ToldLatency) -> dict[str, Latency]:
 
 
 def _offline(told: ToldLatency) -> Offline:
-    return offline(np.array(told.offline_ms), told.offline_batch)
+    lowered = throttled(told.throttling_after, told.throttling_offline)
+    return offline(np.array(told.offline_ms), told.offline_batch, lowered)
 
 
 def _swept(board: Board, told: ToldLatency, protocol: Protocol) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from secateur.core.task import Task
 from secateur.flow.job import Job
 from secateur.flow.predict import predictor
 from secateur.lower.ncnn import weights_file
-from secateur.runtimes.base import Session
+from secateur.runtimes.base import Session, runtime_of
 
 
 def torch_scores(job: Job, model: MultiTaskModel, title: str) -> Scores:
@@ -42,11 +42,11 @@ def session_scores(job: Job, session: Session, model: Path, title: str) -> Score
     )  # fmt: skip
 
 
-def _digest(model: Path) -> str | list[str]:
-    """Return what tells the bytes of an ONNX file, or of ncnn's two."""
+def _digest(model: Path) -> list[str]:
+    """Return what tells the bytes of an ONNX file, or of ncnn's two, and what runs them here."""
     if model.suffix == ".onnx":
-        return file_sha256(model)
-    return [file_sha256(file) for file in (model, weights_file(model))]
+        return [file_sha256(model), runtime_of("onnxruntime").version()]
+    return [*map(file_sha256, (model, weights_file(model))), runtime_of("ncnn").version()]
 
 
 def meaning(task: Task) -> dict[str, Any]:

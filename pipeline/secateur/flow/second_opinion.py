@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from secateur.bundle.manifest import Manifest
-from secateur.core.errors import BuildError, DeviceError
+from secateur.core.errors import BuildError, ConnectionLost, DeviceError
 from secateur.devices.connection import clean
 from secateur.devices.remote_run import RemoteBundle, Work
 from secateur.devices.trtexec import Exports, Timing, engine_command
@@ -96,8 +96,24 @@ def second_opinion(bundle: RemoteBundle, manifest: Manifest, folder: Path) -> di
     }
 
 
+def asked_opinion(bundle: RemoteBundle, manifest: Manifest, folder: Path) -> dict[str, Any]:
+    """Return the same, or why there is none: what else was measured there is kept.
+
+    Raises:
+        ConnectionLost: calling again resumes.
+    """
+    try:
+        return second_opinion(bundle, manifest, folder)
+    except ConnectionLost:
+        raise
+    except (DeviceError, BuildError) as error:
+        return {"not_available": error.message}
+
+
 def said_of(opinion: Mapping[str, Any]) -> list[str]:
     """Return a second opinion in words."""
+    if "not_available" in opinion:
+        return [f"trtexec: not available: {opinion['not_available']}"]
     summary = opinion["summary"]
     times = [f"{name} {summary[name]['median']:.3g}" for name in ("Latency", "GPU Compute Time")]
     lines = [f"trtexec: median {', '.join(times)} ms; {summary['Throughput']:.4g} qps"]

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from secateur.core.errors import DeviceError
 from secateur.devices.emulated import EMULATED
 from secateur.devices.remote_job import Tell
 from secateur.devices.target import load_target
-from secateur.devices.userland import find_qemu
 from secateur.flow.emulated_bench import RECORD, bench_emulated
 from secateur.flow.engine import check_device, engine_on_device
-from secateur.flow.ncnn import runtimes_of, target_of
+from secateur.flow.meters import emulated, emulated_cpu
+from secateur.flow.ncnn import AUTO, runtimes_of, target_of
 from secateur.flow.recipe import Recipe
 from secateur.flow.remote import bench_on_device
 
@@ -37,12 +36,12 @@ def check_there(recipe: Recipe, target_name: str, device: str) -> None:
     """
     target = target_of(recipe, target_name)
     if _is_emulated(device):
-        if target.stand_in is None:
-            raise DeviceError(
-                f"no emulated CPU stands in for {target.name}",
-                hint="leave out --device, or give an Arm CPU as the target",
-            )
-        find_qemu()
+        cpu = device.partition(":")[2]
+        emulated_cpu(target, cpu)
+        if recipe.precision.mode == AUTO:  # which counts, after the long work
+            for runtime in runtimes_of(recipe, target):
+                with emulated(target, cpu, runtime) as connection:
+                    connection.check_counting()
         return
     check_device(target, device, runtimes_of(recipe, target), recipe.engine.dla)
 

@@ -4,6 +4,8 @@ pip's ncnn and pnnx come without ncnn2int8 and ncnn2table; what they write is do
 (https://github.com/Tencent/ncnn/wiki/quantized-int8-inference, and the ``load_model`` functions of
 src/layer/convolution.cpp, convolutiondepthwise.cpp, innerproduct.cpp), and written here. Weights
 are symmetric per output channel, what a layer reads symmetric per tensor, both in -127..127.
+ncnn2table gives dense 3x3 weights 6 bits, lest the sums of its Winograd kernels overflow; that
+takes inputs and weights that are all near their ends and of one sign, so here they have 8, too.
 """
 
 from __future__ import annotations
@@ -107,8 +109,7 @@ def observe_inputs(
             extractor = net.create_extractor()
             extractor.input(name, ncnn.Mat(np.ascontiguousarray(image)))
             for blob, statistics in found.items():
-                _, values = extractor.extract(blob)
-                if not statistics.add(np.array(values, np.float32)):
+                if not statistics.add(_computed(extractor, blob)):
                     raise CalibrationError(
                         f"ncnn's blob '{blob}' has values that are no finite numbers",
                         hint="build in fp32 and look at the model with `secateur verify`",
@@ -118,6 +119,16 @@ def observe_inputs(
             "there is no image to calibrate on", hint="check data.train of the recipe"
         )
     return found
+
+
+def _computed(extractor: Any, blob: str) -> NDArray[np.float32]:
+    status, values = extractor.extract(blob)
+    if status != 0:
+        raise BuildError(
+            f"ncnn cannot compute '{blob}' (status {status})",
+            hint="-100 is a lack of memory; else build with runtime: onnxruntime",
+        )
+    return np.array(values, np.float32)
 
 
 def read_scales(
@@ -214,10 +225,9 @@ def layer_macs(model: Path, image: NDArray[np.float32]) -> dict[str, int]:
     found = {}
     for layer in read_layers(model)[1]:
         if layer.kind in _LAYERS:
-            _, made = extractor.extract(layer.blobs[layer.reads])
+            made = _computed(extractor, layer.blobs[layer.reads])
             key, _, _, _, outputs = _LAYERS[layer.kind]
-            values = np.array(made).size
-            found[layer.name] = layer.number(key) * values // layer.number(outputs)
+            found[layer.name] = layer.number(key) * made.size // layer.number(outputs)
     return found
 
 

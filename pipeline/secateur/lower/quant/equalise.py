@@ -31,14 +31,13 @@ LARGEST = 256.0  # factor of a channel, either way
 
 @dataclass(frozen=True)
 class Equalisation:
-    """``scales`` are, per tensor, what each channel is multiplied by; 1 where it has to stay."""
+    """``scales`` are, per tensor, what each channel is multiplied by; 1 where it has to stay.
+
+    ``channels`` is how many change: one that several tensors pass on, or add up, counts once.
+    """
 
     scales: Mapping[str, Floats]
-
-    @property
-    def channels(self) -> int:
-        """How many channels of how many tensors change."""
-        return sum(int((values != 1).sum()) for values in self.scales.values())
+    channels: int
 
 
 def plan_equalisation(model: Path, images: Images) -> Equalisation:
@@ -51,7 +50,7 @@ def plan_equalisation(model: Path, images: Images) -> Equalisation:
     """
     found = ChannelScales(onnx.load(model))
     if not found.places:
-        return Equalisation({})
+        return Equalisation({}, 0)
     large = _activation_shares(model, images, found)
     weight = _weight_shares(found)
     # Readers with a scale per channel of their own (depth-wise) bear any spread.
@@ -61,7 +60,8 @@ def plan_equalisation(model: Path, images: Images) -> Equalisation:
     alive = (large > 0) & (weight > 0)
     chosen = np.where(alive, np.clip(migrated, 1 / LARGEST, LARGEST), 1.0)
     chosen[0] = 1.0
-    return Equalisation({name: chosen[places] for name, places in found.places.items()})
+    scales = {name: chosen[places] for name, places in found.places.items()}
+    return Equalisation(scales, int((chosen != 1).sum()))
 
 
 def apply_equalisation(model: Path, plan: Equalisation, out: Path) -> None:
