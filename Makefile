@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+# Data sets that some tests and examples want; they skip, with a reason, where there are none.
 export SECATEUR_DATA ?= $(abspath ../shared/data)
 
 .PHONY: setup demo test test-all lint bench clean

@@ -38,7 +38,7 @@ def table(suite: dict[str, Any]) -> str:
     build = suite["rows"][0]
     accuracy, before, after = build["accuracy"], build["cost_parent"], build["cost"]
     parent_ms, cut_ms = (build["latency_ms"][k]["median_ms"] for k in ("parent", "cut"))
-    lines = ["", "| | parent, same tasks | cut | |", "|---|---|---|---|"]
+    lines = ["", "| | parent, kept tasks | cut | change |", "|---|---|---|---|"]
     for task, metrics in accuracy["shipped"].items():
         for number, (metric, value) in enumerate(metrics.items()):
             change = f"{accuracy['change_percent'][task]:+.2f} %" if number == 0 else ""
@@ -70,11 +70,12 @@ def fusion_table(suite: dict[str, Any], *, parts: bool = False) -> str:
     cells = {(row["method"], row["keep"]): row for row in suite["rows"]
              if (row["parent"], row["recovery"]) == (parent, recovery)}  # fmt: skip
     ours = ("rule ", "cut, ", "tp_group_taylor, ")
+    shown = ("cut, label-free", "cut, no refit")
     methods = sorted(
         {
             method
             for method, keep in cells
-            if keep < 1 and (parts or method == "cut, label-free" or not method.startswith(ours))
+            if keep < 1 and (parts or method in shown or not method.startswith(ours))
         },
         key=lambda m: -cells[m, 0.3]["delta_t"]["mean"] if (m, 0.3) in cells else 1e9,
     )

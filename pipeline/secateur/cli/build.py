@@ -16,7 +16,6 @@ from rich.table import Table
 from secateur.cli.options import (
     DEFAULT_TARGET,
     CacheOption,
-    DeviceOption,
     JsonOption,
     RecipeArgument,
     TableOption,
@@ -29,14 +28,18 @@ if TYPE_CHECKING:
     from secateur.bundle.manifest import AccuracyIntervals, BudgetRecord, Manifest
     from secateur.flow.build import BuildResult
 
+_TARGETS = f"A target, see `secateur targets` (default: {DEFAULT_TARGET}); may be repeated."
+_DEVICES = (
+    "Where `auto` chooses and the engine is built, or the bundle measured: local, "
+    "ssh://user@host[:port], or emulated[:CPU]."
+)
+
 
 def build(
     recipe: RecipeArgument,
-    target: Annotated[
-        list[str] | None, typer.Option("--target", "-t", help="A target; may be repeated.")
-    ] = None,
+    target: Annotated[list[str] | None, typer.Option("--target", "-t", help=_TARGETS)] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the bundles go.")] = Path("out"),
-    device: DeviceOption = None,
+    device: Annotated[str | None, typer.Option(help=_DEVICES)] = None,
     table: TableOption = None,
     cache: CacheOption = None,
     as_json: JsonOption = False,

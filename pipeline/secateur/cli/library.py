@@ -28,7 +28,10 @@ app = typer.Typer(
 )
 LibraryOption = Annotated[
     Path | None,
-    typer.Option("--library", help="The library's folder (default: $SECATEUR_LIBRARY)."),
+    typer.Option(
+        "--library",
+        help="The library's folder (default: $SECATEUR_LIBRARY, or ~/.local/share/secateur/library).",
+    ),
 ]
 EntryArgument = Annotated[
     str, typer.Argument(help="An entry's id, or its beginning.", show_default=False)

@@ -16,7 +16,10 @@ TargetOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, no progress.")]
 CacheOption = Annotated[
     Path | None,
-    typer.Option("--cache", help="Folder of finished stages (default: $SECATEUR_CACHE)."),
+    typer.Option(
+        "--cache",
+        help="Folder of finished stages (default: $SECATEUR_CACHE, or ~/.cache/secateur).",
+    ),
 ]
 TableOption = Annotated[
     Path | None,
@@ -26,7 +29,7 @@ TableOption = Annotated[
 ]
 DeviceOption = Annotated[
     str | None,
-    typer.Option(help="A device: local, or ssh://[user@]host[:port][?python=/path/to/python3]."),
+    typer.Option(help="A device: local, or ssh://user@host[:port][?python=/path/to/python3]."),
 ]
 DEFAULT_TARGET = "x86-64-cpu"
 

@@ -25,7 +25,7 @@ def profile(
     recipe: RecipeArgument,
     target: TargetOption = DEFAULT_TARGET,
     device: Annotated[
-        str, typer.Option(help="Where: local, ssh://[user@]host[:port], or emulated[:CPU].")
+        str, typer.Option(help="Where: local, ssh://user@host[:port], or emulated[:CPU].")
     ] = "local",
     out: Annotated[
         Path | None,

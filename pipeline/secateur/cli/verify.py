@@ -19,7 +19,7 @@ from secateur.core.progress import shown
 if TYPE_CHECKING:
     from secateur.flow.verify import VerifyResult
 
-_DEVICES = "local, ssh://[user@]host[:port][?python=…], or emulated[:CPU]"
+_DEVICES = "local, ssh://user@host[:port][?python=…], or emulated[:CPU]"
 BundleArgument = Annotated[
     Path, typer.Argument(help="The bundle's folder, out/<device>/<precision>.", show_default=False)
 ]
@@ -27,7 +27,10 @@ BundleArgument = Annotated[
 
 def verify(
     bundle: BundleArgument,
-    limit: Annotated[int | None, typer.Option(min=1, help="Evaluate only so many images.")] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="Evaluate only so many images (default: all; emulated: 16)."),
+    ] = None,
     device: Annotated[str, typer.Option(help=f"Where to run it: {_DEVICES}.")] = "local",
     cpu: Annotated[
         list[str] | None, typer.Option(help="An emulated CPU model; may be given again.")

@@ -23,6 +23,8 @@ def connect(device: str) -> PipedConnection:
         return SshConnection(parse_address(device))
     hint = "give local, or ssh://[user@]host[:port]"
     if device.partition(":")[0] == EMULATED:
-        raise DeviceError("an emulated device runs bundles and nothing else",
-                          hint=f"{hint}; `secateur verify` and `bench` take emulated")  # fmt: skip
+        raise DeviceError(
+            "an emulated device runs bundles and nothing else",
+            hint=f"{hint}; `secateur build`, `verify`, `bench` and `profile` take emulated",
+        )
     raise DeviceError(f"'{device}' is no device", hint=hint)

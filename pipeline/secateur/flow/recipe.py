@@ -340,10 +340,10 @@ def _recipe_error(error: ValidationError, path: Path, root: yaml.Node | None) ->
     where = f"{path}, line {line}" if line else str(path)
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "missing":
-        return RecipeError(f"{where}: key '{key}' is missing", hint="add it; see examples/")
+        return RecipeError(f"{where}: key '{key}' is missing", hint="add it; see docs/recipe.md")
     if first["type"] == "extra_forbidden":
         return RecipeError(
-            f"{where}: key '{key}' is not known", hint="check its spelling; see examples/"
+            f"{where}: key '{key}' is not known", hint="check its spelling; see docs/recipe.md"
         )
     got = f", got {first['input']!r}" if key and not isinstance(first["input"], dict) else ""
     prefix = f"{key}: " if key else ""
