@@ -30,7 +30,7 @@ LibraryOption = Annotated[
     Path | None,
     typer.Option(
         "--library",
-        help="The library's folder (default: $SECATEUR_LIBRARY, or ~/.local/share/secateur/library).",
+        help="Its folder (default: $SECATEUR_LIBRARY, or ~/.local/share/secateur/library).",
     ),
 ]
 EntryArgument = Annotated[
