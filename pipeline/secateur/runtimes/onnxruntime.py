@@ -25,7 +25,7 @@ WARM_UP = 3  # runs that are thrown away
 class OnnxRuntimeSession:
     """One model, a fixed number of intra-op threads, sequential execution."""
 
-    def __init__(self, model: Path, threads: int, as_on_arm: bool) -> None:
+    def __init__(self, model: Path, threads: int, *, as_on_arm: bool = False) -> None:
         options = on_profile.options(threads)
         if as_on_arm:
             options.add_session_config_entry(INT8_ALLOWED, "1")
@@ -56,7 +56,7 @@ def open_session(model: Path, threads: int, *, as_on_arm: bool = False) -> OnnxR
     Raises:
         BundleError: the file is not a model ONNX Runtime can run.
     """
-    return OnnxRuntimeSession(model, threads, as_on_arm)
+    return OnnxRuntimeSession(model, threads, as_on_arm=as_on_arm)
 
 
 def version() -> str:
