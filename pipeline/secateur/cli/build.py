@@ -15,6 +15,7 @@ from rich.table import Table
 
 from secateur.cli.options import (
     DEFAULT_TARGET,
+    DEVICES,
     CacheOption,
     JsonOption,
     RecipeArgument,
@@ -29,10 +30,7 @@ if TYPE_CHECKING:
     from secateur.flow.build import BuildResult
 
 _TARGETS = f"A target, see `secateur targets` (default: {DEFAULT_TARGET}); may be repeated."
-_DEVICES = (
-    "Where `auto` chooses and the engine is built, or the bundle measured: local, "
-    "ssh://user@host[:port], or emulated[:CPU]."
-)
+_DEVICES = f"Where `auto` chooses and the engine is built, or the bundle measured: {DEVICES}."
 
 
 def build(

@@ -32,6 +32,7 @@ DeviceOption = Annotated[
     typer.Option(help="A device: local, or ssh://user@host[:port][?python=/path/to/python3]."),
 ]
 DEFAULT_TARGET = "x86-64-cpu"
+DEVICES = "local, ssh://user@host[:port][?python=…], or emulated[:CPU]"
 
 
 def teller(*, quiet: bool) -> Callable[[str], None]:

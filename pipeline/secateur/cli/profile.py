@@ -12,6 +12,7 @@ from rich.table import Table
 
 from secateur.cli.options import (
     DEFAULT_TARGET,
+    DEVICES,
     CacheOption,
     JsonOption,
     RecipeArgument,
@@ -24,9 +25,7 @@ from secateur.core.progress import shown
 def profile(
     recipe: RecipeArgument,
     target: TargetOption = DEFAULT_TARGET,
-    device: Annotated[
-        str, typer.Option(help="Where: local, ssh://user@host[:port], or emulated[:CPU].")
-    ] = "local",
+    device: Annotated[str, typer.Option(help=f"Where to measure: {DEVICES}.")] = "local",
     out: Annotated[
         Path | None,
         typer.Option(

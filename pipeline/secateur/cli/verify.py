@@ -12,14 +12,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from secateur.cli.options import JsonOption, teller
+from secateur.cli.options import DEVICES, JsonOption, teller
 from secateur.core.errors import DeviceError
 from secateur.core.progress import shown
 
 if TYPE_CHECKING:
     from secateur.flow.verify import VerifyResult
 
-_DEVICES = "local, ssh://user@host[:port][?python=…], or emulated[:CPU]"
 BundleArgument = Annotated[
     Path, typer.Argument(help="The bundle's folder, out/<device>/<precision>.", show_default=False)
 ]
@@ -31,7 +30,7 @@ def verify(
         int | None,
         typer.Option(min=1, help="Evaluate only so many images (default: all; emulated: 16)."),
     ] = None,
-    device: Annotated[str, typer.Option(help=f"Where to run it: {_DEVICES}.")] = "local",
+    device: Annotated[str, typer.Option(help=f"Where to run it: {DEVICES}.")] = "local",
     cpu: Annotated[
         list[str] | None, typer.Option(help="An emulated CPU model; may be given again.")
     ] = None,
@@ -116,7 +115,7 @@ def _verify_emulated(bundle: Path, cpus: Sequence[str], limit: int | None, as_js
 
 def bench(
     bundle: BundleArgument,
-    device: Annotated[str, typer.Option(help=f"Where to measure: {_DEVICES}.")] = "local",
+    device: Annotated[str, typer.Option(help=f"Where to measure: {DEVICES}.")] = "local",
     threads: Annotated[int | None, typer.Option(help="Threads (default: the manifest's).")] = None,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Also with 1, 2, 4 ... threads, up to all cores.")

@@ -38,7 +38,7 @@ def check_there(recipe: Recipe, target_name: str, device: str) -> None:
     if _is_emulated(device):
         cpu = device.partition(":")[2]
         emulated_cpu(target, cpu)
-        if recipe.precision.mode == AUTO:  # which counts, after the long work
+        if AUTO in (recipe.precision.mode, recipe.runtime):  # it counts, after the long work
             for runtime in runtimes_of(recipe, target):
                 with emulated(target, cpu, runtime) as connection:
                     connection.check_counting()
