@@ -20,7 +20,7 @@ import pytest
 from cli_run import run
 from hypothesis import given
 from hypothesis import strategies as st
-from secateur.bench.energy import EnergyProtocol, measure_energy
+from secateur.bench.energy import EnergyProtocol, Round, measure_energy, summarise_energy
 from secateur.cli.verify import energy_line
 from secateur.core.errors import DeviceError
 from secateur.devices.energy import (
@@ -391,3 +391,13 @@ def test_a_figure_is_told_with_its_error_and_what_it_covers() -> None:
         "energy: 12.3 ± 0.43 mJ per inference above idle (standard error of 5 rounds; "
         "powercap (RAPL): package-0, package-0 dram; idle 9.05 W, busy 24.1 W)"
     )
+
+
+def test_a_sensor_that_stands_at_one_power_shows_no_energy() -> None:
+    rest = Spent(joules=9.25, seconds=1.0)
+    work = Spent(joules=9.25 * (1 + 2e-16), seconds=1.0)  # what sums of the same readings differ by
+    found = summarise_energy([Round(rest, work, 5)] * 2, "INA3221", ("VDD_IN",))
+    assert found.per_inference_mj > 0 and found.standard_error_mj == 0
+    assert found.within_noise
+    more = Spent(joules=9.26, seconds=1.0)
+    assert not summarise_energy([Round(rest, more, 5)] * 2, "INA3221", ("VDD_IN",)).within_noise

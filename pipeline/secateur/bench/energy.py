@@ -19,6 +19,7 @@ from secateur.core.progress import track
 from secateur.devices.energy import Meter, Spent
 
 NOISE = 2.0  # standard errors that a figure must be above nothing
+ROUNDING = 1e-9  # share of a power: a steady sensor's readings differ by their sums' rounding alone
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Energy:
     """Millijoules of one inference above idle, and their standard error over the rounds.
 
     ``covers``: what of the machine the meter sees. ``within_noise``: the figure is no more than
-    two standard errors above nothing.
+    two standard errors above nothing, or work takes no more power than idling.
     """
 
     per_inference_mj: float
@@ -99,12 +100,15 @@ def summarise_energy(rounds: Sequence[Round], meter: str, covers: tuple[str, ...
         )
     found = np.array([each.per_inference_mj for each in rounds])
     error = float(found.std(ddof=1) / np.sqrt(len(found)))
+    idle_w = float(np.mean([each.idle.watts for each in rounds]))
+    busy_w = float(np.mean([each.busy.watts for each in rounds]))
+    none_seen = busy_w <= (1 + ROUNDING) * idle_w
     return Energy(
         per_inference_mj=float(found.mean()),
         standard_error_mj=error,
-        within_noise=bool(found.mean() <= NOISE * error),
-        idle_w=float(np.mean([each.idle.watts for each in rounds])),
-        busy_w=float(np.mean([each.busy.watts for each in rounds])),
+        within_noise=none_seen or bool(found.mean() <= NOISE * error),
+        idle_w=idle_w,
+        busy_w=busy_w,
         inferences=sum(each.inferences for each in rounds),
         rounds=len(rounds),
         meter=meter,
