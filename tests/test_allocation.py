@@ -119,3 +119,20 @@ def test_the_exact_planner_of_sharp_sums_keeps_the_highest_scores(share: float) 
         return max(float(np.delete(scores[c.name], list(c.kept)).max(initial=0)) for c in plan.cuts)
 
     assert highest_lost(8.0) <= highest_lost(1.0)
+
+
+@pytest.mark.parametrize("floor", [0.5, 0.05])
+def test_a_search_leaves_every_group_its_floor(floor: float) -> None:
+    model = tiny_model()
+    groups = find_groups(model, EXAMPLE)
+    cost = macs_model(model, groups, EXAMPLE)
+    rng = np.random.default_rng(0)
+    scores = {group.name: rng.uniform(0.1, 1, group.width) for group in groups}
+    least = plan_prune(
+        groups, cost, scores, {}, Budget(0.6, 1, floor), criterion="-", fusion="-"
+    ).macs_after / cost.macs([group.width for group in groups])
+    plan = plan_by_search(
+        model, groups, cost, scores, Budget(least, 1, floor), SPEC.example(8, seed=1),
+        Batch(SPEC.example(8, seed=1), {}, ()), SearchSettings(tries=6, floor=floor),
+    )  # fmt: skip
+    assert all(len(cut.kept) >= floor * cut.width for cut in plan.cuts)

@@ -17,6 +17,7 @@ from secateur.core.plan import PrunePlan
 from secateur.core.task import Task
 from secateur.devices.target import load_target
 from secateur.flow import allocation, budgets
+from secateur.flow.blocks import Outline, without_least
 from secateur.flow.cache import StageCache
 from secateur.flow.job import Job, open_job
 from secateur.flow.recipe import load_recipe
@@ -188,6 +189,17 @@ def test_a_block_that_adds_nothing_goes_and_its_channels_stay_with_others(
     assert 0 < plan.lost["depth"] <= 0.7 + 1e-6  # what the block took counts, too
     assert PrunePlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
     assert budgets.plan_within(job, X86).plan == plan  # the same again, from the cache
+    outline = budgets._outlined
+    asked: list[tuple[str, ...]] = []
+    for by in (["x86-64-cpu"], ["x86-64-cpu"], ["raspberry-pi-5"]):
+
+        def outline_of(trial: Job) -> Outline:
+            asked.append(trial.removed)
+            return outline(trial, X86, {})
+
+        before = len(asked)
+        without_least(job, outline_of, by)
+        assert (len(asked) > before) == (by != ["x86-64-cpu"] or before == 0)
 
 
 @pytest.mark.parametrize("mode", ["fp32", "int8"])

@@ -17,7 +17,7 @@ from secateur.bench.profile import OFFSETS
 from secateur.bundle.manifest import Cost
 from secateur.bundle.read import read_bundle
 from secateur.cli.build import budget_line, missed
-from secateur.core.errors import DeviceError, VerifyError
+from secateur.core.errors import DeviceError, PlanError, VerifyError
 from secateur.core.plan import PrunePlan
 from secateur.devices.host import host_facts
 from secateur.devices.latency_table import LatencyTable, Point, Run, save_table
@@ -62,8 +62,9 @@ def flat_table(job: Job, *, kernel: int = 0, host: str = "") -> LatencyTable:
     }
     nodes = len(operators.timed) + operators.bare
     runs = tuple(
-        Run(tuple(kept), (nodes + sum(own[at].microseconds for own in points.values())) / 1000)
+        Run(tuple(kept), took, took)
         for at, kept in enumerate(drawn)
+        for took in [(nodes + sum(own[at].microseconds for own in points.values())) / 1000]
     )
     facts = {"cpu": host or host_facts()["cpu"]}
     return LatencyTable(runtime.version(), 1, facts, points, runs=runs, stairs=stairs(kernel))
@@ -213,6 +214,12 @@ def test_tables_and_budgets_that_do_not_fit_are_one_sentence(tmp_path, monkeypat
             table, points={k: v for k, v in table.points.items() if k != kind}
         ),
         "was measured with 3 threads": replace(table, threads=3),
+        "is of raspberry-pi-4, and the target is x86-64-cpu": replace(
+            table, host={**table.host, "target": "raspberry-pi-4"}
+        ),
+        "is not finished: 12 networks were measured, none to check it by": replace(
+            table, runs=tuple(replace(each, predicted_ms=None) for each in table.runs)
+        ),
     }
     for says, wrong in cases.items():
         save_table(file, wrong)
@@ -233,6 +240,49 @@ def test_plan_says_what_each_budget_comes_to_and_estimates_what_it_cannot_measur
     found = json.loads(said)
     assert found["budgets"]["macs"]["planned"] <= 0.5 and 0 <= found["gap"] < 1
     assert "lacks the peak rate" in found["latency_estimate"]["unknown"]
+
+
+def test_a_table_is_read_though_no_budget_is_planned_by_it(tmp_path, monkeypatch, capsys) -> None:
+    job_with(tmp_path, monkeypatch)
+    code, said = plan(capsys, tmp_path, "--table", tmp_path / "none.json")
+    assert code == 2 and "cannot read the latency table" in said
+
+
+def test_a_size_is_planned_in_the_precision_that_ships(tmp_path, monkeypatch) -> None:
+    plans = {}
+    for mode in ("fp32", "fp16", "int8"):
+        job = job_with(
+            tmp_path, monkeypatch, budget="{size_mb: 0.03}", more=f"precision: {{mode: {mode}}}\n"
+        )
+        plans[mode] = budgets.plan_within(job, X86).plan.macs_after
+    assert plans["fp32"] < plans["fp16"] < plans["int8"]
+
+
+def test_a_model_that_nothing_can_be_cut_of_is_told(tmp_path, monkeypatch, capsys) -> None:
+    job_with(tmp_path, monkeypatch)
+    monkeypatch.setattr("secateur.flow.stages.find_groups", lambda model, example: ())
+    code, said = plan(capsys, tmp_path)
+    assert code == 2 and "no channel of this model can go" in said
+
+
+def test_a_plan_that_fits_stays_though_nothing_fits_the_corrected_table(
+    tmp_path, monkeypatch
+) -> None:
+    job = job_with(tmp_path, monkeypatch, budget="{latency_ms: 0.3}")
+    save_table(tmp_path / "table.json", flat_table(job))
+    made, planned = [], budgets._planned
+
+    def once(*args):
+        if made:
+            raise PlanError("below the least", hint="-")
+        made.append(planned(*args))
+        return made[0]
+
+    monkeypatch.setattr(budgets, "_planned", once)
+    monkeypatch.setattr(budgets, "_measured_share", lambda *args: 0.5)
+    monkeypatch.setattr(budgets, "parent_ms", lambda *args: 0.3)
+    found = budgets.plan_within(job, X86, table_file=tmp_path / "table.json")
+    assert found.plan == made[0].plan and found.budgets["latency_ms"].planned == 0.15
 
 
 def test_a_table_of_another_machine_is_planned_by(tmp_path, monkeypatch, capsys) -> None:

@@ -172,3 +172,12 @@ def test_bisection_stops_when_it_has_asked_enough() -> None:
 def test_without_an_error_nothing_is_blamed() -> None:
     assert bisect_noise(["a", "b"], lambda part: {"seg": 0.0}).culprits == ()
     assert bisect_noise([], lambda part: {"seg": 0.0}).culprits == ()
+
+
+@pytest.mark.parametrize("count", [3, 24, 40, 100])
+def test_an_error_that_lies_evenly_is_that_of_stretches(count: int) -> None:
+    names = [str(number) for number in range(count)]
+    found = bisect_noise(names, lambda part: {"seg": 0.02 * len(part) / count})
+    named = [node for culprit in found.culprits for node in culprit.nodes]
+    assert len(named) == len(set(named)) > count / 2  # a rest of less than LEAST_SHARE is dropped
+    assert sum(culprit.share for culprit in found.culprits) == pytest.approx(len(named) / count)

@@ -122,7 +122,9 @@ def test_a_table_that_does_not_fit_is_refused_in_one_sentence(spoil, message: st
 @pytest.mark.parametrize(
     ("text", "message"),
     [("{", "cannot read"), ('{"schema": 1}', "of version 1, expected 2"),
-     ('{"schema": 2, "entries": [{}]}', "not a whole latency table")],
+     ('{"schema": 2, "entries": [{}]}', "not a whole latency table"),
+     ('{"schema": 2, "entries": [], "runs": [], "stairs": [[4]], "host": {}}', "not a whole"),
+     ('{"schema": 2, "entries": [], "runs": [], "stairs": [], "host": null}', "not a whole")],
 )  # fmt: skip
 def test_a_damaged_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "t.json").write_text(text)
@@ -177,6 +179,12 @@ def test_measuring_finds_steps_and_a_table_right_on_networks_it_never_saw() -> N
         wanted = stairs(*kept) + 0.1 * kept[1] + 7.0
         found = table_estimate(NETWORK.operators, table, kept).ms
         assert 1000 * found == pytest.approx(wanted, rel=0.04)
+
+
+def test_groups_too_narrow_to_show_a_step_say_nothing_of_the_grid() -> None:
+    narrow = replace(NETWORK, full=(24, 48))
+    table = measure_table(narrow, StairTimer(), table_of({}), lambda _: None, Sampling(rounds=2))
+    assert table.stairs == () and table.runs
 
 
 def test_a_stopped_measurement_goes_on_where_it_was(tmp_path: Path) -> None:
@@ -375,6 +383,11 @@ def test_profile_measures_a_recipe_and_says_what_it_found(
     assert summary["points"] == sum(len(points) for points in table.points.values()) > 30
     assert table.runtime == runtime.version() and table.threads == 1
     assert table.precision == precision
+    assert table.host["target"] == "x86-64-cpu"
+    one = recipe.with_name("one.yaml")
+    one.write_text(recipe.read_text().replace("precision:", "keep: [depth]\nprecision:"))
+    code, said, _ = run(capsys, "profile", one, "--out", out, "--json")
+    assert code == 2 and "was measured on another network" in json.loads(said)["error"]
     save_table(out, replace(table, host={**table.host, "cpu": "an abacus"}))
     code, said, _ = run(capsys, "profile", recipe, "--out", out, "--json")
     assert code == 2 and "measured on another cpu (an abacus, now " in json.loads(said)["error"]

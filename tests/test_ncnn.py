@@ -19,6 +19,7 @@ from secateur.bundle.ncnn_run import NCNN_FILES
 from secateur.core.errors import (
     BuildError,
     BundleError,
+    CalibrationError,
     RecipeError,
     RuntimeMissing,
     SecateurError,
@@ -335,6 +336,36 @@ def test_ncnn_makes_of_int8_weights_what_whole_numbers_make_of_them(tmp_path: Pa
     whole = np.rint(weights / steps[:, None]) @ np.rint(image * 127 / 2)
     found = open_session(tmp_path / "q.param", 1).run(image[None])["out"][0]
     assert found == pytest.approx(whole * steps * 2 / 127 + bias, abs=1e-4)
+
+
+@needs_ncnn
+@pytest.mark.parametrize(
+    ("images", "says"),
+    [(np.zeros((4, 4)), "picture 0 is constant"), (np.ones((2, 1)) * np.arange(4), "2 images, 1")],
+)
+def test_ncnn_is_calibrated_on_images_that_say_something(
+    tmp_path: Path, images: np.ndarray, says: str
+) -> None:
+    from secateur.lower.ncnn_int8 import observe_inputs
+
+    (tmp_path / "m.param").write_text(
+        "7767517\n2 2\nInput image 0 1 image\nInnerProduct fc 1 1 image out 0=2 1=1 2=8 31=7\n"
+    )
+    (tmp_path / "m.bin").write_bytes(bytes(4) + bytes(4 * 8) + bytes(8))
+    read = images.astype(np.float32).reshape(-1, 1, 1, 4)
+    with pytest.raises(CalibrationError, match=says):
+        observe_inputs(tmp_path / "m.param", lambda: [read], called=lambda at: f"picture {at}")
+
+
+def test_every_end_of_a_head_is_found(tmp_path: Path) -> None:
+    from secateur.lower.ncnn_int8 import ending_layers
+
+    (tmp_path / "m.param").write_text(
+        "7767517\n5 6\nInput image 0 1 image\nSplit s 1 2 image i0 i1\n"
+        "Convolution a 1 1 i0 left 0=2 1=1 6=6\nConvolution b 1 1 i1 right 0=2 1=1 6=6\n"
+        "BinaryOp sum 2 1 left right depth 0=0\n"
+    )
+    assert ending_layers(tmp_path / "m.param", ["depth"]) == {"a", "b"}
 
 
 @pytest.mark.parametrize(

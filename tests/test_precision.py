@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,14 +18,15 @@ from cli_run import RECIPE, make_project, run
 from conftest import tiny_model
 from safetensors.torch import save_file
 from secateur.bench.latency import Protocol
-from secateur.core.errors import BuildError
+from secateur.core.errors import BuildError, CalibrationError, ModelError, SecateurError
 from secateur.flow.build import build as run_build
 from secateur.flow.cache import StageCache
-from secateur.flow.lowering import Lowering
+from secateur.flow.lowering import Lowering, limits_of
 from secateur.flow.recipe import parse_recipe
 from secateur.flow.trials import noise_power
 from secateur.lower.quant import overflowing, plan_quant
 from secateur.lower.reference import find_disagreements
+from secateur.metrics.delta import Delta
 from secateur.runtimes.base import runtime_of
 
 # A cut that is not trained, so that several builds stay quick.
@@ -152,11 +154,12 @@ def test_auto_takes_the_fastest_that_passes_and_says_why(project: Path) -> None:
     assert choice["left_out"].keys() == {"int8"}
 
 
+@pytest.mark.parametrize("error", [BuildError, CalibrationError])
 def test_auto_goes_on_without_a_form_that_cannot_be_made(
-    project: Path, monkeypatch: pytest.MonkeyPatch
+    project: Path, monkeypatch: pytest.MonkeyPatch, error: type[SecateurError]
 ) -> None:
     def refuse(self: Lowering, source: object) -> None:
-        raise BuildError("no such operator in fp16", hint="-")
+        raise error("no such operator in fp16", hint="-")
 
     monkeypatch.setattr(Lowering, "_to_fp16", refuse)
     recipe = recipe_with("{mode: auto, calibrator: minmax, images: 8}", ", max_drop: 60")
@@ -165,6 +168,26 @@ def test_auto_goes_on_without_a_form_that_cannot_be_made(
     assert choice["left_out"] == {"fp16": "no such operator in fp16"}
     assert choice["why"].endswith("; fp16 was left out: no such operator in fp16")
     assert set(choice["median_ms"]) | set(choice["too_low"]) == {"fp32", "int8"}
+
+
+def test_a_distillation_that_fails_leaves_what_was_found(
+    capsys, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ModelError("the training loss became nan", hint="-")
+
+    monkeypatch.setattr("secateur.flow.lowering.distilled", fail)
+    wanted = "{mode: int8, calibrator: minmax, images: 8, guard: false, distill: {steps: 2}}"
+    folder, manifest = build(project, "failed", recipe_with(wanted))
+    assert manifest["quantisation"]["distilled"]["failed"] == "the training loss became nan"
+    assert run(capsys, "verify", folder)[0] == 0
+
+
+def test_a_task_that_is_too_low_in_fp32_may_lose_one_percent_more() -> None:
+    tasks = [SimpleNamespace(name="a", max_drop=3.0), SimpleNamespace(name="b", max_drop=3.0),
+             SimpleNamespace(name="c", max_drop=None)]  # fmt: skip
+    exact = Delta({"a": -1.0, "b": -7.0, "c": -9.0}, -5.7, "c")
+    assert limits_of(SimpleNamespace(tasks=tasks), exact) == {"a": 3.0, "b": 8.0}
 
 
 def test_where_every_form_takes_too_much_one_ships_all_the_same(project: Path) -> None:

@@ -29,6 +29,7 @@ from secateur.lower.quant import (
     activations,
     calibrate,
     emit,
+    find_units,
     observe,
     onnxruntime_arm,
     onnxruntime_x86,
@@ -605,3 +606,53 @@ def test_tensorrt_builds_every_form(
     }[kind]
     emit(tiny, plan, TENSORRT, tmp_path / "model.onnx")
     assert build(tmp_path, {"batch": [1, 2, 4]}, rtx)["layers"] > 20
+
+
+MASKED = """g (float[N,3,8,8] image) => (float[N,2,8,8] y) {
+    scores = Conv (image, w)
+    masked = Where (mask, scores, low)
+    shares = Softmax <axis=3> (masked)
+    y = Conv (shares, v)
+}"""
+
+
+def test_a_mask_of_minus_infinity_keeps_its_own_nodes_from_int8(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    model = save(
+        MASKED, tmp_path / "model.onnx", w=rng.normal(size=(4, 3, 1, 1)).astype(np.float32),
+        v=rng.normal(size=(2, 4, 1, 1)).astype(np.float32),
+        mask=np.tril(np.ones((8, 8), dtype=bool)), low=np.float32(-np.inf),
+    )  # fmt: skip
+    images = rng.normal(size=(4, 3, 8, 8)).astype(np.float32)
+    found = calibrate(model, lambda: [images], "entropy")
+    assert "masked" not in found.ranges and {"scores", "shares", "y"} <= set(found.ranges)
+    plan = plan_quant(model, found, {})
+    assert plan.precisions["scores"] == plan.precisions["y"] == "int8"
+    path, _ = written(model, plan, X86)
+    assert noise_db(run(model, images)["y"], run(path, images)["y"]) > 25
+
+
+def test_a_tensor_without_a_bound_stays_so_and_nan_is_refused() -> None:
+    statistics = statistics_of(np.array([0.0, 1.0]), np.array([-np.inf, 2.0]), np.array([3.0]))
+    assert not statistics.bounded and statistics.images == 3
+    assert not TensorStatistics.from_state(statistics.state()).bounded
+    for wrong in (np.nan, np.inf):
+        assert not statistics.add(np.array([wrong], dtype=np.float32))
+
+
+def test_products_of_activations_count_with_a_batch_of_one(tmp_path: Path) -> None:
+    model = save(
+        """g (float[N,3,8,8] image) => (float[N,4,4] y) {
+            n = Shape <start=0, end=1> (image)
+            size = Concat <axis=0> (n, rest)
+            q = Reshape (image, size)
+            k = Transpose <perm=[0,2,1]> (q)
+            y = MatMul (q, k)
+        }""",
+        tmp_path / "model.onnx", rest=np.array([4, 48], dtype=np.int64),
+    )  # fmt: skip
+    found = calibrate(
+        model, lambda: [np.random.default_rng(6).normal(size=(2, 3, 8, 8)).astype("f")], "minmax"
+    )
+    (unit,) = (unit for unit in find_units(model, plan_quant(model, found, {})) if unit.macs)
+    assert unit.macs == 4 * 4 * 48

@@ -109,6 +109,16 @@ def test_an_operator_that_it_does_not_know_is_named(tmp_path: Path) -> None:
         Replay(model, plan_quant(model, None, {}, default="fp32"), X86)
 
 
+@pytest.mark.parametrize("node", ["d = Cast <to=11> (image) y = Cast <to=1> (d)"])
+def test_a_type_that_cannot_be_trained_is_told(tmp_path: Path, node: str) -> None:
+    model = save(
+        f"g (float[N,3,32,48] image) => (float[N,3,32,48] y) {{ {node} }}", tmp_path / "model.onnx"
+    )
+    replay = Replay(model, plan_quant(model, None, {}, default="fp32"), X86)
+    with pytest.raises(BuildError, match="type 11 cannot be trained"):
+        replay(torch.zeros(1, 3, 32, 48))
+
+
 OPERATORS = {
     "MaxPool": "y = MaxPool <kernel_shape=[3,3], strides=[2,2], pads=[1,1,1,1]> (image)",
     "AveragePool": "y = AveragePool <kernel_shape=[2,2], strides=[2,2]> (image)",

@@ -201,6 +201,17 @@ def test_what_both_have_is_inherited_and_the_rest_stays() -> None:
     assert result.share == pytest.approx((4 + 2) / (12 + 3))
 
 
+def test_a_bare_parameter_is_inherited_by_its_channels() -> None:
+    whole = np.arange(12.0, dtype=np.float32).reshape(1, 3, 4)  # a position embedding
+
+    def embedding(kept: list[int], offset: float) -> SubNetwork:
+        gone = {*range(4)} - {*kept}
+        return SubNetwork({"net.embed": whole[..., kept] + offset}, {}, {"net.embed": gone})
+
+    found = inherit(embedding([0, 2], 0.0), [embedding([1, 2], 100.0)], [1.0]).weights["net.embed"]
+    np.testing.assert_array_equal(found, whole[..., [0, 2]] + [0, 100])
+
+
 def test_several_donors_are_averaged_where_they_share_a_channel() -> None:
     donors = [part([0, 1], [0, 1, 2], 10.0), part([1, 2], [0, 1, 2], 40.0)]
     result = inherit(part([0, 1, 2, 3], [0, 1, 2]), donors, [0.5, 0.25])

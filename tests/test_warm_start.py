@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from secateur.core.model import model_fingerprint
 from secateur.flow.axes import turn_axes
 from secateur.flow.cache import StageCache
+from secateur.flow.entry import _share_of_macs
 from secateur.flow.inherited import best_start
 from secateur.flow.job import Job, open_job
 from secateur.flow.recipe import parse_recipe
@@ -316,3 +317,23 @@ def test_a_bundle_added_by_hand_states_its_axes(capsys, project: Path, first: En
     library = open_library(project / "by_hand")
     assert code == 0
     assert load_entry(library, json.loads(stdout)["id"]).facts.basis == first.facts.basis
+
+
+def test_refused_neighbours_leave_their_places_to_others(
+    capsys, project: Path, first: Entry
+) -> None:
+    shorter = replace(first.plan, cuts=first.plan.cuts[1:])
+    fewer = {"room": {cut.name: first.scores["room"][cut.name] for cut in shorter.cuts}}
+    odd = replace(stranger(first), plan=shorter, scores=fewer)
+    nearer = [replace(odd, facts=replace(odd.facts, recipe=f"odd {n}")) for n in range(3)]
+    far = {"score_cosine": np.roll(first.sketches["score_cosine"], 1)}
+    line = copied(project, "spare", *nearer, replace(contrary(first), sketches=far))
+    vote = plan(capsys, project, asking(library=line, neighbours=1))["warm_start"]
+    assert not vote["cold"] and len(vote["voters"]) == 1
+    assert sum(vote["refused"].values()) >= 1
+
+
+def test_a_cut_to_another_budget_is_entered_by_what_it_kept(first: Entry) -> None:
+    by_ms = replace(first.plan, budget_macs=first.plan.macs_before)
+    assert _share_of_macs(by_ms) == first.plan.macs_after / first.plan.macs_before < 0.9
+    assert _share_of_macs(first.plan) == first.facts.budget

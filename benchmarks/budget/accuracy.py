@@ -82,11 +82,12 @@ def main() -> None:
     )
     parser.add_argument("--part", choices=("plan", "train"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--planners", nargs="+", choices=PLANNERS, default=PLANNERS)
     options = parser.parse_args()
     with shown():
         race = Race()
         for seed in options.seeds:
-            missing = [p for p in PLANNERS if p not in _planners("plan", seed)]
+            missing = [p for p in options.planners if p not in _planners("plan", seed)]
             if options.part != "train" and missing:
                 for row in race.planned(seed, missing):
                     append_row(CELLS, row)

@@ -87,7 +87,8 @@ def measure_table(
     table = start
     if not table.stairs:
         table = _with_stairs(network, timer, table, sampling.rounds)
-        keep(table)
+        if table.stairs:
+            keep(table)
     for number in track(range(sampling.most), "measuring operators", sampling.most):
         if len(table.runs) > number * sampling.batch:
             continue
@@ -101,6 +102,8 @@ def measure_table(
 def _with_stairs(network: Narrowed, timer: Timer, table: LatencyTable, rounds: int) -> LatencyTable:
     """Add what the network takes a few channels above the middle of every group's range."""
     middles = [full // 2 // BLOCK * BLOCK for full in network.full]
+    if not any(middles):
+        return table  # all groups are too narrow to show a step
     networks = [
         [min(full, low + more) if low else full
          for low, full in zip(middles, network.full, strict=True)]

@@ -211,7 +211,10 @@ def _precision_lines(manifest: Manifest) -> list[str]:
     ready = [f"{found[key]} {what}" for key, what in READY.items() if found.get(key)]
     if ready:
         lines.append(f"for int8  {', '.join(ready)}")
-    if taught := found.get("distilled"):
+    taught = found.get("distilled")
+    if taught and taught.get("failed"):
+        lines.append(f"distilled not at all: {taught['failed']}")
+    elif taught:
         shares = f"{taught['int8_after']:.1%} of the MACs, {taught['int8_before']:.1%} without"
         lines.append(f"distilled {taught['steps']} steps: int8 has {shares}; "
                      f"{'taken' if taught['taken'] else 'not taken'}")  # fmt: skip

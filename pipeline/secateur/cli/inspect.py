@@ -180,18 +180,19 @@ def plan(
     Example: secateur plan examples/scenes.yaml --target x86-64-cpu
     """
     from secateur.core.errors import DeviceError
-    from secateur.devices.target import load_target
     from secateur.flow.axes import turn_axes
     from secateur.flow.budgets import plan_within
     from secateur.flow.cache import StageCache
     from secateur.flow.estimates import estimate_plan
     from secateur.flow.job import open_job
+    from secateur.flow.ncnn import target_of
     from secateur.flow.recipe import load_recipe
     from secateur.flow.sparsity import check_sparse_target, planned_zeros
 
-    profile = load_target(target)
+    loaded = load_recipe(recipe)
+    profile = target_of(loaded, target)
     with shown(quiet=as_json):
-        job = open_job(load_recipe(recipe), StageCache(cache))
+        job = open_job(loaded, StageCache(cache))
         check_sparse_target(job, profile)
         job = turn_axes(job)
         planned = plan_within(job, profile, table_file=table)

@@ -45,19 +45,20 @@ def profile(
     from secateur.bench.profile import spread_of
     from secateur.devices.emulated import EMULATED, asked_cpus
     from secateur.devices.latency_table import channel_grid
-    from secateur.devices.target import load_target
     from secateur.flow.axes import turn_axes
     from secateur.flow.cache import StageCache
     from secateur.flow.job import open_job
     from secateur.flow.latency import profile_job
     from secateur.flow.meters import meter_of
+    from secateur.flow.ncnn import target_of
     from secateur.flow.recipe import load_recipe
 
-    known, cpus = load_target(target), asked_cpus(device, [])
+    loaded, cpus = load_recipe(recipe), asked_cpus(device, [])
+    known = target_of(loaded, target)
     path = out or Path("latency.json" if cpus is None else "instructions.json")
     where = (device, "") if cpus is None else (EMULATED, next(iter(cpus), ""))
     with shown(quiet=as_json):
-        job = turn_axes(open_job(load_recipe(recipe), StageCache(cache)))
+        job = turn_axes(open_job(loaded, StageCache(cache)))
         with meter_of(known, where[0], teller(quiet=as_json), where[1]) as meter:
             table = profile_job(job, known, path, meter)
     spread = spread_of(table)

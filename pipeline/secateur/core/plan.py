@@ -85,3 +85,15 @@ def dropped_indices(
                 if channel not in kept[group.name]:
                     gone.update(places)
     return dropped
+
+
+def dropped_of_parameters(groups: Sequence[ChannelGroup], plan: PrunePlan) -> dict[str, set[int]]:
+    """Return, per parameter outside of such layers, the positions dropped on its last axis."""
+    kept = {cut.name: set(cut.kept) for cut in plan.cuts}
+    dropped: dict[str, set[int]] = {}
+    for group in groups:
+        for name in group.parameters:
+            gone = dropped.setdefault(name, set())
+            gone.update(place for number, place in enumerate(group.channels)
+                        if number not in kept[group.name])  # fmt: skip
+    return dropped

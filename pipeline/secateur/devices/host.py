@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 
 import secateur
+from secateur.devices.probe import parse_cpuinfo
 
 LIBRARIES = ("torch", "timm", "torch-pruning", "onnx", "onnxruntime", "onnxslim", "numpy",
              "opencv-python-headless", "safetensors", "accelerate", "ncnn", "pnnx")  # fmt: skip
@@ -64,11 +65,8 @@ def _clock_mhz() -> float | None:
 
 
 def _cpu_name() -> str:
-    text = _read(Path("/proc/cpuinfo")) or ""
-    for line in text.splitlines():
-        if line.lower().startswith(("model name", "hardware")):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or "unknown"
+    found = parse_cpuinfo(_read(Path("/proc/cpuinfo")) or "")
+    return (found.name if found else None) or platform.processor() or "unknown"
 
 
 def _read(path: Path) -> str | None:

@@ -286,18 +286,25 @@ def load_table(path: Path) -> LatencyTable:
         )
     try:
         points = {
-            _kind(entry["kind"]): tuple(Point(**point) for point in entry["points"])
+            _kind(entry["kind"]): tuple(_point(point) for point in entry["points"])
             for entry in data["entries"]
         }
         runs = tuple(Run(**{**run, "kept": tuple(run["kept"])}) for run in data["runs"])
         stairs = tuple((int(more), float(ms)) for more, ms in data["stairs"])
+        if not isinstance(data["host"], dict):
+            raise TypeError("host is no mapping")
         rest = {k: v for k, v in data.items() if k not in ("schema", "entries", "runs", "stairs")}
         return LatencyTable(points=points, runs=runs, stairs=stairs, **rest)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DeviceError(
             f"{path} is not a whole latency table: {error!r}",
             hint="measure it again with `secateur profile RECIPE`",
         ) from error
+
+
+def _point(data: Mapping[str, Any]) -> Point:
+    return Point(int(data["c_in"]), int(data["c_out"]), float(data["microseconds"]),
+                 float(data.get("spread", 0.0)))  # fmt: skip
 
 
 def _kind(data: Mapping[str, Any]) -> OperatorKind:

@@ -85,7 +85,7 @@ def plan_by_search(
     def judge(counts: Sequence[int]) -> float:
         return loss(groups, planned(counts))
 
-    starts = _starts(groups, cost, fused, budget)
+    starts = _starts(groups, cost, fused, budget, settings.floor)
     grids = [group.step(budget.grid) for group in groups]
     rungs = ladders([fused[group.name] for group in groups], grids, settings.floor)
     found = search_counts(
@@ -100,11 +100,18 @@ def _starts(
     cost: MacsModel,
     fused: Mapping[str, NDArray[np.float64]],
     budget: Budget,
+    least: float,
 ) -> list[list[int]]:
-    """Return the widths of rankings that a budget allows, and of the greatest sums kept."""
+    """Return the widths of rankings that a budget allows, and of the greatest sums kept.
+
+    No group keeps less than the share ``least`` in them.
+    """
     limit = macs_limit(cost, int(budget.macs * cost.macs([group.width for group in groups])))
-    ranked = [replace(budget, floor=floor, balance=balance) for floor, balance in STARTS]
-    held = max(budget.floor, STARTS[-1][0])
+    ways = dict.fromkeys((max(floor, least), balance) for floor, balance in STARTS)
+    if least < STARTS[-1][0]:
+        ways[least, STARTS[-1][1]] = None
+    ranked = [replace(budget, floor=floor, balance=balance) for floor, balance in ways]
+    held = max(budget.floor, least)
     summed = [replace(budget, floor=held, sharpness=power) for power in SUMS]
     starts: list[list[int]] = []
     for way, limits in [*((way, ()) for way in ranked), *((way, (limit,)) for way in summed)]:
@@ -131,23 +138,27 @@ def searched_plan(
     budget: Budget,
     per_task: Mapping[str, Mapping[str, NDArray[np.float64]]],
 ) -> PrunePlan:
-    """Return the searched plan for a recipe, found before or now; ``ranked`` is one of its starts.
+    """Return the searched plan for a recipe, found before or now; ``ranked`` is the plan without.
 
-    Refit and judge draw different training images; labels judge where there are any.
+    Refit and judge draw different training images; labels judge where there are any. A group keeps
+    the recipe's floor; without one the search may go below the ranking's.
     """
+    usual = SearchSettings(wanted.tries)
+    given = job.recipe.prune.floor
+    least = min(usual.floor, budget.floor) if given is None else given
 
     def find() -> Mapping[str, Any]:
         images, judged = _images(job, wanted)
         plan = plan_by_search(
             job.selected, groups, cost, fused, budget, images, judged,
-            SearchSettings(wanted.tries), per_task=per_task,
+            replace(usual, floor=least), per_task=per_task,
             criterion=ranked.criterion, fusion=ranked.fusion,
         )  # fmt: skip
         return plan.to_json()
 
     # two rankings may agree on this plan and differ at other widths
     order = {name: np.argsort(-values, kind="stable").tolist() for name, values in fused.items()}
-    key = (*judge_key(job, wanted), ranked.to_json(), order)
+    key = (*judge_key(job, wanted), ranked.to_json(), order, least)
     return PrunePlan.from_json(job.cache.json("search", key, find))
 
 

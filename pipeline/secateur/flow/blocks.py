@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -44,8 +45,11 @@ class Outline:
 OutlineOf = Callable[[tuple[str, ...]], Outline]
 
 
-def without_least(job: Job, outline_of: Callable[[Job], Outline]) -> Job:
+def without_least(job: Job, outline_of: Callable[[Job], Outline], by: Sequence[Any]) -> Job:
     """Return the job without the blocks whose removal leaves the best cut within its budgets.
+
+    ``by`` is what ``outline_of`` plans by beside the recipe: what was found by other than that is
+    no answer.
 
     Raises:
         PlanError: no removal leaves a network that can be cut to the budgets.
@@ -59,7 +63,9 @@ def without_least(job: Job, outline_of: Callable[[Job], Outline]) -> Job:
         )  # fmt: skip
         return list(removed)
 
-    key = (*judge_key(job, wanted), job.recipe.prune.model_dump(mode="json"), job.recipe.floors())
+    weights = [(task.name, task.weight) for task in job.tasks]
+    key = (*judge_key(job, wanted), job.recipe.prune.model_dump(mode="json"), job.recipe.floors(),
+           weights, list(by))  # fmt: skip
     return replace(job, removed=tuple(job.cache.json("blocks", key, find)))
 
 

@@ -82,13 +82,15 @@ def plan_within(
             table is damaged, has holes or is of another runtime.
     """
     wanted, blocks = job.recipe.prune.budget, job.recipe.prune.blocks
+    tables = _tables(job, target, table_file)
     if set(wanted.given()) == {"macs"} and not blocks:
         planned = plan_job(job, job.grid(target))
         limit = macs_limit(planned.scored.cost, planned.plan.budget_macs)
         return _with_records(job, planned, {"macs": [limit]})
-    tables = _tables(job, target, table_file)
     if blocks:
-        job = without_least(job, lambda trial: _outlined(trial, target, tables))
+        by = [target.name, job.grid(target), timed_precision(job),
+              {key: table.to_json() for key, table in tables.items()}]  # fmt: skip
+        job = without_least(job, lambda trial: _outlined(trial, target, tables), by)
     basis = basis_of(job, target)
     table = tables.get("latency_ms")
     if table is not None and (table_file is None or is_of_this_machine(table, target)):
@@ -105,6 +107,8 @@ def _tables(job: Job, target: Target, table_file: Path | None) -> Tables:
         PlanError: both are wanted, or the file is of the other.
     """
     keys = [key for key in TABLED if key in job.recipe.prune.budget.given()]
+    if table_file is not None and not keys:
+        load_table_of(job, target, table_file)  # nothing is planned by it; it tells the latency
     if len(keys) > 1:
         raise PlanError(
             "prune.budget has latency_ms and instructions, which stands for it",
@@ -144,7 +148,12 @@ def _measured_plan(
     best: tuple[float, Planned] | None = None
     missed = []
     for _ in range(TRIES):
-        planned = _planned(job, target, basis, {"latency_ms": table})
+        try:
+            planned = _planned(job, target, basis, {"latency_ms": table})
+        except PlanError:
+            if best is None:
+                raise
+            break  # by the corrected table nothing fits; what was measured to fit does
         counts = _counts(planned.plan)
         key = _measure_key(job, target, planned.plan)
         measured = partial(_measured_share, job, target, planned, protocol)

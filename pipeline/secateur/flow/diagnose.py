@@ -20,7 +20,7 @@ from secateur.bundle.manifest import Manifest, Metrics
 from secateur.bundle.read import check_files, read_bundle
 from secateur.bundle.runner import preprocess
 from secateur.bundle.write import CHECK_FILE, FP32_FILE, QUANT_FILE
-from secateur.core.errors import BundleError, DataError, RecipeError
+from secateur.core.errors import BundleError, CalibrationError, DataError, RecipeError
 from secateur.core.progress import hidden, track
 from secateur.core.task import Task
 from secateur.data.loading import image_batch, spread
@@ -115,7 +115,10 @@ def diagnose(folder: Path, *, limit: int | None = 128) -> Diagnosis:
         findings += _channel_order(folder, manifest, recipe, reader, limit)
     if manifest.precision != "fp32":
         suspect = _Suspect(folder, manifest, recipe, reader, limit)
-        findings += suspect.overflows()
+        try:
+            findings += suspect.overflows()
+        except CalibrationError as error:  # black frames are no fault of the bundle's
+            skipped.append(f"results beyond fp16: {error.message}")
         costs, evaluations = suspect.culprits()
         findings += costs
     return Diagnosis(
@@ -208,12 +211,17 @@ class _Suspect:
             self.images = image_batch(reader, spread(reader, DISTANCE_IMAGES), spec).numpy()
 
     def overflows(self) -> list[Finding]:
-        """Return the nodes in fp16 whose results are beyond its largest number."""
+        """Return the nodes in fp16 whose results are beyond its largest number.
+
+        Raises:
+            CalibrationError: the images are fewer than two, or say nothing.
+        """
         half = "fp16" in {self.plan.carrier, *self.plan.precisions.values()}
-        if not half or len(self.images) < 2:
+        if not half:
             return []
         seen = observe(self.model, lambda: [self.images]).tensors
-        peaks = {name: max(-found.lowest, found.highest) for name, found in seen.items()}
+        peaks = {name: max(-found.lowest, found.highest)
+                 for name, found in seen.items() if found.bounded}  # fmt: skip
         return [
             Finding("overflow", f"reaches {peak:.3g}, fp16 ends at 65504", nodes=(node,),
                     modules=(self.modules[node],))

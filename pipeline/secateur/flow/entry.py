@@ -46,7 +46,7 @@ def _entry_of_build(job: Job, planned: Planned, cut: Cut, evidence: Evidence) ->
         parent_name=job.recipe.model.factory,
         tasks=tuple(TaskMark(task.name, task.kind, task.classes) for task in job.tasks),
         data=job.train.fingerprint,
-        budget=plan.budget_macs / plan.macs_before,
+        budget=_share_of_macs(plan),
         basis=job.basis,
         accuracy=evidence.accuracy.shipped,
         delta_t=evidence.accuracy.delta_t,
@@ -61,6 +61,13 @@ def _entry_of_build(job: Job, planned: Planned, cut: Cut, evidence: Evidence) ->
         sketch_tasks(job),
         {name: tensor.detach().cpu().numpy() for name, tensor in state.items()},
     )
+
+
+def _share_of_macs(plan: PrunePlan) -> float:
+    """Return the budget in MACs, 0..1; of a plan by another budget what it came to."""
+    if plan.budget_macs < plan.macs_before:
+        return plan.budget_macs / plan.macs_before
+    return plan.macs_after / plan.macs_before
 
 
 def entry_of_bundle(folder: Path) -> Entry:
@@ -87,7 +94,7 @@ def entry_of_bundle(folder: Path) -> Entry:
         parent_name=manifest.parent["factory"],
         tasks=tuple(TaskMark(task.name, task.kind, task.classes) for task in manifest.tasks),
         data=manifest.data["train"],
-        budget=plan.budget_macs / plan.macs_before,
+        budget=_share_of_macs(plan),
         basis=manifest.parent.get("basis", _stated_basis(manifest.recipe)),
         accuracy=manifest.accuracy.shipped,
         delta_t=manifest.accuracy.delta_t,

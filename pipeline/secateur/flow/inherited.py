@@ -10,7 +10,7 @@ import torch
 
 from secateur.core.model import MultiTaskModel, model_fingerprint
 from secateur.core.norms import settle_norms
-from secateur.core.plan import dropped_indices
+from secateur.core.plan import dropped_indices, dropped_of_parameters
 from secateur.data.loading import Subset, batches, has_labels, image_batch, spread
 from secateur.flow.allocation import RelativeLoss
 from secateur.flow.job import Job
@@ -63,7 +63,7 @@ def best_start(
     donors = planned.donors[:1] if wanted == "nearest" else planned.donors
     own = {name: tensor.cpu().numpy() for name, tensor in begun.state_dict().items()}
     result = inherit(
-        SubNetwork(own, dropped_indices(groups, plan)),
+        SubNetwork(own, dropped_indices(groups, plan), dropped_of_parameters(groups, plan)),
         [donor.network for donor in donors],
         [donor.weight for donor in donors],
     )

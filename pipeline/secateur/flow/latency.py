@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 from secateur.bench.profile import Narrowed, measure_table
 from secateur.core.channels import ChannelGroup
 from secateur.core.errors import DeviceError
-from secateur.core.files import file_sha256
+from secateur.core.files import file_sha256, value_digest
 from secateur.core.model import MultiTaskModel
 from secateur.devices.latency_table import LatencyTable, Surface, load_table, save_table
 from secateur.devices.operators import Operators
@@ -27,7 +27,8 @@ from secateur.prune.costs import layer_widths
 from secateur.prune.problem import Limit, PairCost, Term, product
 
 LEAST_SHARE = 0.1  # of a group's channels: what the table reaches down to
-MEASURED_ON = ("cpu", "target", "device")  # of a table's host: what another table is of
+# Of a table's host: what another table is of. Older tables do not name the last two.
+MEASURED_ON, NAMED = ("cpu", "device", "target", "network"), ("target", "network")
 SEEN = 4  # images of noise that int8 ranges are read from
 KEY, COUNT_KEY = "prune.budget.latency_ms", "prune.budget.instructions"
 
@@ -58,7 +59,7 @@ def profile_job(job: Job, target: Target, out: Path, meter: Meter | None = None)
     return measure_table(
         network,
         lambda models, rounds: used.operators(models, places, rounds),
-        replace(_start(used, target, out, precision), scale=1.0),
+        replace(_start(used, target, out, precision, _network_digest(network)), scale=1.0),
         partial(save_table, out),
         used.sampling,
     )
@@ -101,11 +102,17 @@ def _least(width: int, step: int) -> int:
     return min(width, max(1, round(LEAST_SHARE * width / step)) * step)
 
 
-def _start(meter: Meter, target: Target, out: Path, precision: Precision) -> LatencyTable:
+def _network_digest(network: Narrowed) -> str:
+    kinds = [asdict(placed.kind) for placed in network.operators.timed]
+    return value_digest([kinds, network.full, network.steps])
+
+
+def _start(
+    meter: Meter, target: Target, out: Path, precision: Precision, network: str
+) -> LatencyTable:
+    host = {**meter.host, "target": target.name, "network": network}
     if not out.exists():
-        return LatencyTable(
-            meter.runtime, meter.threads, meter.host, {}, precision, unit=meter.unit
-        )
+        return LatencyTable(meter.runtime, meter.threads, host, {}, precision, unit=meter.unit)
     table = load_table(out)
     table.check_runtime(meter.runtime)
     if (table.threads, table.precision, table.unit) != (meter.threads, precision, meter.unit):
@@ -116,8 +123,8 @@ def _start(meter: Meter, target: Target, out: Path, precision: Precision) -> Lat
             hint="give another --out, or remove that file",
         )
     for key in MEASURED_ON:
-        then, now = table.host.get(key), meter.host.get(key)
-        if then != now:
+        then, now = table.host.get(key), host.get(key)
+        if then != now and not (then is None and key in NAMED):
             raise DeviceError(
                 f"{out} was measured on another {key} ({then or 'none'}, now {now or 'none'})",
                 hint="give another --out, or remove that file",

@@ -29,6 +29,10 @@ from secateur.prune.costs import macs_limit, params_limit, size_limit
 from secateur.prune.problem import Limit
 from secateur.runtimes.base import runtime_of
 
+# Of a weight in the file that ships, what stands beside it in int8 (scales, 32-bit biases, Q/DQ
+# nodes) included: 1.13 to 1.17 were found. ``auto`` may ship fp32.
+BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.2}
+
 AIM = 0.98  # of the latency budget: what a plan is made for, so that its measure lies within
 Limits = Mapping[str, Sequence[Limit]]  # by the budget's key in the recipe
 Tables = Mapping[str, LatencyTable]  # by that, too
@@ -90,7 +94,8 @@ def limits_of(job: Job, target: Target, basis: Basis, tables: Tables) -> Limits:
         limits["params"] = [params_limit(job.outline, basis.groups, most)]
     if wanted.size_mb is not None:
         size, most = basis.onnx.stat().st_size, int(1e6 * wanted.size_mb)
-        limits["size_mb"] = [size_limit(job.outline, basis.groups, size, most)]
+        each = BYTES.get(job.recipe.precision.mode, BYTES["fp32"])
+        limits["size_mb"] = [size_limit(job.outline, basis.groups, size, most, each)]
     if wanted.peak_memory_mb is not None:
         limits["peak_memory_mb"] = peak_limits(basis.operators, int(1e6 * wanted.peak_memory_mb))
     for key, table in tables.items():
@@ -127,9 +132,16 @@ def load_table_of(job: Job, target: Target, path: Path) -> LatencyTable:
             hint=f"measure one with `secateur profile RECIPE --target {target.name}`",
         )
     if table.host.get("target", target.name) != target.name:
+        where = "" if table.unit == "ms" else " --device emulated"
         raise DeviceError(
-            f"{path} counts for {table.host['target']}, and the target is {target.name}",
-            hint=f"count with `secateur profile RECIPE --target {target.name} --device emulated`",
+            f"{path} is of {table.host['target']}, and the target is {target.name}",
+            hint=f"make one with `secateur profile RECIPE --target {target.name}{where}`",
+        )
+    if table.runs and not any(run.predicted_ms for run in table.runs):
+        raise DeviceError(
+            f"{path} is not finished: {len(table.runs)} networks were measured, none to check "
+            "it by",
+            hint="run the same `secateur profile` again: it goes on",
         )
     if is_of_this_machine(table, target):
         table.check_runtime(runtime_of(target.runtime).version())

@@ -15,6 +15,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
+from secateur.core.errors import BuildError, ModelError
 from secateur.core.progress import track
 from secateur.devices.target import Target
 from secateur.flow.distilling import distilled
@@ -40,6 +41,8 @@ from secateur.lower.quant import (
 )
 from secateur.metrics.delta import Delta
 from secateur.runtimes.base import runtime_of
+
+MORE = 1.0  # percent that a task may lose beyond fp32's loss, where that is too much already
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,17 @@ class _Found:
         return macs_share(self.source.model, self.plan)["int8"]
 
 
+def limits_of(job: Job, exact: Delta) -> dict[str, float]:
+    """Return the most percent that each guarded task may lose against the parent.
+
+    It is its ``max_drop``; and MORE than what it lost in fp32, the ``exact`` change, where that is
+    too much already.
+    """
+    hopeless = too_low(job, exact)
+    return {t.name: MORE - exact.per_task[t.name] if t.name in hopeless else t.max_drop
+            for t in job.tasks if t.max_drop is not None}  # fmt: skip
+
+
 class Lowering:
     """Makes the forms of one cut for one target; what they share is made once.
 
@@ -140,10 +154,9 @@ class Lowering:
         )
         self.parent = torch_accuracy(job, job.selected, "accuracy of the parent")
         self.fp32 = Lowered("fp32", self.model, self.model, self._change(self.model, "fp32"))
-        # No precision mends what the cut itself lost.
+        # No precision mends what the cut itself lost, but none need lose much more.
         self.hopeless = too_low(job, self.fp32.change)
-        self.limits = {t.name: t.max_drop for t in job.tasks
-                       if t.max_drop is not None and t.name not in self.hopeless}  # fmt: skip
+        self.limits = limits_of(job, self.fp32.change)
 
     def to(self, precision: Precision) -> Lowered:
         """Return the cut in ``precision``, guarded if the recipe says so."""
@@ -188,7 +201,10 @@ class Lowering:
         most = macs_share(found.source.model, taught)["int8"]
         if guarded and found.passed and found.share >= wanted.share * most:
             return found
-        source = distilled(self.job, self.cut, found.source, taught, wanted)
+        try:
+            source = distilled(self.job, self.cut, found.source, taught, wanted)
+        except (BuildError, ModelError) as error:  # what was found without it stands
+            return replace(found, distilled={"steps": 0, "taken": False, "failed": error.message})
         second = self._to_int8(source, correct=False)
         if guarded:
             better = (second.passed, second.share) > (found.passed, found.share)

@@ -11,7 +11,7 @@ from secateur.core.model import MultiTaskModel
 from secateur.devices.host import library_versions
 from secateur.devices.target import Target, load_target
 from secateur.flow.job import Job
-from secateur.flow.lowering import Lowered
+from secateur.flow.lowering import Lowered, limits_of
 from secateur.flow.ncnn_int8 import to_int8
 from secateur.flow.recipe import Recipe
 from secateur.flow.stages import (
@@ -19,7 +19,6 @@ from secateur.flow.stages import (
     change,
     exported,
     session_accuracy,
-    too_low,
     torch_accuracy,
 )
 from secateur.lower.ncnn import WITHOUT, export_ncnn, find_pnnx
@@ -148,12 +147,6 @@ class NcnnLowering:
             metrics = session_accuracy(job, session, path, "accuracy, ncnn int8")
             return change(job, self.parent, metrics)
 
-        exact_change = judge(exact)
-        limits = {
-            task.name: task.max_drop
-            for task in job.tasks
-            if task.max_drop is not None and task.name not in too_low(job, exact_change)
-        }
-        made = to_int8(job, exact, judge, limits)
+        made = to_int8(job, exact, judge, limits_of(job, judge(exact)))
         return Lowered("int8", onnx, onnx, made.change, ncnn=(made.path, exact),
                        ncnn_report=made.report)  # fmt: skip

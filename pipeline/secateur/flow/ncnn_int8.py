@@ -95,10 +95,13 @@ def _scales(job: Job, exact: Path, chosen: Sequence[int]) -> dict[str, float]:
         for start in track(starts, "calibrating for ncnn", len(starts)):
             yield image_batch(job.train, chosen[start : start + AT_ONCE], job.spec).numpy()
 
+    def called(position: int) -> str:
+        return f"training image '{job.train[chosen[position]].id}'"
+
     calibrator = job.recipe.precision.calibrator
 
     def made() -> dict[str, float]:
-        return read_scales(observe_inputs(exact, read), calibrator)
+        return read_scales(observe_inputs(exact, read, called=called), calibrator)
 
     key = (_digest(exact), job.train.fingerprint, asdict(job.spec), list(chosen), calibrator,
            ncnn.version())  # fmt: skip

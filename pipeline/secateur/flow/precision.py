@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from secateur.bench.latency import Protocol, measure
-from secateur.core.errors import BuildError, RecipeError, SecateurError
+from secateur.core.errors import DeviceError, RecipeError, SecateurError
 from secateur.data.loading import image_batch
 from secateur.devices.emulated import EMULATED
 from secateur.devices.isa import int8_form
@@ -98,7 +98,8 @@ def _made(
     """Return the forms to choose from, and why others are none of them.
 
     Raises:
-        BuildError, RecipeError: not one can be made.
+        DeviceError: a device failed, not a form.
+        SecateurError: not one can be made.
     """
     forms: dict[str, Lowered] = {}
     left_out: dict[str, str] = {}
@@ -111,7 +112,9 @@ def _made(
         for precision in precisions:
             try:
                 forms[prefix + precision] = lowering.to(precision)
-            except (BuildError, RecipeError) as error:
+            except DeviceError:
+                raise
+            except SecateurError as error:
                 left_out[prefix + precision], refused = error.message, error
     if refused and not forms:
         raise refused

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -74,7 +74,10 @@ class Source:
 
         key = (file_sha256(self.model), job.train.fingerprint, asdict(job.spec), chosen)
         state = job.cache.folder("calibration", *key) / "statistics.npz"
-        return observe(self.model, read, state=state)
+        return observe(self.model, read, state=state, called=self._called)
+
+    def _called(self, position: int) -> str:
+        return f"training image '{self.job.train[self.chosen[position]].id}'"
 
     def table(self, calibrator: Calibrator) -> CalibrationTable:
         """Return the ranges that ``calibrator`` makes of the statistics."""
@@ -82,18 +85,24 @@ class Source:
 
     @cached_property
     def few_images(self) -> Images:
-        """Some of the chosen images, (N, C, H, W)."""
-        return image_batch(self.job.train, self.chosen[:FEW_IMAGES], self.job.spec).numpy()
+        """Some of the chosen images, (N, C, H, W), from all over the data set: it may be sorted."""
+        return image_batch(self.job.train, _spread(self.chosen, FEW_IMAGES), self.job.spec).numpy()
 
     @property
     def distance_images(self) -> Images:
-        """The first of them, which distances from fp32 are measured on."""
-        return self.few_images[:DISTANCE_IMAGES]
+        """Some of them, which distances from fp32 are measured on."""
+        return self.few_images[list(_spread(range(len(self.few_images)), DISTANCE_IMAGES))]
 
     def with_model(self, model: Path) -> Source:
         """Return the same for other weights in the same graph, under the same ranges."""
         given = self.statistics.for_model(file_sha256(model))
         return replace(self, trials=replace(self.trials, model=model), given=given)
+
+
+def _spread(places: Sequence[int], count: int) -> Sequence[int]:
+    """Return ``count`` of ``places``, evenly from the first to the last."""
+    steps = np.linspace(0, len(places) - 1, min(count, len(places))).round()
+    return [places[int(step)] for step in steps]
 
 
 def fresh_source(job: Job, trials: Trials) -> Source:

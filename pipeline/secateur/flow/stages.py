@@ -14,7 +14,7 @@ from torch import Tensor
 
 from secateur.compensate import RefitSettings, refit, views
 from secateur.core.channels import ChannelGroup
-from secateur.core.errors import BuildError, RecipeError
+from secateur.core.errors import BuildError, PlanError, RecipeError
 from secateur.core.model import ModelInput, MultiTaskModel, evaluating, model_fingerprint
 from secateur.core.plan import PrunePlan
 from secateur.core.task import Task
@@ -166,6 +166,12 @@ def score_channels(job: Job, grid: int) -> Scored:
     bank = score_bank(job, [task.name for task in job.tasks])
     parent_groups = find_groups(job.scored, job.example)
     groups = find_groups(job.outline, job.example)
+    if not groups:
+        raise PlanError(
+            "no channel of this model can go: every one is in a layer or an operator that the "
+            "dependency graph cannot follow, or fixed by an output",
+            hint="convolutions and linear layers can be cut; `secateur inspect RECIPE` shows which",
+        )
     per_task = {name: scores_for(groups, parent_groups, scores) for name, scores in bank.items()}
     agree = None
     if wanted.fusion in NEEDS_AGREEMENT:

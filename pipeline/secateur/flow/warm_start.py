@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from secateur.bundle.manifest import BudgetRecord
 from secateur.core.channels import ChannelGroup
 from secateur.core.errors import SecateurError
-from secateur.core.plan import PrunePlan, dropped_indices
+from secateur.core.plan import PrunePlan, dropped_indices, dropped_of_parameters
 from secateur.flow.job import Job
 from secateur.flow.sketches import sketch_tasks
 from secateur.flow.stages import Scored, plan_scored, score_channels, scores_for
@@ -39,6 +39,8 @@ from secateur.vote.inherit import SubNetwork
 from secateur.vote.library import Library, find_entries, load_entry, open_library
 from secateur.vote.nearest import Nearest, Neighbour, Refused, nearest
 from secateur.vote.similarity.measure import measure_of
+
+SPARE = 8  # entries looked at per neighbour wanted: some cannot be used
 
 BUDGET_FACTOR = 2.0  # cuts to between half and twice the new budget may vote
 
@@ -168,7 +170,7 @@ def _nearest(job: Job, library: Library) -> Nearest:
     if wanted.similarity == "cka":  # compares features of the same images
         strangers = {each.id for each in of_parent if each.facts.data != job.train.fingerprint}
     found = nearest(
-        library, sketch_tasks(job), job.parent_key, wanted.similarity, wanted.neighbours,
+        library, sketch_tasks(job), job.parent_key, wanted.similarity, SPARE * wanted.neighbours,
         basis=job.basis, budget=window, skip=own | strangers,
     )  # fmt: skip
     others = tuple(Refused(each, "its features are of other images") for each in strangers - own)
@@ -178,11 +180,13 @@ def _nearest(job: Job, library: Library) -> Nearest:
 def _witnesses(
     job: Job, library: Library, groups: Sequence[ChannelGroup], found: Nearest
 ) -> tuple[list[_Witness], dict[str, int]]:
-    """Return the neighbours that can be used, and how many entries could not, by the reason."""
+    """Return the nearest that can be used, and how many entries could not, by the reason."""
     refused = Counter(each.why for each in found.refused)
     of_tasks: dict[tuple[str, ...], tuple[ChannelGroup, ...]] = {}
-    witnesses = []
+    witnesses: list[_Witness] = []
     for neighbour in found.neighbours:
+        if len(witnesses) == job.recipe.prune.neighbours:
+            break
         names = tuple(sorted(neighbour.facts.task_names))
         try:
             if neighbour.similarity <= 0:
@@ -268,7 +272,11 @@ def _donors(witnesses: Sequence[_Witness], weights: NDArray[np.float64]) -> tupl
     return tuple(
         Donor(
             each.neighbour.id,
-            SubNetwork(each.entry.weights, dropped_indices(each.groups, each.entry.plan)),
+            SubNetwork(
+                each.entry.weights,
+                dropped_indices(each.groups, each.entry.plan),
+                dropped_of_parameters(each.groups, each.entry.plan),
+            ),
             float(weight),
         )
         for each, weight in zip(witnesses, weights, strict=True)

@@ -21,6 +21,12 @@ from numpy.typing import NDArray
 from secateur.core.errors import BuildError, CalibrationError
 from secateur.core.files import atomic_path, write_text
 from secateur.lower.ncnn import weights_file
+from secateur.lower.quant.activations import (
+    Called,
+    by_position,
+    check_different,
+    image_digest,
+)
 from secateur.lower.quant.calibrators import Calibrator, calibrated_range
 from secateur.lower.quant.statistics import TensorStatistics
 
@@ -85,14 +91,15 @@ def read_layers(path: Path) -> tuple[list[str], list[Layer]]:
 
 
 def observe_inputs(
-    model: Path, read: Callable[[], Iterable[Images]]
+    model: Path, read: Callable[[], Iterable[Images]], *, called: Called = by_position
 ) -> dict[str, TensorStatistics]:
     """Return the statistics of every blob that a layer with int8 kernels reads, of fp32 ``model``.
 
-    ``read`` gives (N, C, H, W) network inputs.
+    ``read`` gives (N, C, H, W) network inputs. Errors name an image as it is ``called``.
 
     Raises:
-        CalibrationError: there is no image, or a layer reads values that are not finite.
+        CalibrationError: there are fewer than two different images, an image is constant or not
+            finite, or a layer reads values that are not finite.
     """
     import ncnn
 
@@ -104,20 +111,20 @@ def observe_inputs(
     _, layers = read_layers(model)
     (name,) = net.input_names()
     found = {layer.input: TensorStatistics() for layer in layers if layer.kind in _LAYERS}
+    digests: list[str] = []
     for images in read():
         for image in images:
+            name_of_image = called(len(digests))
+            digests.append(image_digest(image[None], name_of_image))
             extractor = net.create_extractor()
             extractor.input(name, ncnn.Mat(np.ascontiguousarray(image)))
             for blob, statistics in found.items():
-                if not statistics.add(_computed(extractor, blob)):
+                if not statistics.add(_computed(extractor, blob)) or not statistics.bounded:
                     raise CalibrationError(
-                        f"ncnn's blob '{blob}' has values that are no finite numbers",
+                        f"ncnn's blob '{blob}' is NaN or infinite on {name_of_image}",
                         hint="build in fp32 and look at the model with `secateur verify`",
                     )
-    if any(statistics.images == 0 for statistics in found.values()):
-        raise CalibrationError(
-            "there is no image to calibrate on", hint="check data.train of the recipe"
-        )
+    check_different(len(digests), set(digests))
     return found
 
 
@@ -235,11 +242,15 @@ def ending_layers(model: Path, outputs: Sequence[str]) -> frozenset[str]:
     """Return the layers that make the outputs, or what is only moved or resized into them."""
     _, layers = read_layers(model)
     makers = {blob: layer for layer in layers for blob in layer.blobs[layer.reads :]}
-    found = set()
-    for name in outputs:
-        layer = makers.get(name)
-        while layer is not None and layer.kind not in _LAYERS:
-            layer = makers.get(layer.input) if layer.reads else None
-        if layer is not None:
+    found, seen, waiting = set(), set(outputs), list(outputs)
+    while waiting:
+        layer = makers.get(waiting.pop())
+        if layer is None:
+            continue
+        if layer.kind in _LAYERS:
             found.add(layer.name)
+            continue
+        read = [blob for blob in layer.blobs[: layer.reads] if blob not in seen]
+        seen.update(read)
+        waiting += read
     return frozenset(found)

@@ -125,11 +125,12 @@ def size_limit(
 ) -> Limit:
     """Return the limit on the file's bytes: weights at that size, and what the parent has beside.
 
-    Exact up to batch norms, which the export folds away.
+    ``parent_bytes`` are of the fp32 file. Exact in fp32, up to batch norms, which the export folds
+    away.
     """
     params = params_limit(model, groups, 0)
     full = [group.width for group in groups]
-    beside = parent_bytes - bytes_per_weight * (params.total(full) - params.constant)
+    beside = parent_bytes - 4 * params.total(full) + bytes_per_weight * params.constant
     terms = tuple(
         Term(term.first, term.second, _scaled(term, bytes_per_weight)) for term in params.terms
     )

@@ -161,7 +161,8 @@ class _Run:
         values = [float(loss.detach()) for loss in (*losses.values(), extra)]
         if not math.isfinite(sum(values)):
             raise ModelError(
-                f"the training loss became {sum(values)}", hint="lower recover.learning_rate"
+                f"the training loss became {sum(values)}",
+                hint="lower the learning rate: recover.learning_rate, or precision.distill's",
             )
         self.optimizer.zero_grad()
         self.balance.backward(losses, shared, parameters, self.accelerator.backward)

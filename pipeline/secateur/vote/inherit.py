@@ -7,7 +7,7 @@ arrays; where a tensor's rows and columns lie in the parent says which numbers m
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,11 +25,21 @@ class SubNetwork:
     """A cut's ``weights`` by state name, and what it lacks of its parent.
 
     ``gone`` are, per layer and axis, the parent's positions that the cut dropped
-    (``core.plan.dropped_indices``).
+    (``core.plan.dropped_indices``); ``bare`` are, per parameter that no layer of a known kind
+    holds, those of its last axis (``core.plan.dropped_of_parameters``).
     """
 
     weights: Mapping[str, Array]
     gone: Mapping[tuple[str, Axis], Collection[int]]
+    bare: Mapping[str, Collection[int]] = field(default_factory=dict)
+
+    def lacks(self, name: str, axis: int) -> Collection[int]:
+        """Return the parent's positions that are not there on one axis of a weight."""
+        if name in self.bare:
+            last = self.weights[name].ndim - 1
+            return self.bare[name] if axis == last else ()
+        layer = name.rpartition(".")[0]
+        return self.gone.get((layer, AXES[axis]), ()) if axis < len(AXES) else ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,12 +128,10 @@ def _shared_places(
     own, theirs = start.weights[name], donor.weights.get(name)
     if theirs is None or not _is_weight(own) or theirs.ndim != own.ndim:
         return None
-    layer = name.rpartition(".")[0]
     mine_at, theirs_at = [], []
     for axis, (width, other) in enumerate(zip(own.shape, theirs.shape, strict=True)):
-        key = (layer, AXES[axis]) if axis < len(AXES) else None
-        kept = _kept(width, start.gone.get(key, ()) if key else ())
-        given = _kept(other, donor.gone.get(key, ()) if key else ())
+        kept = _kept(width, start.lacks(name, axis))
+        given = _kept(other, donor.lacks(name, axis))
         if kept is None or given is None or len(kept[1]) != len(given[1]):
             return None
         _, at, there = np.intersect1d(kept[0], given[0], return_indices=True)

@@ -25,6 +25,12 @@ SAVE_EVERY = 64  # images between two saved states
 
 Images = NDArray[np.float32]
 ReadImages = Callable[[], Iterable[Images]]
+Called = Callable[[int], str]  # what the user knows the image at a position as
+
+
+def by_position(position: int) -> str:
+    """Call an image by its place among those that were read."""
+    return f"calibration image {position}"
 
 
 class ActivationStatistics:
@@ -77,26 +83,28 @@ class ActivationStatistics:
         return found
 
 
-def observe(model: Path, read: ReadImages, *, state: Path | None = None) -> ActivationStatistics:
+def observe(
+    model: Path, read: ReadImages, *, state: Path | None = None, called: Called = by_position
+) -> ActivationStatistics:
     """Return the statistics of every float activation of ``model``.
 
     ``read`` starts to read the images: batches of any size, (N, C, H, W), as the network takes
     them. One image runs at a time: memory is that of one image's activations. With ``state``
     statistics are saved every SAVE_EVERY images and at the end; a later call with the same model
     and images goes on from there (it reads what was counted, to know that it is the same, but does
-    not run it).
+    not run it). Errors name an image as it is ``called``.
 
     Raises:
         CalibrationError: there are fewer than two different images, an image is constant or not
-            finite, the model cannot run them, or an activation is not finite.
+            finite, the model cannot run them, or an activation is NaN or +infinite.
     """
-    probe = _Probe(model)
+    probe = _Probe(model, called=called)
     fresh = ActivationStatistics(file_sha256(model), probe.results)
-    statistics = _continued(fresh, read, state)
+    statistics = _continued(fresh, read, state, called)
     done = statistics.images
     digest, different = "", set()
     for position, image in enumerate(_single_images(read())):
-        own = _image_digest(image, position)
+        own = image_digest(image, called(position))
         different.add(own)
         digest = _chained(digest, own)
         if position < done:
@@ -105,19 +113,14 @@ def observe(model: Path, read: ReadImages, *, state: Path | None = None) -> Acti
         statistics.images, statistics.images_digest = position + 1, digest
         if state is not None and (position + 1) % SAVE_EVERY == 0:
             statistics.save(state)
-    if len(different) < 2:
-        raise CalibrationError(
-            f"calibration read {statistics.images} images, {len(different)} of them different; "
-            "one image says nothing about the range of others",
-            hint="give at least 32 different images of what the model will see",
-        )
+    check_different(statistics.images, different)
     if state is not None and statistics.images > done:
         statistics.save(state)
     return statistics
 
 
 def _continued(
-    fresh: ActivationStatistics, read: ReadImages, state: Path | None
+    fresh: ActivationStatistics, read: ReadImages, state: Path | None, called: Called
 ) -> ActivationStatistics:
     """Return what an earlier run counted of the same model and images, else ``fresh``."""
     earlier = ActivationStatistics.load(state) if state is not None else None
@@ -125,7 +128,7 @@ def _continued(
         return fresh
     digest = ""
     for position, image in enumerate(islice(_single_images(read()), earlier.images)):
-        digest = _chained(digest, _image_digest(image, position))
+        digest = _chained(digest, image_digest(image, called(position)))
     return earlier if digest == earlier.images_digest else fresh
 
 
@@ -136,31 +139,44 @@ def _single_images(batches: Iterable[Images]) -> Iterator[Images]:
             yield np.ascontiguousarray(batch[position : position + 1], dtype=np.float32)
 
 
-def _image_digest(image: Images, position: int) -> str:
-    """Return the digest of one image, which must be fit to calibrate on.
+def image_digest(image: Images, called: str) -> str:
+    """Return the digest of one image (1, C, H, W), which must be fit to calibrate on.
 
     Raises:
         CalibrationError: it is not.
     """
     if image.ndim != 4:
         raise CalibrationError(
-            f"calibration image {position} has shape {image.shape[1:]}, expected (C, H, W)",
+            f"{called} has shape {image.shape[1:]}, expected (C, H, W)",
             hint="give batches of shape (N, C, H, W)",
         )
     if not np.isfinite(image).all():
         raise CalibrationError(
-            f"calibration image {position} has {int((~np.isfinite(image)).sum())} NaN or infinite "
+            f"{called} has {int((~np.isfinite(image)).sum())} NaN or infinite "
             f"values of {image.size}",
             hint="check its file and the preprocessing (mean, std, division by zero)",
         )
     flat = image.reshape(image.shape[1], -1)
     if (flat.min(axis=1) == flat.max(axis=1)).all():
         raise CalibrationError(
-            f"calibration image {position} is constant: every pixel is "
-            f"{np.array2string(flat[:, 0], precision=3)}",
+            f"{called} is constant: every pixel is {np.array2string(flat[:, 0], precision=3)}",
             hint="leave it out: a black frame or a reader that failed says nothing about ranges",
         )
     return hashlib.sha256(f"{image.shape}".encode() + image.tobytes()).hexdigest()
+
+
+def check_different(images: int, digests: Collection[str]) -> None:
+    """Raise when so many images were read and all are the same one.
+
+    Raises:
+        CalibrationError: they are, or there was none.
+    """
+    if len(digests) < 2:
+        raise CalibrationError(
+            f"calibration read {images} images, {len(digests)} of them different; "
+            "one image says nothing about the range of others",
+            hint="give at least 32 different images of what the model will see",
+        )
 
 
 def _chained(digest: str, own: str) -> str:
@@ -174,7 +190,10 @@ class _Probe:
     in one order.
     """
 
-    def __init__(self, model: Path, wanted: Collection[str] | None = None) -> None:
+    def __init__(
+        self, model: Path, wanted: Collection[str] | None = None, called: Called = by_position
+    ) -> None:
+        self.called = called
         graph_model = onnx.load(model)
         self.results = Graph(graph_model).results()
         outputs = {value.name for value in graph_model.graph.output}
@@ -208,7 +227,7 @@ class _Probe:
         for name, values in self.run(image, position).items():
             if values.size and not tensors.setdefault(name, TensorStatistics()).add(values):
                 raise CalibrationError(
-                    f"activation '{name}' is NaN or infinite on calibration image {position}",
+                    f"activation '{name}' is NaN or +infinite on {self.called(position)}",
                     hint="the fp32 model itself fails there: check its weights and the input",
                 )
 
@@ -219,7 +238,7 @@ class _Probe:
             arrays = self._session.run(self._names, {self._input: image}) if self._names else []
         except Exception as error:  # as above
             raise CalibrationError(
-                f"the model cannot run calibration image {position} of shape {image.shape}: "
+                f"the model cannot run {self.called(position)} of shape {image.shape}: "
                 f"{first_line(error)}",
                 hint="give images of the size that the model was exported for",
             ) from error

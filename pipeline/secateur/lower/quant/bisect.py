@@ -15,7 +15,7 @@ EVALUATIONS = 64
 
 @dataclass(frozen=True)
 class Culprit:
-    """One node, or the nodes of a stretch that was not split further.
+    """One node, or the nodes of a stretch whose error lies evenly or that was not split further.
 
     ``noise`` is each task's error power when they alone are lowered, ``task`` the one with the
     largest ``share`` of what all nodes together cause.
@@ -59,12 +59,17 @@ def bisect_noise(
             found.append(_culprit(nodes[first:last], own, whole))
             continue
         middle = (first + last) // 2
+        asked += 2
+        loud = []
         for part in ((first, middle), (middle, last)):
             heard = noise(nodes[slice(*part)])
-            asked += 1
             share = _culprit(nodes[slice(*part)], heard, whole).share
             if share >= least:
-                heapq.heappush(waiting, (-share, *part, heard))
+                loud.append((-share, *part, heard))
+        for half in loud:
+            heapq.heappush(waiting, half)
+        if not loud:  # the error lies evenly in it, and no part of it is the one to blame
+            found.append(_culprit(nodes[first:last], own, whole))
     return Bisection(tuple(sorted(found, key=lambda c: -c.share)), whole, asked)
 
 

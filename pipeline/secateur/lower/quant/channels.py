@@ -43,7 +43,7 @@ class ChannelScales:
             self._fix(name)
         for node in self.graph.nodes.values():
             self._visit(node)
-        for name in self.graph.outputs:
+        for name in [*self.graph.outputs, *self.graph.captured]:
             self._fix(name)
         roots = np.array([self._find(place) for place in range(len(self._parent))])
         kept, numbers = np.unique(roots, return_inverse=True)

@@ -47,6 +47,9 @@ class Graph:
             for name in node.input:
                 if name:
                     self.consumers[name].append(node)
+        self.captured = _read_by(  # by the body of an If or a Loop
+            [inner for node in model.graph.node for a in node.attribute for inner in a.g.node]
+        )
 
     def array(self, name: str) -> NDArray[np.float32]:
         """Return a constant's values."""
@@ -79,10 +82,20 @@ class Graph:
 
 def tensor_shapes(model: ModelProto) -> dict[str, tuple[int, ...]]:
     """Return each tensor's shape for a batch of one."""
-    graph = onnx.shape_inference.infer_shapes(model).graph
+    single = ModelProto()
+    single.CopyFrom(model)
+    for value in single.graph.input:
+        for dim in value.type.tensor_type.shape.dim[:1]:
+            dim.dim_value = 1
+    # Stored shapes have the open batch in them, and hide what follows from a batch of one.
+    del single.graph.value_info[:]
+    for value in single.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    graph = onnx.shape_inference.infer_shapes(single, data_prop=True).graph
+    stored = [*model.graph.value_info, *model.graph.output]
     return {
         value.name: tuple(dim.dim_value or 1 for dim in value.type.tensor_type.shape.dim)
-        for value in [*graph.input, *graph.value_info, *graph.output]
+        for value in [*stored, *graph.input, *graph.value_info, *graph.output]
     }
 
 

@@ -94,7 +94,11 @@ def _resize(inputs: Inputs, options: Options) -> Tensor:
     if place not in ("half_pixel", "pytorch_half_pixel", "align_corners"):
         raise BuildError(f"a resize places its pixels by {place}",
                          hint="leave precision.distill out")  # fmt: skip
-    name = {"linear": {3: "linear", 4: "bilinear"}, "cubic": {4: "bicubic"}}[mode][image.dim()]
+    names = {("linear", 3): "linear", ("linear", 4): "bilinear", ("cubic", 4): "bicubic"}
+    name = names.get((mode, image.dim()))
+    if name is None:
+        raise BuildError(f"a {mode} resize of {image.dim()} dimensions cannot be trained",
+                         hint="leave precision.distill out")  # fmt: skip
     return functional.interpolate(image, size=wanted, mode=name,
                                   align_corners=place == "align_corners")  # fmt: skip
 
@@ -190,6 +194,9 @@ def _clip(inputs: Inputs, options: Options) -> Tensor:
 
 def _cast(inputs: Inputs, options: Options) -> Tensor:
     kinds = {1: torch.float32, 6: torch.int32, 7: torch.int64, 9: torch.bool, 10: torch.float32}
+    if options["to"] not in kinds:
+        raise BuildError(f"a cast to ONNX's type {options['to']} cannot be trained",
+                         hint="leave precision.distill out")  # fmt: skip
     return needed(inputs[0]).to(kinds[options["to"]])
 
 
@@ -251,7 +258,8 @@ OPERATORS: Mapping[str, Callable[[Inputs, Options], Any]] = {
     "Reshape": _reshape,
     "Resize": _resize,
     "Shape": lambda inputs, options: torch.tensor(
-        needed(inputs[0]).shape[options.get("start", 0) : options.get("end")]
+        needed(inputs[0]).shape[options.get("start", 0) : options.get("end")],
+        device=needed(inputs[0]).device,
     ),
     "Sigmoid": _one(torch.sigmoid),
     "Slice": _slice,

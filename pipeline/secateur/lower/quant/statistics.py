@@ -38,6 +38,11 @@ class TensorStatistics:
         self.counts = np.zeros(2 * HALF, dtype=np.int64)
 
     @property
+    def bounded(self) -> bool:
+        """Whether it has a range: attention masks write -infinity."""
+        return self.lowest != -np.inf
+
+    @property
     def bin_width(self) -> float:
         """The width of one bin, in the tensor's unit."""
         return float(2.0**self.exponent)
@@ -53,14 +58,18 @@ class TensorStatistics:
         return self._sums[1] / (1 - (1 - AVERAGING) ** self.images)
 
     def add(self, values: NDArray[np.float32]) -> bool:
-        """Count one image's values, of any shape; say whether all were finite.
+        """Count one image's values, of any shape; say whether they are what a sound model gives.
 
-        Values that are not leave the statistics as they were.
+        NaN and +infinity are not, and leave the statistics as they were. A mask's -infinity is,
+        but has no place on a grid: the tensor is no longer ``bounded``.
         """
         lowest, highest = float(values.min()), float(values.max())
-        if not (np.isfinite(lowest) and np.isfinite(highest)):
+        if np.isnan(lowest) or highest == np.inf:
             return False
         self.images += 1
+        if lowest == -np.inf:
+            self.lowest, self.highest = lowest, max(self.highest, highest)
+            return True
         self.lowest, self.highest = min(self.lowest, lowest), max(self.highest, highest)
         low, high = self._sums
         self._sums = (low + AVERAGING * (lowest - low), high + AVERAGING * (highest - high))

@@ -112,11 +112,13 @@ class CalibrationTable:
 def table_of(statistics: ActivationStatistics, calibrator: Calibrator) -> CalibrationTable:
     """Return the table that ``calibrator`` makes of finished statistics.
 
-    What the model gives keeps its whole range: an answer that is clipped is a wrong one.
+    What the model gives keeps its whole range: an answer that is clipped is a wrong one. What an
+    attention mask makes -infinity has none.
     """
     ranges = {
         name: calibrated_range(found, "minmax" if name in statistics.results else calibrator)
         for name, found in sorted(statistics.tensors.items())
+        if found.bounded
     }
     return CalibrationTable(
         statistics.model, calibrator, statistics.images, statistics.images_digest, ranges
