@@ -14,6 +14,7 @@ from secateur.core.errors import DataError
 from secateur.core.model import ModelInput
 from secateur.core.task import Task
 from secateur.data.loading import InMemory, batches, has_labels, open_reader, spread
+from secateur.data.nyuv2 import unit_normals
 from secateur.data.sample import Sample
 from secateur.data.scenes import CLASSES, ROOMS
 from secateur.data.transforms import Augment, View, draw_view, image_tensor, target_tensor
@@ -206,3 +207,29 @@ def test_cifar_of_coarse_classes() -> None:
         open_reader("cifar100", root, "test", coarse=[3, 20])
     with pytest.raises(DataError, match="both given"):
         open_reader("cifar100", root, "test", coarse=[3], fine=[1])
+
+
+def test_a_stored_normal_that_is_none_is_zero() -> None:
+    stored = np.full((2, 3, 3), 127, np.uint8)
+    stored[0, 1] = 128, 128, 128
+    stored[0, 2] = 0
+    stored[1] = np.rint((np.array([0.6, 0.0, -0.8]) + 1) * 127.5)
+    found = unit_normals(stored)
+    assert not found[0].any()
+    np.testing.assert_allclose(found[1], [[0.6, 0.0, -0.8]] * 3, atol=0.01)
+    for wrong in (stored.astype(np.uint16), np.zeros((2, 3, 4), np.uint8), stored[..., 0]):
+        with pytest.raises(DataError, match="expected uint8"):
+            unit_normals(wrong)
+
+
+@pytest.mark.parametrize(
+    ("kind", "label"),
+    [("classification", np.zeros(3, np.int64)), ("multilabel", np.float32(1)),
+     ("multilabel", np.zeros(3, np.float32)), ("keypoints", np.zeros(6, np.float32)),
+     ("keypoints", np.float32(1))],
+)  # fmt: skip
+def test_a_label_of_another_kind_is_told(kind: str, label: np.ndarray) -> None:
+    task = Task("t", "t", kind, "t", classes=None if kind == "keypoints" else 4)
+    sample = Sample("s7", np.zeros((32, 48, 3), np.uint8), {"t": np.asarray(label)})
+    with pytest.raises(DataError, match="label 't' of sample s7 has shape"):
+        target_tensor(sample, task, SPEC)

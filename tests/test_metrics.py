@@ -101,3 +101,16 @@ def test_delta_is_the_mean_within_a_task_then_over_tasks() -> None:
     assert result.per_task == pytest.approx({"a": -10.0, "b": 10.0})
     assert result.mean == pytest.approx(0.0)
     assert (result.worst_task, result.worst) == ("a", pytest.approx(-10.0))
+
+
+@pytest.mark.parametrize("unknown", [math.nan, math.inf, -math.inf, 0.0])
+def test_depth_that_is_unknown_gives_no_loss_and_no_gradient(unknown: float) -> None:
+    output = torch.ones(1, 1, 2, 2, requires_grad=True)
+    target = torch.tensor([[[unknown, 3.0], [unknown, 1.0]]])
+    loss = kind("depth").loss(output, target)
+    loss.backward()
+    assert float(loss.detach()) == 1.0
+    assert output.grad is not None and output.grad.flatten().tolist() == [0.0, -0.5, 0.0, 0.0]
+    evaluator = kind("depth").evaluator()
+    evaluator.update(output.detach(), target)
+    assert evaluator.compute()["rmse"] == pytest.approx(math.sqrt(2))

@@ -433,6 +433,13 @@ def test_the_best_epoch_is_kept_and_patience_ends_the_training(tmp_path: Path) -
     assert again.scores == result.scores and same(again.model, result.model)
 
 
+def test_an_epoch_whose_score_is_nan_is_not_the_best(tmp_path: Path) -> None:
+    scores = iter([float("nan"), 1.0, 2.0, 0.5])
+    settings_ = TrainSettings(epochs=4, batch_size=4, patience=2)
+    result = train(tiny_model(), scenes(8), SPEC, settings_, validate=lambda _: next(scores))
+    assert result.scores == (-math.inf, 1.0, 2.0, 0.5)
+
+
 # ---- from scratch -----------------------------------------------------------------------------
 
 

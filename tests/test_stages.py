@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from secateur import zoo
 from secateur.compensate import RefitSettings, refit
 from secateur.core.errors import DataError, ModelError
-from secateur.core.model import MultiTaskModel
+from secateur.core.model import MultiTaskModel, model_fingerprint
 from secateur.core.task import Task
 from secateur.data.loading import open_reader
 from secateur.importance.bank import load_scores, save_scores
@@ -23,7 +23,7 @@ from secateur.prune.plan import Budget
 from secateur.recover import TrainSettings, train
 from secateur.runtimes.base import runtime_of
 from secateur.tasks import decompose, select_tasks
-from torch import nn
+from torch import fx, nn
 
 EXAMPLE = SPEC.example(2)
 
@@ -204,3 +204,37 @@ def test_an_output_that_forward_does_not_return_is_named() -> None:
     model = MultiTaskModel(TinyNet(), [Task("depth", "dept", "depth", "depth")])
     with pytest.raises(ModelError, match=r"reads output 'dept'.*returns depth, room, seg"):
         model(EXAMPLE)
+
+
+class Scaled(nn.Module):
+    """A factor that no weight and no name of a layer tells."""
+
+    def __init__(self, most: float) -> None:
+        super().__init__()
+        self.most = most
+        self.register_buffer("shift", torch.tensor(most), persistent=False)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.most * torch.sigmoid(image) + self.shift
+
+
+class Activated(nn.Module):
+    """What torch.fx makes of it has no source file."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.function(image)
+
+
+def test_a_fingerprint_tells_attributes_buffers_and_traced_code_apart() -> None:
+    one, same, other = Scaled(10.0), Scaled(10.0), Scaled(80.0)
+    assert model_fingerprint(one) == model_fingerprint(same.train())
+    assert model_fingerprint(one) != model_fingerprint(other)
+    other.most = 10.0  # the buffer still differs
+    assert model_fingerprint(one) != model_fingerprint(other)
+    traced = [fx.symbolic_trace(Activated(each)) for each in (torch.relu, torch.tanh, torch.relu)]
+    first, second, third = (model_fingerprint(each) for each in traced)
+    assert first == third != second

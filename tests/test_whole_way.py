@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 from cli_run import RECIPE, run
+from secateur.bundle.write import drop_outdated, folder_lock
 from secateur.core.model import ModelInput
 from secateur.core.plan import PrunePlan
 from secateur.data.loading import open_reader
@@ -207,3 +211,32 @@ def test_a_bundle_for_a_device_with_a_gpu_brings_its_builder(capsys, project: Pa
     folder = project / "jetson/jetson-orin-nano-8gb/fp32"
     nodes = json.loads((folder / "nodes.json").read_text())["nodes"]
     assert {task for tasks in nodes.values() for task in tasks} == {"segmentation", "depth"}
+
+
+def test_a_new_model_takes_the_engine_of_the_old_one_away(bundle: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "again"
+    folder.mkdir()
+    shutil.copy(bundle / "model.onnx", folder)
+    for name in ("model.engine", "engine.json", "bench.json", "timing.cache"):
+        (folder / name).write_text("{}")
+    drop_outdated(folder, bundle / "model.onnx")
+    assert (folder / "model.engine").exists()  # it is the same model
+    (folder / "model.onnx").write_bytes(b"another")
+    drop_outdated(folder, bundle / "model.onnx")
+    assert sorted(path.name for path in folder.iterdir()) == ["model.onnx", "timing.cache"]
+
+
+def test_builds_into_one_folder_write_one_after_the_other(tmp_path: Path) -> None:
+    order: list[str] = []
+
+    def second() -> None:
+        with folder_lock(tmp_path):
+            order.append("second")
+
+    with folder_lock(tmp_path):
+        thread = threading.Thread(target=second)
+        thread.start()
+        time.sleep(0.2)
+        order.append("first")
+    thread.join(10)
+    assert order == ["first", "second"]

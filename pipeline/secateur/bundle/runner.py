@@ -94,10 +94,17 @@ class OnnxSession:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         # The pass named here breaks int8 between fp16 nodes (ONNX Runtime 1.31).
-        self.session = onnxruntime.InferenceSession(
-            data, options, providers=["CPUExecutionProvider"],
-            disabled_optimizers=["WeightBiasQuantization"],
-        )  # fmt: skip
+        try:
+            self.session = onnxruntime.InferenceSession(
+                data, options, providers=["CPUExecutionProvider"],
+                disabled_optimizers=["WeightBiasQuantization"],
+            )  # fmt: skip
+        except Exception as error:  # its own types share no base
+            built = manifest.get("versions", {}).get("onnxruntime", "another version")
+            raise BundleMismatch(
+                f"onnxruntime {onnxruntime.__version__} cannot load model.onnx, which was built "
+                f"with {built}: {str(error).splitlines()[0]}"
+            ) from error
         self.input_name, self.notes = manifest["input"]["name"], []
         self.outputs = [output.name for output in self.session.get_outputs()]
 
@@ -145,7 +152,10 @@ class Runner:
 
 def read_rgb(path):
     """Read an image file as (h, w, 3) uint8 RGB."""
-    image = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    try:
+        image = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    except cv2.error as error:  # more pixels than it takes
+        raise ValueError(f"cannot read image {path}: {str(error).strip()}") from error
     if image is None:
         raise ValueError(f"cannot read image {path}")
     return np.ascontiguousarray(image[:, :, ::-1])

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import re
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +27,7 @@ CHECK_FILE = "check.npz"
 PARENT_FILE = "parent_images.npz"
 PICTURES = "pictures/*.png"
 FP32_FILE, QUANT_FILE = ORIGIN_FILES = ("fp32.onnx", "quant.json")  # of lower precisions
+OF_ONE_MODEL = ("model.engine", "engine.json", "layers.json", "bench.json")
 BUILDER_FILES = ("build_engine.py", "nodes.json", OPTIONS)  # of targets with a GPU
 
 
@@ -89,6 +94,26 @@ def write_bundle(folder: Path, manifest: Manifest) -> None:
     write_json(folder / "manifest.json", manifest.model_dump(mode="json"))
 
 
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Wait until no other process holds the folder, and hold it; the kernel frees what dies."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def drop_outdated(folder: Path, model: Path) -> None:
+    """Remove what was made of or measured on another model than the one that is to be written."""
+    before = folder / "model.onnx"
+    if before.exists() and file_sha256(before) != file_sha256(model):
+        for name in OF_ONE_MODEL:
+            (folder / name).unlink(missing_ok=True)
+
+
 def prepare_folder(folder: Path) -> None:
     """Make the bundle's folder.
 
@@ -97,9 +122,8 @@ def prepare_folder(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".secateur-probe"
-        probe.touch()
-        probe.unlink()
+        with tempfile.NamedTemporaryFile(dir=folder):  # a name of its own: two may try at once
+            pass
     except OSError as error:
         raise not_writable(folder, error) from error
 

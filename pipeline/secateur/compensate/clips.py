@@ -7,13 +7,14 @@ both lie beyond the same edge.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from math import inf
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -42,11 +43,22 @@ class Clip:
         return (bent - self.shift[:, None]) / gain
 
 
-def find_clips(model: MultiTaskModel, layers: Collection[str], image: Tensor) -> dict[str, Clip]:
-    """Return the clip that reads each layer's output, alone or through a batch norm."""
+@dataclass(frozen=True)
+class Readers:
+    """``clips`` are what alone reads a layer's output, perhaps through a batch norm.
+
+    ``single`` are the layers whose output one operator reads.
+    """
+
+    clips: Mapping[str, Clip]
+    single: frozenset[str]
+
+
+def find_readers(model: MultiTaskModel, layers: Collection[str], image: Tensor) -> Readers:
+    """Return what reads the layers' outputs; ``image``: (1, C, H, W)."""
     watch = _Watch()
     hooks = [
-        module.register_forward_hook(lambda _m, _i, out, name=name: watch.made(name, out))
+        module.register_forward_hook(lambda m, _i, out, name=name: watch.made(name, m, out))
         for name, module in model.named_modules()
         if name in layers
     ]
@@ -56,21 +68,30 @@ def find_clips(model: MultiTaskModel, layers: Collection[str], image: Tensor) ->
     finally:
         for hook in hooks:
             hook.remove()
-    return watch.found
+    return watch.readers()
 
 
 class _Watch(TorchFunctionMode):
-    """Follows layer outputs through batch norms into clipping functions."""
+    """Follows layer outputs through batch norms into clipping functions, and counts who reads."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: dict[str, Clip] = {}
+        self._found: dict[str, Clip] = {}
         self._open: dict[tuple[int, int], tuple[str, Tensor, Tensor]] = {}
+        self._first: dict[str, tuple[int, int]] = {}  # the layer's own output
+        self._reads: Counter[tuple[int, int]] = Counter()
         self._alive: list[Tensor] = []  # keeps tensors alive, so that ids stay unique
 
-    def made(self, name: str, output: Tensor) -> None:
-        channels = output.shape[1] if output.dim() == 4 else output.shape[-1]
+    def made(self, name: str, layer: nn.Module, output: Tensor) -> None:
+        channels = len(next(layer.parameters()))
+        self._first[name] = id(output), output._version
         self._follow(output, (name, torch.ones(channels), torch.zeros(channels)))
+
+    def readers(self) -> Readers:
+        shared = {self._open[key][0] for key, count in self._reads.items() if count > 1}
+        clips = {name: clip for name, clip in self._found.items() if name not in shared}
+        single = {name for name, key in self._first.items() if self._reads[key] == 1}
+        return Readers(clips, frozenset(single))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -79,15 +100,31 @@ class _Watch(TorchFunctionMode):
         if known is not None:
             edges = _edges(func, args, kwargs)
             if edges is not None:
-                self.found[known[0]] = Clip(known[1], known[2], *edges)
+                self._found[known[0]] = Clip(known[1], known[2], *edges)
+        read = [(id(t), t._version) for t in _tensors((args, kwargs))]
         result = func(*args, **kwargs)
+        if any(True for _ in _tensors(result)):  # not a question for its shape
+            self._reads.update(key for key in set(read) if key in self._open)
         if known is not None and func is functional.batch_norm:
-            self._follow(result, (known[0], *_affine(*args[1:5], **kwargs)))
+            line = _affine(*args[1:5], **kwargs)
+            if line is not None:
+                self._follow(result, (known[0], *line))
         return result
 
     def _follow(self, tensor: Tensor, what: tuple[str, Tensor, Tensor]) -> None:
         self._open[id(tensor), tensor._version] = what
         self._alive.append(tensor)
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    """Yield the tensors in arguments or results, however nested."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for each in value:
+            yield from _tensors(each)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
 
 
 def _edges(func: Any, args: Any, kwargs: Any) -> tuple[float, float] | None:
@@ -108,11 +145,13 @@ def _affine(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     **options: Any,
-) -> tuple[Tensor, Tensor]:
-    """Return the (C,) gain and shift of ``functional.batch_norm`` in eval mode."""
-    if mean is None or variance is None:  # statistics of the batch: no fixed line
-        nothing = torch.full((1,), torch.nan)
-        return nothing, nothing
+) -> tuple[Tensor, Tensor] | None:
+    """Return the (C,) gain and shift of ``functional.batch_norm`` in eval mode.
+
+    None for one that takes the batch's own statistics: that is no fixed line.
+    """
+    if mean is None or variance is None:
+        return None
     weight = options.get("weight", weight)
     bias = options.get("bias", bias)
     gain = (variance + options.get("eps", 1e-5)).rsqrt()

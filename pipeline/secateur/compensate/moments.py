@@ -96,18 +96,23 @@ def _chosen(whole: Moments, choice: Tensor, support: Tensor | None) -> Tensor:
 
 
 def _solve(gram: Tensor, cross: Tensor, ridge: float, support: Tensor | None) -> Tensor:
-    """Return cross (gram + ridge * mean(diag) * I)^-1, row by row within the support."""
+    """Return cross (gram + ridge * mean(diag) * I)^-1, row by row within the support.
+
+    Zero where the inputs never change, so that the Gram is rounding and not positive definite.
+    """
     level = gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)
     eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
     ridged = gram + (ridge * level)[:, None, None] * eye
     if support is None:
-        factor = torch.linalg.cholesky(ridged)
-        return torch.cholesky_solve(cross.transpose(1, 2), factor).transpose(1, 2)
+        factor, failed = torch.linalg.cholesky_ex(ridged)
+        solved = torch.cholesky_solve(cross.transpose(1, 2), factor).transpose(1, 2)
+        return torch.where((failed > 0)[:, None, None], 0.0, solved)
     result = torch.zeros_like(cross)
     places = support.nonzero()[:, 1].reshape(len(support), -1)
     for rows in torch.split(torch.arange(len(support)), ROWS):
         at = places[rows]
-        factor = torch.linalg.cholesky(ridged[0][at[:, :, None], at[:, None, :]])
+        factor, failed = torch.linalg.cholesky_ex(ridged[0][at[:, :, None], at[:, None, :]])
         wanted = cross[0][rows[:, None], at][:, :, None]
-        result[0][rows[:, None], at] = torch.cholesky_solve(wanted, factor)[:, :, 0]
+        solved = torch.cholesky_solve(wanted, factor)[:, :, 0]
+        result[0][rows[:, None], at] = torch.where((failed > 0)[:, None], 0.0, solved)
     return result

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from secateur.compensate.clips import Clip, find_clips
+from secateur.compensate.clips import Clip, find_readers
 from secateur.compensate.moments import Moments, fit
 from secateur.compensate.patches import Layer, draw, patches, pick, positions_last
 from secateur.compensate.residual import partners
@@ -105,7 +105,7 @@ def _refit(
     fitted = copy.deepcopy(cut).eval()
     layers = _single_calls(fitted, images[:1])
     norms = following_norms(fitted, images[:1])
-    clips = find_clips(fitted, layers, images[:1])
+    readers = find_readers(fitted, layers, images[:1])
     added = partners(fitted, layers, norms, images[:1])
     chunks = torch.split(images, CHUNK)
     with evaluating(parent):
@@ -121,7 +121,11 @@ def _refit(
             read = [_read(layer, norm, theirs, ours, gone, positions) for theirs, ours in pairs]
             mask = masks.get(f"{name}.weight")
             support = None if mask is None else mask.bool().flatten(1)
-            _update(layer, norm, clips.get(name), read, settings, support)
+            change, offset = _fitted(layer, readers.clips.get(name), read, settings, support)
+            layer.weight.data += change.reshape(layer.weight.shape)
+            # A mean that others read or that another layer moves, too, is not this layer's to move.
+            own = name in readers.single and [*norms.values()].count(norm) == 1
+            _shift(layer, norm if own else None, offset)
         for theirs, ours in pairs:
             theirs.finish()
             ours.finish()
@@ -168,7 +172,8 @@ def views(images: Tensor) -> Tensor:
 def _single_calls(model: MultiTaskModel, image: Tensor) -> dict[str, Layer]:
     """Return the plain layers that run exactly once, in execution order.
 
-    One that is called more often has no single target and keeps its weights.
+    One that is called more often has no single target and keeps its weights, and so does one whose
+    weights are another layer's, too.
     """
     calls: Counter[str] = Counter()
     plain = {name: module for name, module in model.named_modules() if _is_plain(module)}
@@ -182,7 +187,9 @@ def _single_calls(model: MultiTaskModel, image: Tensor) -> dict[str, Layer]:
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: plain[name] for name, count in calls.items() if count == 1}
+    owners = Counter(id(layer.weight) for layer in plain.values())
+    return {name: plain[name] for name, count in calls.items()
+            if count == 1 and owners[id(plain[name].weight)] == 1}  # fmt: skip
 
 
 def _kept(layer: Layer, gone: set[int], parent_output: Tensor) -> Tensor:
@@ -228,15 +235,14 @@ def _undo_scale(norm: nn.Module | None, channels: int) -> Tensor:
     return torch.where(audible, 1 / torch.where(audible, scale, 1.0), 0.0)
 
 
-def _update(
+def _fitted(
     layer: Layer,
-    norm: nn.Module | None,
     clip: Clip | None,
     samples: Sequence[tuple[Tensor, Tensor]],
     settings: RefitSettings,
     support: Tensor | None,
-) -> None:
-    """Refit ``layer.weight`` in place and move the mean of its outputs to the target's.
+) -> tuple[Tensor, Tensor]:
+    """Return how ``layer.weight`` is to change, and by what its outputs are to be moved (c_out,).
 
     ``samples``: per chunk, inputs (G, D, S) and targets (c_out, S). ``support``: see ``fit``. A
     clipped layer is fitted again with the targets that its own predictions allow.
@@ -254,9 +260,8 @@ def _update(
                 Moments.of(inputs, target.reshape(groups, -1, target.shape[1]) - kept @ inputs)
             )
         change, offset = (value.float() for value in _fit(parts, settings.ridge, support))
-    layer.weight.data += change.reshape(layer.weight.shape)
     offset = offset.flatten()
-    _shift(layer, norm, offset if layer.bias is None else offset - layer.bias.detach())
+    return change, offset if layer.bias is None else offset - layer.bias.detach()
 
 
 def _fit(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from secateur.core.errors import ModelError
 from secateur.core.task import Task
@@ -110,20 +110,41 @@ def check_outputs(model: MultiTaskModel, example: Tensor) -> dict[str, Tensor]:
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """Return a digest of the architecture, the code of its classes and all weights' bytes.
+    """Return a digest of the architecture, the code and attributes of its modules, and all weights.
 
-    The code counts because two models of the same layers may differ in ``forward`` alone; where
-    it is installed does not.
+    Code and attributes count because two models of the same layers may differ in ``forward`` or in
+    a factor that it reads alone; where the code is installed does not.
     """
     digest = hashlib.sha256(repr(model).encode())
     files = {_source_file(type(module)) for module in model.modules()} - {""}
     for code in sorted(Path(file).read_bytes() for file in files):
         digest.update(code)
-    for name, tensor in model.state_dict().items():
+    tensors = {**dict(model.named_buffers()), **model.state_dict()}
+    for path, module in model.named_modules():
+        if isinstance(module, fx.GraphModule):
+            digest.update(module.code.encode())  # its class has no file
+        for name, value in sorted(vars(module).items()):
+            if isinstance(value, Tensor):
+                tensors[f"{path}.{name}"] = value
+            elif name not in _OF_EVERY_MODULE and _is_plain(value):
+                digest.update(f"{path}.{name}={value!r}".encode())
+    for name, tensor in tensors.items():
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(data.numpy().tobytes())
     return digest.hexdigest()[:20]
+
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # ``training``, and what torch keeps there
+
+
+def _is_plain(value: object) -> bool:
+    """Say whether a value is of numbers and text alone, and so says the same in every process."""
+    if isinstance(value, (tuple, list)):
+        return all(_is_plain(each) for each in value)
+    if isinstance(value, dict):
+        return all(_is_plain(each) for pair in value.items() for each in pair)
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _source_file(kind: type) -> str:

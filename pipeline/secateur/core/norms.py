@@ -13,7 +13,10 @@ CHUNK = 32  # images per forward pass
 
 
 def following_norms(model: nn.Module, image: Tensor) -> dict[str, nn.Module]:
-    """Return, per layer, the batch norm that reads its output tensor directly."""
+    """Return, per layer, the batch norm that reads its output tensor directly.
+
+    One that takes each batch's own statistics is no line, and is left out.
+    """
     made: dict[tuple[int, int], str] = {}
     alive: list[Tensor] = []  # keeps tensors alive, so that ids stay unique
     found: dict[str, nn.Module] = {}
@@ -33,7 +36,7 @@ def following_norms(model: nn.Module, image: Tensor) -> dict[str, nn.Module]:
             hooks.append(
                 module.register_forward_hook(lambda _m, _i, out, name=name: after(name, out))
             )
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
             hooks.append(module.register_forward_pre_hook(lambda m, args: before(m, args[0])))
     try:
         with evaluating(model):

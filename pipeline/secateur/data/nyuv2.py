@@ -96,11 +96,23 @@ def _part(ids: list[str], split: str) -> list[str]:
 
 
 def unit_normals(stored: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Return (h, w, 3) unit vectors from ``RGB = (n + 1) * 127.5``."""
+    """Return (h, w, 3) unit vectors from ``RGB = (n + 1) * 127.5``, 0 where there is none.
+
+    None is stored as grey, which is zero, or black, which is no unit vector.
+
+    Raises:
+        DataError: it is no picture of three channels of 8 bits.
+    """
+    if stored.ndim != 3 or stored.shape[2] != 3 or stored.dtype != np.uint8:
+        raise DataError(
+            f"normals are {stored.dtype} of shape {stored.shape}, expected uint8 (h, w, 3)",
+            hint="write RGB = (n + 1) * 127.5 as an 8-bit PNG",
+        )
     vectors = stored.astype(np.float32) / np.float32(127.5) - 1
     length = np.linalg.norm(vectors, axis=2, keepdims=True)
-    unit: NDArray[np.float32] = (vectors / np.maximum(length, 1e-6)).astype(np.float32)
-    return unit
+    known = (length > 0.5) & stored.any(axis=2, keepdims=True)
+    unit: NDArray[np.float32] = np.where(known, vectors / np.maximum(length, 1e-6), 0)
+    return unit.astype(np.float32)
 
 
 class NyuMat:

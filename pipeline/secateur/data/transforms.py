@@ -90,6 +90,12 @@ def target_tensor(sample: Sample, task: Task, spec: ModelInput, view: View | Non
             hint="set tasks.<name>.label to one of these, or choose another reader",
         )
     label = sample.labels[task.label]
+    if not _fits(label, task):
+        raise DataError(
+            f"label '{task.label}' of sample {sample.id} has shape {np.shape(label)}, which is no "
+            f"{task.kind} ('{task.name}')",
+            hint="set the task's kind, classes or label to what the data holds (docs/recipe.md)",
+        )
     if task.kind in DENSE:
         label = _dense_label(label, task, sample.id, spec, view)
     if task.kind in ("segmentation", "classification"):
@@ -146,6 +152,16 @@ def _window(array: Array, view: View, spec: ModelInput, interpolation: int) -> A
         how = cv2.INTER_AREA if shrinking else interpolation
         part = cv2.resize(part, (spec.width, spec.height), interpolation=how)
     return part[:, ::-1] if view.mirror else part
+
+
+def _fits(label: Array, task: Task) -> bool:
+    """Say whether the label of a whole image has its kind's shape (``data.sample``)."""
+    shape = np.shape(label)
+    if task.kind == "classification":
+        return shape == ()
+    if task.kind == "multilabel":
+        return shape == (task.classes,) or (task.classes is None and len(shape) == 1)
+    return task.kind != "keypoints" or (len(shape) == 2 and shape[1] == 2)
 
 
 def _check_classes(label: Array, task: Task, sample_id: str) -> None:

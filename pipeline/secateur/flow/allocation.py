@@ -26,6 +26,7 @@ from secateur.core.task import Task
 from secateur.data.loading import Batch, Subset, batches, has_labels, image_batch, spread
 from secateur.flow.job import Job
 from secateur.flow.recipe import SearchSpec
+from secateur.flow.scoring import meaning
 from secateur.metrics.kind import kind_of
 from secateur.prune import apply_plan, plan_prune, plan_widths
 from secateur.prune.budget import ladders
@@ -186,8 +187,9 @@ def loss_of_parent(job: Job) -> float:
 def judge_key(job: Job, wanted: SearchSpec) -> tuple[Any, ...]:
     """Return what a judgement depends on beside the plans."""
     labelled = [task.name for task in _labelled(job)]
+    tasks = [(meaning(task), task.name in labelled) for task in job.selected.tasks]
     return (model_fingerprint(job.selected), wanted.model_dump(), asdict(job.spec),
-            job.train.fingerprint, labelled)  # fmt: skip
+            job.train.fingerprint, tasks)  # fmt: skip
 
 
 def _labelled(job: Job) -> list[Task]:

@@ -312,7 +312,7 @@ def parent_ms(job: Job, target: Target, protocol: Protocol | None = None) -> flo
     """
 
     def measured() -> float:
-        call = _call(job, target, exported(job, job.selected, job.parent_key))
+        call = _call(job, target, exported(job, job.selected, job.selected_key))
         return measure({"parent": call}, protocol, "measuring the parent")["parent"].median_ms
 
     return float(job.cache.json("parent_latency", _key(job, target), measured))
@@ -326,7 +326,7 @@ def _measured_share(job: Job, target: Target, planned: Planned, protocol: Protoc
     """
     cut: MultiTaskModel = apply_plan(job.selected, planned.scored.groups, planned.plan)
     calls = {
-        "parent": _call(job, target, exported(job, job.selected, job.parent_key)),
+        "parent": _call(job, target, exported(job, job.selected, job.selected_key)),
         "cut": _call(job, target, timed_file(job, target, cut, model_fingerprint(cut))),
     }
     parent, cut_blocks = _blocks(measure(calls, protocol, "measuring the plan"))

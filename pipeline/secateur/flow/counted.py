@@ -49,7 +49,7 @@ def instructions_of(job: Job, target: Target, file: Path) -> int:
 
 def parent_instructions(job: Job, target: Target) -> int:
     """Return those of the fp32 parent with the kept tasks."""
-    return instructions_of(job, target, exported(job, job.selected, job.parent_key))
+    return instructions_of(job, target, exported(job, job.selected, job.selected_key))
 
 
 def share_counted(job: Job, target: Target, cut: MultiTaskModel) -> float:

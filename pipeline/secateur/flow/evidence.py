@@ -58,7 +58,7 @@ def gather_evidence(
     Raises:
         BuildError: the parent cannot be exported, or the cut in fp32 and torch differ.
     """
-    parent = runnable(job, job.selected, job.parent_key, target.runtime)
+    parent = runnable(job, job.selected, job.selected_key, target.runtime)
     files = {"parent": parent, "cut": lowered.opened}
     if lowered.opened != lowered.opened_fp32:
         files["cut_fp32"] = lowered.opened_fp32
@@ -70,7 +70,7 @@ def gather_evidence(
         accuracy=_accuracy(job, cut, scores, sessions, files),
         parent_sums=scores.sums,
         latency=_latency(job, sessions, protocol) if target.is_this_machine() else {},
-        cost_parent=_cost(job, job.selected, exported(job, job.selected, job.parent_key)),
+        cost_parent=_cost(job, job.selected, exported(job, job.selected, job.selected_key)),
         cost=_cost(job, cut.recovered, lowered.onnx),
     )
 

@@ -64,9 +64,14 @@ class Job:
         return without_blocks(self.selected, self.removed) if self.removed else self.selected
 
     @property
+    def selected_key(self) -> str:
+        """What names the weights of ``selected``: the parent's, in axes that may be others."""
+        return f"{self.parent_key} in {self.basis}"
+
+    @property
     def outline_key(self) -> str:
         """What names the weights of ``outline``."""
-        return " without ".join([self.parent_key, *self.removed])
+        return " without ".join([self.selected_key, *self.removed])
 
     def grid(self, target: Target, table: LatencyTable | None = None) -> int:
         """Return the channel grid: the recipe's, or what ``table`` shows, or else the target's.
@@ -94,6 +99,11 @@ def open_job(recipe: Recipe, cache: StageCache) -> Job:
     for task in recipe.all_tasks():
         kind_of(task)
     train, evaluation = _open(recipe, recipe.data.train), _open(recipe, recipe.data.eval)
+    if len(train) < 2:
+        raise DataError(
+            f"data.train has {len(train)} image(s); one says nothing of others",
+            hint="give at least 32 images of what the model will see, labelled or not",
+        )
     if train.fingerprint == evaluation.fingerprint:
         raise DataError(
             "data.train and data.eval are the same images, so nothing would be known of new ones",

@@ -73,7 +73,7 @@ def timed_file(
     In int8 every node is, with ranges that fit noise: no time depends on them. A guard may leave
     some nodes in fp32.
     """
-    fp32 = exported(job, model or job.selected, key or job.parent_key)
+    fp32 = exported(job, model or job.selected, key or job.selected_key)
     precision = timed_precision(job)
     if precision == "fp32":
         return fp32

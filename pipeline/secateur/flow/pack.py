@@ -19,7 +19,9 @@ from secateur.bundle.manifest import (
     TaskContract,
 )
 from secateur.bundle.write import (
+    drop_outdated,
     file_records,
+    folder_lock,
     write_builder,
     write_bundle,
     write_check,
@@ -65,7 +67,13 @@ class Made:
 
 def pack(job: Job, made: Made, folder: Path) -> Manifest:
     """Write the bundle into ``folder`` and return its manifest."""
+    with folder_lock(folder):  # another build may write here, too: whole after whole
+        return _packed(job, made, folder)
+
+
+def _packed(job: Job, made: Made, folder: Path) -> Manifest:
     (folder / "manifest.json").unlink(missing_ok=True)  # an older one must not vouch for new files
+    drop_outdated(folder, made.lowered.onnx)
     with atomic_path(folder / "model.onnx") as temporary:
         temporary.write_bytes(made.lowered.onnx.read_bytes())
     ncnn = made.lowered.ncnn

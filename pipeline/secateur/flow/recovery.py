@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from secateur.bench.accuracy import evaluate_model, score_model
 from secateur.core.errors import DataError, RecipeError
@@ -74,7 +74,7 @@ def recovered(
         return model, 0
     freeze = freeze_norms(job, plan, wanted)
     key = (job.parent_key, asdict(plan)["cuts"], str(job.recipe.compensate),
-           job.recipe.prune.axes, freeze, job.train.fingerprint,
+           job.recipe.prune.axes, job.basis, plan.removed, freeze, job.train.fingerprint,
            wanted.model_dump(), asdict(job.spec),
            [{**asdict(task), "max_drop": None} for task in job.tasks],
            *([origin] if origin else []))  # fmt: skip
@@ -92,13 +92,23 @@ def recovered(
     result = train(
         reinitialised(model, wanted.seed) if wanted.reinit else model,
         training, job.spec, settings,
-        parent=job.selected, augment=AUGMENTS[wanted.augment], checkpoint=folder,
+        parent=job.selected, augment=_augment(job, wanted), checkpoint=folder,
         validate=_validation(job, held_out) if held_out is not None else None, title="recovering",
     )  # fmt: skip
     write_json(steps, result.steps)
     save_weights(weights, result.model)
     (folder / "state.pt").unlink(missing_ok=True)
     return result.model, result.steps
+
+
+def _augment(job: Job, wanted: RecoverSpec) -> Augment | None:
+    """Return the recipe's augmentation, without mirroring where points have names.
+
+    The mirror image of a left eye is a right one, which no label says.
+    """
+    found = AUGMENTS[wanted.augment]
+    points = any(task.kind == "keypoints" for task in job.tasks)
+    return replace(found, flip=found.flip and not points) if found else None
 
 
 def made_worse(job: Job, begun: MultiTaskModel, trained: MultiTaskModel) -> bool:
@@ -113,7 +123,7 @@ def made_worse(job: Job, begun: MultiTaskModel, trained: MultiTaskModel) -> bool
     labelled = [task for task in job.tasks if wanted.labels and has_labels(job.train, [task])]
     judged = next(batches(chosen, labelled, job.spec, len(chosen)))
     loss = RelativeLoss(job.selected, judged)
-    return loss(begun) < loss(trained)
+    return not loss(trained) <= loss(begun)  # NaN is worse, too
 
 
 def freeze_norms(job: Job, plan: PrunePlan, wanted: RecoverSpec) -> float:

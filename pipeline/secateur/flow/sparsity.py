@@ -60,6 +60,7 @@ def plan_zeros(
         return None
     wanted = job.recipe.prune
     key = (job.parent_key, asdict(plan)["cuts"], str(job.recipe.compensate), wanted.axes,
+           job.basis, plan.removed,
            job.train.fingerprint, asdict(job.spec), wanted.images, wanted.fusion, origin,
            [(meaning(task), task.weight) for task in job.tasks])  # fmt: skip
     folder = job.cache.folder("sparsity", *key)

@@ -201,9 +201,10 @@ def higher_is_better(manifest: Manifest) -> dict[str, Mapping[str, bool]]:
 def _check_budgets(manifest: Manifest) -> None:
     for name, budget in manifest.budgets.items():
         if budget.met is False:
+            shipped = "unknown" if budget.shipped is None else f"{budget.shipped:.4g}"
             raise VerifyError(
-                f"the bundle missed its budget {name} when it was built: {budget.shipped:.4g} "
-                f"{budget.unit}, wanted at most {budget.wanted:g}",
+                f"the bundle missed its budget {name} when it was built: {shipped} "
+                f"{budget.unit}, wanted at {budget.sense} {budget.wanted:g}",
                 hint="build it again, while nothing else runs, or raise the budget",
             )
 

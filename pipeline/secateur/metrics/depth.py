@@ -20,8 +20,9 @@ class Depth:
     higher_is_better: Mapping[str, bool] = {"abs_rel": False, "rmse": False, "delta1": True}
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        error = (resized(output, target)[:, 0] - target).abs()
-        return masked_mean(error, target > 0)
+        known = (target > 0) & torch.isfinite(target)
+        error = (resized(output, target)[:, 0] - torch.where(known, target, 0.0)).abs()
+        return masked_mean(error, known)
 
     def distillation_loss(self, output: Tensor, parent: Tensor) -> Tensor:
         return functional.l1_loss(output, parent)
@@ -42,7 +43,7 @@ class DepthEvaluator:
         self.sums = torch.zeros(4, dtype=torch.float64)  # |e|/d, e², hits, pixels
 
     def update(self, output: Tensor, target: Tensor) -> None:
-        valid = target > 0
+        valid = (target > 0) & torch.isfinite(target)
         depth = resized(output.float(), target)[:, 0][valid].double().clamp(min=NEAREST_METRES)
         truth = target[valid].double()
         ratio = torch.maximum(depth / truth, truth / depth)

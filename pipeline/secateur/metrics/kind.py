@@ -92,6 +92,9 @@ def resized(output: Tensor, target: Tensor) -> Tensor:
 
 
 def masked_mean(values: Tensor, valid: Tensor) -> Tensor:
-    """Return the mean of ``values`` where ``valid``; zero, with a gradient, where none is."""
-    weight = valid.to(values.dtype)
-    return (values * weight).sum() / weight.sum().clamp(min=1)
+    """Return the mean of ``values`` where ``valid``; zero, with a gradient, where none is.
+
+    What is not valid may be NaN or infinite.
+    """
+    kept = torch.where(valid, values, torch.zeros_like(values))
+    return kept.sum() / valid.to(values.dtype).sum().clamp(min=1)

@@ -192,6 +192,7 @@ def _judge(
 ) -> None:
     """Note the score of ``model``, and its weights when it is the best so far."""
     score = float(validate(model))
+    score = -math.inf if math.isnan(score) else score  # else nothing would be better
     if score > max(progress.scores, default=-math.inf):
         state = model.state_dict()
         progress.best = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
