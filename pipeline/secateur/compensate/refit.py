@@ -124,7 +124,7 @@ def _refit(
             change, offset = _fitted(layer, readers.clips.get(name), read, settings, support)
             layer.weight.data += change.reshape(layer.weight.shape)
             # A mean that others read or that another layer moves, too, is not this layer's to move.
-            own = name in readers.single and [*norms.values()].count(norm) == 1
+            own = name in readers.single and sum(each is norm for each in norms.values()) == 1
             _shift(layer, norm if own else None, offset)
         for theirs, ours in pairs:
             theirs.finish()
