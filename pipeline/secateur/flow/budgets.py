@@ -55,9 +55,8 @@ from secateur.prune.costs import macs_limit
 from secateur.runtimes.base import runtime_of
 
 SURE = 0.99  # of the budget: what it may measure, since the next measure differs by up to a percent
-LEAST_USED = 0.95  # of the budget, so that a later measure is not below 0.93; less could keep more
+LEAST_USED = 0.93  # of the budget; a cut that is quicker could have kept more
 TRIES = 4
-QUICKER = 0.93  # of what the parent took before: less is no noise
 UNITS = {
     "macs": "of the parent's MACs",
     "params": "of the parent's parameters",
@@ -277,7 +276,7 @@ def _settled_latency(
         key = _measure_key(job, target, planned.plan)
         write_json(job.cache.folder("planned_latency", *key) / "value.json", ratio.value)
     parent = latency["parent"].median_ms
-    if parent < QUICKER * usual:  # something else ran when it was measured first
+    if parent < LEAST_USED * usual:  # something else ran when it was measured first
         write_json(job.cache.folder("parent_latency", *_key(job, target)) / "value.json", parent)
     return {"shipped": timed.median_ms, "met": not missed}
 
