@@ -167,11 +167,8 @@ def score_channels(job: Job, grid: int) -> Scored:
     parent_groups = find_groups(job.scored, job.example)
     groups = find_groups(job.outline, job.example)
     if not groups:
-        raise PlanError(
-            "no channel of this model can go: every one is in a layer or an operator that the "
-            "dependency graph cannot follow, or fixed by an output",
-            hint="convolutions and linear layers can be cut; `secateur inspect RECIPE` shows which",
-        )
+        said = "no channel of this model can go: all are fixed by operators or outputs"
+        raise PlanError(said, hint="convolutions and linear layers can be cut")
     per_task = {name: scores_for(groups, parent_groups, scores) for name, scores in bank.items()}
     agree = None
     if wanted.fusion in NEEDS_AGREEMENT:
