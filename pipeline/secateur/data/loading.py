@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,9 +170,9 @@ def batches(
         yield _collate([reader[int(i)] for i in chosen], tasks, spec, augment, rng)
 
 
-def spread(reader: Reader, count: int) -> list[int]:
-    """Return ``count`` indices spread evenly over the reader (all of it when it is smaller)."""
-    size = len(reader)
+def spread(images: Sized, count: int) -> list[int]:
+    """Return ``count`` indices spread evenly over a reader (all of it when it is smaller)."""
+    size = len(images)
     return [int(i) for i in np.linspace(0, size - 1, min(count, size)).round()]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from secateur.core.files import file_sha256
 from secateur.core.progress import track
-from secateur.data.loading import image_batch
+from secateur.data.loading import image_batch, spread
 from secateur.flow.job import Job
 from secateur.flow.trials import Trials
 from secateur.lower.quant import (
@@ -86,23 +86,18 @@ class Source:
     @cached_property
     def few_images(self) -> Images:
         """Some of the chosen images, (N, C, H, W), from all over the data set: it may be sorted."""
-        return image_batch(self.job.train, _spread(self.chosen, FEW_IMAGES), self.job.spec).numpy()
+        few = [self.chosen[place] for place in spread(self.chosen, FEW_IMAGES)]
+        return image_batch(self.job.train, few, self.job.spec).numpy()
 
     @property
     def distance_images(self) -> Images:
         """Some of them, which distances from fp32 are measured on."""
-        return self.few_images[list(_spread(range(len(self.few_images)), DISTANCE_IMAGES))]
+        return self.few_images[spread(self.few_images, DISTANCE_IMAGES)]
 
     def with_model(self, model: Path) -> Source:
         """Return the same for other weights in the same graph, under the same ranges."""
         given = self.statistics.for_model(file_sha256(model))
         return replace(self, trials=replace(self.trials, model=model), given=given)
-
-
-def _spread(places: Sequence[int], count: int) -> Sequence[int]:
-    """Return ``count`` of ``places``, evenly from the first to the last."""
-    steps = np.linspace(0, len(places) - 1, min(count, len(places))).round()
-    return [places[int(step)] for step in steps]
 
 
 def fresh_source(job: Job, trials: Trials) -> Source:
