@@ -21,7 +21,7 @@ from secateur.bench.latency import Protocol
 from secateur.core.errors import BuildError, CalibrationError, ModelError, SecateurError
 from secateur.flow.build import build as run_build
 from secateur.flow.cache import StageCache
-from secateur.flow.lowering import Lowering, limits_of
+from secateur.flow.lowering import Lowering, drop_limits
 from secateur.flow.recipe import parse_recipe
 from secateur.flow.trials import noise_power
 from secateur.lower.quant import overflowing, plan_quant
@@ -187,7 +187,7 @@ def test_a_task_that_is_too_low_in_fp32_may_lose_one_percent_more() -> None:
     tasks = [SimpleNamespace(name="a", max_drop=3.0), SimpleNamespace(name="b", max_drop=3.0),
              SimpleNamespace(name="c", max_drop=None)]  # fmt: skip
     exact = Delta({"a": -1.0, "b": -7.0, "c": -9.0}, -5.7, "c")
-    assert limits_of(SimpleNamespace(tasks=tasks), exact) == {"a": 3.0, "b": 8.0}
+    assert drop_limits(SimpleNamespace(tasks=tasks), exact) == {"a": 3.0, "b": 8.0}
 
 
 def test_where_every_form_takes_too_much_one_ships_all_the_same(project: Path) -> None:

@@ -125,7 +125,7 @@ class _Found:
         return macs_share(self.source.model, self.plan)["int8"]
 
 
-def limits_of(job: Job, exact: Delta) -> dict[str, float]:
+def drop_limits(job: Job, exact: Delta) -> dict[str, float]:
     """Return the most percent that each guarded task may lose against the parent.
 
     It is its ``max_drop``; and MORE than what it lost in fp32, the ``exact`` change, where that is
@@ -156,7 +156,7 @@ class Lowering:
         self.fp32 = Lowered("fp32", self.model, self.model, self._change(self.model, "fp32"))
         # No precision mends what the cut itself lost, but none need lose much more.
         self.hopeless = too_low(job, self.fp32.change)
-        self.limits = limits_of(job, self.fp32.change)
+        self.limits = drop_limits(job, self.fp32.change)
 
     def to(self, precision: Precision) -> Lowered:
         """Return the cut in ``precision``, guarded if the recipe says so."""

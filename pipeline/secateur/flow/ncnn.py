@@ -11,7 +11,7 @@ from secateur.core.model import MultiTaskModel
 from secateur.devices.host import library_versions
 from secateur.devices.target import Target, load_target
 from secateur.flow.job import Job
-from secateur.flow.lowering import Lowered, limits_of
+from secateur.flow.lowering import Lowered, drop_limits
 from secateur.flow.ncnn_int8 import to_int8
 from secateur.flow.recipe import Recipe
 from secateur.flow.stages import (
@@ -147,6 +147,6 @@ class NcnnLowering:
             metrics = session_accuracy(job, session, path, "accuracy, ncnn int8")
             return change(job, self.parent, metrics)
 
-        made = to_int8(job, exact, judge, limits_of(job, judge(exact)))
+        made = to_int8(job, exact, judge, drop_limits(job, judge(exact)))
         return Lowered("int8", onnx, onnx, made.change, ncnn=(made.path, exact),
                        ncnn_report=made.report)  # fmt: skip
