@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import json
 import time
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -101,16 +103,26 @@ def test_our_figures_never_bear_the_name_of_a_benchmark_that_we_have_not_run() -
 # -- warm-up
 
 
-def test_warm_up_lasts_until_calls_are_steady() -> None:
-    calls = count()
-    windows = warm_up(lambda: time.sleep(max(0.001, 0.008 - 0.0005 * next(calls))), 0.01)
-    assert windows >= 4  # each window has sped up until the sixteenth call
+def windows_of(call_ms: Callable[[int], float], monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many windows of 10 ms a runtime warms up whose n-th call takes so long, by its clock."""
+    clock_ms, calls = [0.0], count()
+
+    def call() -> None:
+        clock_ms[0] += call_ms(next(calls))
+
+    clock = SimpleNamespace(perf_counter=lambda: clock_ms[0] / 1000)
+    monkeypatch.setattr(on_bench, "time", clock)  # a busy machine would stretch real calls
+    return warm_up(call, 0.01)
 
 
-def test_warm_up_ends_where_nothing_gets_steady() -> None:
-    calls = count()
-    windows = warm_up(lambda: time.sleep(0.0005 * (1 + next(calls))), 0.0001)
-    assert windows == MOST_WINDOWS
+def test_warm_up_lasts_until_calls_are_steady(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Medians of 7.6, 6.1, 4.2 and 1 ms: the fifth window is the first like the one before it.
+    assert windows_of(lambda n: max(1.0, 8.0 - 0.75 * n), monkeypatch) == 5
+    assert windows_of(lambda n: 3.0, monkeypatch) == 2
+
+
+def test_warm_up_ends_where_nothing_gets_steady(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert windows_of(lambda n: 10.0 * 1.1**n, monkeypatch) == MOST_WINDOWS
 
 
 # -- clocks lowered
