@@ -467,6 +467,52 @@ def test_pools_and_products_in_int8(tmp_path: Path, dialect: Dialect) -> None:
         assert noise_db(reference[name], output) > 25, name
 
 
+def hard_swish(folder: Path) -> Path:
+    """A convolution and the HardSwish that alone reads it, whose inputs go from -9 to 9."""
+    return save(
+        """g (float[N,3,32,48] image) => (float[N,3,32,48] y)
+           { x = Conv (image, w)   y = HardSwish (x) }""",
+        folder / "model.onnx",
+        w=2 * np.eye(3, dtype=np.float32)[:, :, None, None],
+    )
+
+
+@pytest.mark.parametrize(("dialect", "allowed"), [(X86, "0"), (ARM, "1")], ids=["x86", "arm"])
+def test_hard_swish_runs_in_integers(tmp_path: Path, dialect: Dialect, allowed: str) -> None:
+    model = hard_swish(tmp_path)
+    plan = plan_quant(model, calibrate(model, lambda: [IMAGES], "minmax"), {})
+    assert plan.precisions["y"] == "int8"
+    assert plan.ranges["x"][0] == -3 and plan.ranges["x"][1] > 6  # it is 0 below -3
+    path, _ = written(model, plan, dialect)
+    operators = operators_run(path, tmp_path, **{INT8_ALLOWED: allowed})
+    assert {"QLinearConv", "QLinearAdd", "QLinearMul"} <= set(operators)
+    assert not {"HardSwish", "HardSigmoid", "Add", "Mul"} & set(operators)
+    wanted, got = run(model)["y"], run(path)["y"]
+    assert noise_db(wanted, got) > 35
+    x = 2 * IMAGES
+    assert not got[x < -3.1].any() and got[x > 3.1] == pytest.approx(x[x > 3.1], abs=0.1)
+
+
+def test_a_pool_before_hard_swish_keeps_its_grid(tmp_path: Path) -> None:
+    model = save(
+        """g (float[N,3,32,48] image) => (float[N,3,16,24] y)
+           { x = MaxPool <kernel_shape=[2,2], strides=[2,2]> (image)   y = HardSwish (x) }""",
+        tmp_path / "model.onnx",
+    )
+    plan = plan_quant(model, calibrate(model, lambda: [3 * IMAGES], "minmax"), {})
+    assert plan.ranges["x"] == plan.ranges["image"] and plan.ranges["x"][0] < -3
+    path, _ = written(model, plan, X86)
+    assert {"MaxPool", "QLinearMul"} <= set(operators_run(path, tmp_path))
+    assert noise_db(run(model, 3 * IMAGES)["y"], run(path, 3 * IMAGES)["y"]) > 30
+
+
+def test_hard_swish_beside_half_precision(tmp_path: Path) -> None:
+    model = hard_swish(tmp_path)
+    table = calibrate(model, lambda: [IMAGES], "minmax")
+    path, _ = written(model, plan_quant(model, table, {"x": "fp16"}), X86)
+    assert noise_db(run(model)["y"], run(path)["y"]) > 35
+
+
 @pytest.mark.parametrize(
     "node", ['y = Resize <mode="cubic"> (image, , scales)', "y = Add (image, k)", "y = Exp (image)",
              "y = Gemm <transA=1> (flat, w)", "y = Relu (image)", "y = Conv (image, image)"],

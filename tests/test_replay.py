@@ -25,7 +25,7 @@ from secateur.lower.quant import (
     plan_quant,
     write_learned,
 )
-from test_quant import IMAGES, run, save
+from test_quant import IMAGES, hard_swish, run, save
 
 X86 = onnxruntime_x86()
 
@@ -57,6 +57,19 @@ def test_it_gives_what_the_written_file_gives(tiny: Path, dialect: Dialect, tmp_
         # A value half-way between two steps may go either way; bilinear resizes make many.
         assert off(written[task], output) < 0.6 * off(fp32[task], written[task]), task
     assert off(written["room"], replayed(Replay(tiny, plan, dialect))["room"]) < 1e-4
+
+
+@pytest.mark.parametrize("dialect", [X86, onnxruntime_arm(), TENSORRT], ids=lambda d: d.name)
+def test_hard_swish_is_what_is_written(tmp_path: Path, dialect: Dialect) -> None:
+    model = hard_swish(tmp_path)
+    plan = plan_quant(model, calibrate(model, lambda: [IMAGES], "minmax"), {})
+    emit(model, plan, dialect, tmp_path / "int8.onnx")
+    written = run(tmp_path / "int8.onnx", plain=True)["y"]
+    assert (
+        off(written, replayed(Replay(model, plan, dialect))["y"])
+        < 1e-4
+        < off(run(model)["y"], written)
+    )
 
 
 def test_in_fp32_it_is_the_model(tiny: Path) -> None:

@@ -82,9 +82,11 @@ def _positive(scale: float, fp16: bool) -> float:
 
 
 # QLinear kernels of ONNX Runtime 1.31's CPU provider. A convolution runs in integers only when its
-# result is quantised too; Gemm and MatMul can give floats, which are more exact.
+# result is quantised too; Gemm and MatMul can give floats, which are more exact. HardSwish is
+# written as a sum and a product.
 _ORT_OUTPUTS = SAME_GRID | {
-    "Conv", "Add", "AveragePool", "Concat", "GlobalAveragePool", "LeakyRelu", "Mul", "Sigmoid",
+    "Conv", "Add", "AveragePool", "Concat", "GlobalAveragePool", "HardSwish", "LeakyRelu", "Mul",
+    "Sigmoid",
 }  # fmt: skip
 _ORT_OPERATORS = _ORT_OUTPUTS | {"Gemm", "MatMul"}
 

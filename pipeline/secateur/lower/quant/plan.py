@@ -21,8 +21,9 @@ Precision = Literal["int8", "fp16", "fp32"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 INT8_OPERATORS = WEIGHTED | SAME_GRID | FUSED_ACTIVATIONS | {
-    "Add", "AveragePool", "Concat", "GlobalAveragePool", "LeakyRelu", "Mul", "Sigmoid",
+    "Add", "AveragePool", "Concat", "GlobalAveragePool", "HardSwish", "LeakyRelu", "Mul", "Sigmoid",
 }  # fmt: skip
+HARD_SWISH_ENDS = -3.0  # it is 0 below
 # What sums many terms or divides small numbers loses too much of fp16's 11 bits.
 FP32_OPERATORS = frozenset({
     "BatchNormalization", "CumSum", "Exp", "GlobalAveragePool", "GroupNormalization",
@@ -203,7 +204,11 @@ def overflowing(model: Path, plan: QuantPlan, peaks: Mapping[str, float]) -> dic
 def _ranges(
     graph: Graph, precisions: Mapping[str, Precision], seen: Mapping[str, Range]
 ) -> dict[str, Range]:
-    """Return the ranges next to int8 nodes; what only moves values keeps its input's grid."""
+    """Return the ranges next to int8 nodes.
+
+    What only moves values keeps its input's grid; what HardSwish alone reads needs no steps for the
+    values that it makes 0.
+    """
     ranges: dict[str, Range] = {}
     for name, node in graph.nodes.items():
         if precisions[name] != "int8":
@@ -212,4 +217,9 @@ def _ranges(
             ranges.setdefault(tensor, seen[tensor])
         if node.op_type in SAME_GRID:
             ranges[node.output[0]] = ranges[node.input[0]]
+    for tensor, (low, high) in ranges.items():
+        reader, maker = graph.only_reader(tensor), graph.producer.get(tensor)
+        moved = maker is not None and maker.op_type in SAME_GRID
+        if reader is not None and reader.op_type == "HardSwish" and not moved:
+            ranges[tensor] = (max(low, HARD_SWISH_ENDS), max(high, HARD_SWISH_ENDS))
     return ranges

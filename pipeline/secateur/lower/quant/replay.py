@@ -75,10 +75,12 @@ class Replay(nn.Module):
         self._outputs = tuple(value.name for value in onnx.load(model).graph.output)
         self._input = graph.inputs[0]
         self._constants: dict[str, str] = {}
-        for name in graph.constants:
-            values = numpy_helper.to_array(graph.constants[name])
-            self._constants[name] = f"constant_{len(self._constants)}"
-            self.register_buffer(self._constants[name], torch.from_numpy(values.copy()))
+        stored = self._keep_constants(graph)
+        self._gains = {  # of what is read as if its steps were finer than they were written
+            node.name: self._scale_of(graph, node.output[0]) / self._scale_of(graph, node.input[0])
+            for node in graph.nodes.values()
+            if node.op_type == "DequantizeLinear" and node.name not in stored
+        }
         self._steps = tuple(
             _Step(
                 node.name, node.op_type, tuple(node.input), tuple(node.output),
@@ -86,9 +88,26 @@ class Replay(nn.Module):
                 self._layer(node, source.nodes[node.name], source, graph)
                 if node.op_type in WEIGHTED else None,
             )
-            for node in graph.nodes.values()
-            if not (node.op_type == "DequantizeLinear" and node.input[0] in graph.constants)
+            for node in graph.nodes.values() if node.name not in stored
         )  # fmt: skip
+
+    def _keep_constants(self, graph: Graph) -> set[str]:
+        """Keep constants as they are, and those in integers as what they stand for, too.
+
+        Returns the nodes that dequantise constants.
+        """
+        values = {name: numpy_helper.to_array(tensor) for name, tensor in graph.constants.items()}
+        found = set()
+        for node in graph.nodes.values():
+            if node.op_type == "DequantizeLinear" and node.input[0] in graph.constants:
+                found.add(node.name)
+                if not any(r.op_type in WEIGHTED for r in graph.consumers[node.output[0]]):
+                    steps, scale, zero = map(graph.array, node.input)
+                    values[node.output[0]] = np.asarray((steps - zero) * scale)
+        for number, (name, array) in enumerate(values.items()):
+            self._constants[name] = f"constant_{number}"
+            self.register_buffer(f"constant_{number}", torch.from_numpy(array.copy()))
+        return found
 
     def _layer(
         self, node: NodeProto, original: NodeProto, source: Graph, graph: Graph
@@ -116,7 +135,7 @@ class Replay(nn.Module):
 
     @staticmethod
     def _scale_of(graph: Graph, name: str) -> float:
-        """Return the scale of the grid that a dequantised tensor lies on."""
+        """Return the scale of the grid that a quantised or dequantised tensor lies on."""
         return float(graph.array(graph.producer[name].input[1]))
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
@@ -140,8 +159,9 @@ class Replay(nn.Module):
             ends = torch.iinfo(zero.dtype)
             return [torch.fake_quantize_per_tensor_affine(
                 image, float(scale), int(zero), ends.min, ends.max)]  # fmt: skip
-        if step.operator == "DequantizeLinear":  # of what was rounded just before
-            return [needed(inputs[0])]
+        if step.operator == "DequantizeLinear":
+            rounded, gain = needed(inputs[0]), self._gains[step.name]
+            return [rounded if gain == 1 else rounded * gain]
         if step.layer is not None:
             inputs[1] = self._weights(step.layer)
             if step.layer.bias is not None:

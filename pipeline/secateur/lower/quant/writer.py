@@ -78,7 +78,7 @@ def _float_types(proto: ModelProto, plan: QuantPlan) -> dict[str, str]:
     """Return fp16 or fp32 per node of the quantised graph."""
     return {
         node.name: plan.carrier
-        if node.op_type in QDQ or plan.precisions[node.name] == "int8"
+        if node.op_type in QDQ or plan.precisions.get(node.name, "int8") == "int8"
         else plan.precisions[node.name]
         for node in proto.graph.node
     }
@@ -105,6 +105,8 @@ class _Writer:
         for node in self.graph.nodes.values():
             if self._is_int8(node) and node.op_type in WEIGHTED:
                 self._quantise_weights(node)
+            if self._is_int8(node) and node.op_type == "HardSwish":
+                self._gate(node)
             self.nodes.append(node)
             for position, name in enumerate(node.output):
                 if self._runs_in_integers(node, name):
@@ -176,6 +178,35 @@ class _Writer:
             helper.make_node("QuantizeLinear", [source, *grid], [stored], f"{tensor}_quantize"),
             helper.make_node("DequantizeLinear", [stored, *grid], [target], f"{tensor}_dequantize"),
         ]
+
+    def _gate(self, node: NodeProto) -> None:
+        """Turn HardSwish, x · clip(x / 6 + 1 / 2, 0, 1), into an Add and a Mul.
+
+        The grid of the sum ends at 0 and 1, so that its rounding clips. ONNX Runtime 1.32 has
+        integer kernels of both and none of HardSwish.
+        """
+        (source,) = node.input
+        tensor = self.before.get(source, source)
+        scale, _ = self.dialect.grid(self.plan.ranges[tensor], fp16=self.fp16)
+        steps, zero = self.dialect.grid((0.0, 1.0), fp16=self.fp16)
+        gate = f"{node.name}_gate"
+        sixth = self._constant(f"{gate}_sixth_scale", np.float32(scale / 6))
+        half = [self._constant(f"{gate}_half_{part}", value) for part, value in
+                (("quantized", np.full(1, 127, zero.dtype)), ("scale", np.float32(0.5 / 127)),
+                 ("zero_point", np.zeros((), zero.dtype)))]  # fmt: skip
+        grid = [self._constant(f"{gate}_scale", np.float32(steps)),
+                self._constant(f"{gate}_zero_point", zero)]  # fmt: skip
+        for operator, inputs, made in (
+            ("DequantizeLinear", [f"{tensor}_quantized", sixth, f"{tensor}_zero_point"], "sixth"),
+            ("DequantizeLinear", half, "half"),
+            ("Add", [f"{gate}_sixth", f"{gate}_half"], "raw"),
+            ("QuantizeLinear", [f"{gate}_raw", *grid], "quantized"),
+            ("DequantizeLinear", [f"{gate}_quantized", *grid], "dequantized"),
+        ):
+            self.nodes.append(helper.make_node(operator, inputs, [f"{gate}_{made}"],
+                                               f"{gate}_{made}"))  # fmt: skip
+        node.op_type = "Mul"
+        node.input.append(f"{gate}_dequantized")
 
     def _quantise_weights(self, node: NodeProto) -> None:
         """Store a node's constant weights as S8 per output channel, and its bias as int32."""
