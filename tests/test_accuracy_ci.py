@@ -304,6 +304,18 @@ def test_an_empty_split_is_not_verified_as_good(bundle: Path, monkeypatch) -> No
     assert result.accuracy is None and "is empty" in result.skipped
 
 
+def test_what_could_not_be_judged_is_not_green(capsys, bundle: Path, monkeypatch) -> None:
+    monkeypatch.setattr("secateur.data.scenes.Scenes.__len__", lambda _: 0)
+    code, out, err = run(capsys, "verify", bundle)
+    assert code == 1 and "accuracy not checked" in err and "--no-accuracy" in err
+    assert "good enough" not in out
+    code, out, err = run(capsys, "verify", bundle, "--no-accuracy", "--json")
+    assert code == 0 and err == ""
+    assert (
+        json.loads(out)["accuracy"] is None and "none was asked for" in json.loads(out)["skipped"]
+    )
+
+
 # -- a machine that is busy
 
 

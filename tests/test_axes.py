@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 
 import numpy as np
+import pytest
 import torch
 from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from secateur.core.model import MultiTaskModel
+from secateur.core.model import MultiTaskModel, output_difference
 from secateur.core.task import Task
 from secateur.data.loading import Batch
 from secateur.flow.axes import plan_axes
@@ -118,6 +119,44 @@ def test_balanced_axes_make_activity_and_sensitivity_diagonal_together(seed: int
     np.testing.assert_allclose(seen, np.eye(6), atol=1e-7)
     np.testing.assert_allclose(felt, np.diag(np.diag(felt)), atol=1e-7)
     assert (np.diff(np.diag(felt)) <= 1e-9).all()
+
+
+class Pooled(nn.Module):
+    """A linear layer without an activation, far from zero, on few numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.room = nn.Linear(24, 32), nn.Linear(32, 4)
+        nn.init.constant_(self.stem.bias, 30.0)
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        return {"room": self.room(self.stem(image.mean((1, 2))))}
+
+
+class ChannelsLast(nn.Module):
+    """Its stream is (N, H, W, C) with as many rows as channels, read by linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.room = nn.Conv2d(3, 16, 3, padding=1), nn.Linear(16, 4)
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        return {"room": self.room(self.stem(image).permute(0, 2, 3, 1)).mean((1, 2))}
+
+
+@pytest.mark.parametrize("network", [Pooled, ChannelsLast])
+def test_axes_of_what_linear_layers_read(network: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = MultiTaskModel(network(), TASKS[1:]).eval()
+    groups = linear_groups(model, find_groups(model, IMAGES[:1]), IMAGES[:1])
+    (width,) = {group.width for group in groups}
+    rooms = {"room": torch.arange(8) % 4}
+    stream = [Batch(IMAGES, rooms, ())]
+    axes = plan_axes(model, groups, model.tasks, lambda: stream, 1)
+    turned = apply_axes(model, groups, axes, IMAGES)
+    assert output_difference(model, turned, IMAGES) < 1e-4
+    seen = {name: np.linalg.cond(matrix) for name, matrix in axes.items()}
+    assert width in (16, 32) and all(np.isfinite(list(seen.values())))
 
 
 def test_a_stream_of_low_rank_is_cut_to_its_rank_for_free() -> None:

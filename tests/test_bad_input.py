@@ -12,6 +12,8 @@ import torch
 from cli_run import FACTORY, RECIPE, make_project, run
 from conftest import tiny_model
 from safetensors.torch import save_file
+from secateur.flow.parent import load_parent
+from secateur.flow.recipe import load_recipe
 
 FOLDER_DATA = RECIPE.replace(
     "{reader: scenes, split: train, options: {count: 16, height: 32, width: 48}}",
@@ -48,6 +50,15 @@ def expect_error(capsys, folder: Path, *arguments, says: str, code: int = 2) -> 
         (("budget: {macs: 0.5}", "budget: {macs: half}"), "line 13: prune.budget.macs: "),
         (("compensate:", "compensat:"), "line 14: key 'compensat' is not known"),
         (("keep: [segmentation, depth]", "keep: [segmentation, dept]"), "there is no task 'dept'"),
+        (("compensate:", "compensat:"), "did you mean 'compensate'?"),
+        (("macs: 0.5", "mac: 0.5"), "did you mean 'macs'?"),
+        (("keep: [segmentation, depth]", "keep: depth"), "write keep: [depth]"),
+        (("keep: [", "precision: int8\nkeep: ["), "write precision: {mode: int8}"),
+        (
+            ("recover:    {epochs: 1}", "recover: false"),
+            "write recover: none or recover: {key: value}",
+        ),
+        (("budget: {macs: 0.5}", "budget: 0.5"), "with keys macs, params, size_mb, latency_ms"),
         (("keep: [segmentation, depth]", "keep: []"), "keep: is empty"),
         (("macs: 0.5", "macs: 0"), "greater than 0"),
         (("macs: 0.5", "macs: 2.0"), "less than or equal to 1"),
@@ -113,8 +124,31 @@ def test_a_pickled_checkpoint_is_not_executed(capsys, tmp_path: Path, monkeypatc
     (tmp_path / "evil.pt").write_bytes(pickle.dumps({"state_dict": Payload()}))
     expect_error(capsys, tmp_path, "build", recipe, says="cannot read the checkpoint")
     torch.save({"state_dict": Payload()}, tmp_path / "evil.pt")
-    expect_error(capsys, tmp_path, "build", recipe, says="cannot read the checkpoint")
+    expect_error(
+        capsys, tmp_path, "build", recipe, says="torch.save(model.state_dict(), 'evil.pt')"
+    )
     assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("prefix", ["module.", "net.", "model.network."])
+def test_names_of_a_wrapper_are_taken_off(tmp_path: Path, prefix: str) -> None:
+    weights = tiny_model().network.state_dict()
+    wrapped = {f"{prefix}{key}": value for key, value in weights.items()}
+    torch.save({"state_dict": wrapped}, tmp_path / "wrapped.ckpt")
+    text = RECIPE.replace("tiny.safetensors", "wrapped.ckpt")
+    network = load_parent(load_recipe(make_project(tmp_path, text))).network
+    assert all(torch.equal(value, weights[key]) for key, value in network.state_dict().items())
+
+
+def test_a_class_in_the_place_of_logits(capsys, tmp_path: Path) -> None:
+    recipe = make_project(tmp_path, RECIPE.replace("tinyproject:make", "choosing:make"))
+    (tmp_path / "choosing.py").write_text(
+        "from conftest import TinyNet\n\n\nclass make(TinyNet):\n    def forward(self, image):\n"
+        "        found = super().forward(image)\n"
+        "        return {**found, 'room': found['room'].argmax(1)}\n"
+    )
+    says = "task 'room' (classification) has an output of shape (1,), expected (N, C) with C = 4"
+    expect_error(capsys, tmp_path, "build", recipe, says=says)
 
 
 def test_nan_in_the_parents_output(capsys, tmp_path: Path) -> None:

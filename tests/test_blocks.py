@@ -119,6 +119,16 @@ def test_in_a_traced_network_blocks_are_sums() -> None:
     assert find_blocks(tiny, EXAMPLE) == ("network.add",)  # its layers lie in no module of theirs
 
 
+def test_blocks_that_follow_one_another_go_in_any_order() -> None:
+    model = traced(blocks_model())
+    first, second, third = find_blocks(model, EXAMPLE)
+    wanted = without_blocks(blocks_model(), ["network.first", "network.second"])
+    for order in ((first, second), (second, first)):
+        shorter = without_blocks(model, order)
+        assert find_blocks(shorter, EXAMPLE) == (third,)
+        assert output_difference(wanted, shorter, EXAMPLE) == 0
+
+
 def test_without_a_block_the_network_is_the_one_whose_block_adds_nothing() -> None:
     model = blocks_model()
     silent = blocks_model()

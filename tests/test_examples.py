@@ -8,12 +8,14 @@ import shutil
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 import torch
 from cli_run import run
-from conftest import REPOSITORY
+from conftest import REPOSITORY, SPEC
 from safetensors.torch import save_file
-from secateur.data.loading import open_reader
+from secateur.core.task import Task
+from secateur.data.loading import batches, open_reader
 from secateur.flow.recipe import load_recipe
 
 
@@ -54,6 +56,26 @@ def test_bring_your_own_from_a_tuple_model_and_unlabelled_images(capsys, tmp_pat
     cost = built["manifest"]["cost"]["macs"] / built["manifest"]["cost_parent"]["macs"]
     assert 0.59 <= cost <= 0.6
     assert run(capsys, "verify", tmp_path / "out/x86-64-cpu/fp32")[0] == 0
+
+
+def test_the_reader_in_the_docs_reads(tmp_path: Path) -> None:
+    text = (REPOSITORY / "docs/extending.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    (tmp_path / "own_reader.py").write_text(code)
+    spec = importlib.util.spec_from_file_location("own_reader", tmp_path / "own_reader.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    (tmp_path / "train").mkdir()
+    for name in ("a.jpg", "a.png", "b.jpg", "b.png"):
+        cv2.imwrite(str(tmp_path / "train" / name), np.full((32, 48, 3), 1, np.uint8))
+    reader = module.create(tmp_path, "train")
+    assert [sample.id for sample in (reader[0], reader[1])] == ["a", "b"] and len(reader) == 2
+    lane = Task("lane", "lane", "segmentation", "lane", classes=3)
+    batch = next(batches(reader, [lane], SPEC, 2))
+    assert batch.images.shape == (2, 3, 32, 48) and batch.targets["lane"].unique().tolist() == [1]
+    before = reader.fingerprint
+    cv2.imwrite(str(tmp_path / "train/a.jpg"), np.zeros((64, 48, 3), np.uint8))
+    assert module.create(tmp_path, "train").fingerprint != before
 
 
 RECIPES = sorted((REPOSITORY / "examples").rglob("*.yaml"))

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from secateur.core import registry
+from secateur.core.errors import DataError
 from secateur.core.task import Task
 from secateur.metrics.delta import delta
 from secateur.metrics.kind import kind_of
@@ -114,3 +115,21 @@ def test_depth_that_is_unknown_gives_no_loss_and_no_gradient(unknown: float) -> 
     evaluator = kind("depth").evaluator()
     evaluator.update(output.detach(), target)
     assert evaluator.compute()["rmse"] == pytest.approx(math.sqrt(2))
+
+
+def test_a_class_that_is_not_judged_has_no_part_in_the_mean() -> None:
+    evaluator = kind_of(Task("t", "t", "segmentation", "t", classes=3, ignore_index=0)).evaluator()
+    truth = torch.tensor([[[0, 1], [1, 2]]])
+    said = torch.tensor([[[1, 1], [1, 0]]])  # one pixel of class 2 is taken for class 0
+    evaluator.update(torch.nn.functional.one_hot(said, 3).movedim(-1, 1).float(), truth)
+    assert evaluator.compute()["miou"] == pytest.approx(50.0)  # class 1: all, class 2: none
+
+
+@pytest.mark.parametrize(("name", "target"), [("regression", torch.zeros(4, 1)),
+                                              ("keypoints", torch.zeros(4, 2, 2))])  # fmt: skip
+def test_a_label_of_another_width_is_told(name: str, target: torch.Tensor) -> None:
+    output, _ = SAMPLES[name]
+    with pytest.raises(DataError, match="per image, the output"):
+        kind(name).loss(output, target)
+    with pytest.raises(DataError, match="per image, the output"):
+        kind(name).evaluator().update(output, target)

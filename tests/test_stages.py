@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +15,11 @@ from hypothesis import strategies as st
 from secateur import zoo
 from secateur.compensate import RefitSettings, refit
 from secateur.core.errors import DataError, ModelError
-from secateur.core.model import MultiTaskModel, model_fingerprint
+from secateur.core.model import MultiTaskModel, evaluating, model_fingerprint
 from secateur.core.task import Task
 from secateur.data.loading import open_reader
 from secateur.importance.bank import load_scores, save_scores
+from secateur.importance.passes import left_as_found
 from secateur.lower import compare_outputs, export_onnx
 from secateur.prune import apply_plan, find_groups, macs_model, plan_prune
 from secateur.prune.plan import Budget
@@ -227,6 +230,51 @@ class Activated(nn.Module):
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         return self.function(image)
+
+
+class Holding(nn.Module):
+    """Has an attribute of any kind beside a layer."""
+
+    def __init__(self, held: object) -> None:
+        super().__init__()
+        self.layer, self.held = nn.Linear(2, 2, bias=False), held
+        nn.init.ones_(self.layer.weight)
+
+
+@pytest.mark.parametrize(
+    ("held", "other"),
+    [(torch.relu, torch.tanh), (partial(torch.clamp, min=0), partial(torch.clamp, min=1)),
+     (np.arange(3), np.arange(1, 4)), ([torch.zeros(2)], [torch.ones(2)]), ("a", "b"),
+     ({"a": [1.0]}, {"a": [2.0]})],
+    ids=["function", "partial", "array", "tensors", "text", "nested"],
+)  # fmt: skip
+def test_a_fingerprint_tells_what_an_attribute_holds(held: object, other: object) -> None:
+    assert model_fingerprint(Holding(held)) == model_fingerprint(Holding(held))
+    assert model_fingerprint(Holding(held)) != model_fingerprint(Holding(other))
+
+
+class Storing(nn.Module):
+    """Keeps its features for whoever looks, as research code does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.features = nn.Conv2d(3, 2, 1), None
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        self.features = self.last = self.layer(image)
+        return self.features
+
+
+def test_what_a_forward_stores_is_not_part_of_the_model() -> None:
+    model = Storing()
+    before = model_fingerprint(model)
+    with evaluating(model):
+        model(torch.randn(1, 3, 4, 4))
+    with left_as_found(model, ()):
+        model(torch.randn(1, 3, 4, 4, requires_grad=True))
+    assert model_fingerprint(model) == before
+    copy.deepcopy(model)  # torch refuses copies of what autograd made
+    assert model.features is None and not hasattr(model, "last")
 
 
 def test_a_fingerprint_tells_attributes_buffers_and_traced_code_apart() -> None:

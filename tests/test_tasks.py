@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from cli_run import RECIPE, make_project, run
 from hypothesis import given, settings
@@ -638,3 +639,51 @@ def test_a_folded_layer_is_scored_and_planned_as_the_plain_one(capsys, tmp_path)
     plan = json.loads(stdout)
     assert "backbone.2" in json.dumps(plan) and "lora" not in json.dumps(plan)
     assert plan["macs_after"] <= plan["budget_macs"]
+
+
+class Timm(nn.Module):
+    """A network on one of timm's backbones, as users compose them."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.backbone = timm.create_model(name, features_only=True)
+        self.a, self.b = (nn.Conv2d(self.backbone.feature_info.channels()[-1], 2, 1) for _ in "ab")
+
+    def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+        last = self.backbone(image)[-1]
+        return {"a": self.a(last), "b": self.b(last)}
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "convnext_atto", "resnetv2_50x1_bit"])
+def test_layers_of_timm_stay_layers_when_a_task_goes(name: str) -> None:
+    tasks = [Task(each, each, "segmentation", each, classes=2) for each in "ab"]
+    model = MultiTaskModel(Timm(name), tasks).eval()
+    example = torch.randn(1, 3, 64, 64)
+    selected = select_tasks(model, ["a"], example).eval()
+    layers = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
+
+    def kinds(network: nn.Module) -> list[str]:
+        return sorted(type(each).__name__ for each in network.modules() if isinstance(each, layers))
+
+    assert kinds(selected) == kinds(nn.ModuleList([model.network.backbone, model.network.a]))
+    assert len(find_groups(selected, example)) == len(find_groups(model, example))
+
+
+def test_attention_of_torch_is_counted() -> None:
+    """torch's fused path hides the products of nn.MultiheadAttention from counters."""
+
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.attend = conv(3, 16), nn.MultiheadAttention(16, 2, batch_first=True)
+            self.a = conv(16, 2)
+
+        def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+            tokens = self.stem(image).flatten(2).transpose(1, 2)
+            mixed = self.attend(tokens, tokens, tokens, need_weights=False)[0]
+            return {"a": self.a(mixed.transpose(1, 2).unflatten(2, image.shape[2:]))}
+
+    model = MultiTaskModel(Attending(), [Task("a", "a", "segmentation", "a", classes=2)]).eval()
+    pixels, width = 64, 16
+    layers = pixels * (3 * width + 2 * width) + 4 * pixels * width * width
+    assert count_macs(model, torch.randn(1, 3, 8, 8)) == layers + 2 * pixels * pixels * width

@@ -14,7 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from cli_run import RECIPE, run
+from cli_run import RECIPE, make_project, run
 from secateur.bundle.write import drop_outdated, folder_lock
 from secateur.core.model import ModelInput
 from secateur.core.plan import PrunePlan
@@ -165,6 +165,34 @@ def test_a_task_below_its_max_drop_makes_the_build_exit_1(capsys, project: Path)
     (built,) = json.loads(stdout)
     assert code == (1 if built["manifest"]["accuracy"]["change_percent"]["depth"] < -1e-4 else 0)
     assert built["manifest"]["accuracy"]["too_low"] == (["depth"] if code else [])
+
+
+POOLING = """
+from conftest import TinyNet
+
+
+class make(TinyNet):
+    def forward(self, image):
+        pooled = self.stem_norm(self.stem(image)).mean((2, 3))
+        return {**super().forward(image), "room": pooled.view(len(image), 4, 4).mean(2)}
+"""
+
+
+def test_channels_that_only_an_unwanted_task_fixed_can_go(capsys, tmp_path: Path) -> None:
+    text = RECIPE.replace("tinyproject:make", "pooling:make")
+    recipe = make_project(tmp_path, text.replace("search: {tries: 3, images: 8}", "search: false"))
+    (tmp_path / "pooling.py").write_text(POOLING)
+    code, stdout, stderr = run(capsys, "plan", recipe, "--json", "--cache", tmp_path / "cache")
+    assert code == 0, stderr
+    assert json.loads(stdout)["macs_after"] <= json.loads(stdout)["budget_macs"]
+
+
+def test_a_budget_of_everything_plans_the_whole_network(capsys, tmp_path: Path) -> None:
+    text = RECIPE.replace("recover:    {epochs: 1}", "recover: none")
+    recipe = make_project(tmp_path, text.replace("macs: 0.5", "macs: 1.0"))
+    code, stdout, stderr = run(capsys, "plan", recipe, "--json", "--cache", tmp_path / "cache")
+    assert code == 0, stderr
+    assert json.loads(stdout)["macs_after"] == json.loads(stdout)["macs_before"]
 
 
 def test_inspect_score_and_plan_as_json(capsys, project: Path) -> None:

@@ -15,7 +15,7 @@ import itertools
 import sys
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,15 +53,21 @@ def main() -> None:
     network = Network(CASES[1])
     with shown():
         rows = [row for precision in PRECISIONS for row in realised(network, precision)]
-    shows = [
-        Show(f"{planner}: share of time over share of MACs at {SHARE} of ResNet-50's, "
-             f"{precision}, the most of {len(SEEDS)} plans", MOST[precision],
-             max(r["time_over_macs"] for r in rows
-                 if (r["precision"], r["planner"]) == (precision, planner)), "<=")
-        for precision in PRECISIONS for planner in OURS
-    ]  # fmt: skip
+    shows = claims(rows)
     write_suite("budget_realised", "python benchmarks/budget/realised.py", list(SEEDS), rows, shows)
     exit_status(shows)
+
+
+def claims(rows: Sequence[Mapping[str, Any]]) -> list[Show]:
+    """Return the most of each planner's plans, in both precisions; the rival's beside ours."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        found.setdefault((row["precision"], row["planner"]), []).append(row["time_over_macs"])
+    return [
+        Show(f"{planner}: share of time over share of MACs at {SHARE} of ResNet-50's, "
+             f"{precision}, the most of {len(values)} plan(s)", MOST[precision], max(values), "<=")
+        for (precision, planner), values in found.items()
+    ]  # fmt: skip
 
 
 def realised(network: Network, precision: Precision) -> Iterator[dict[str, Any]]:

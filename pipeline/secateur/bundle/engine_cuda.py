@@ -44,13 +44,14 @@ HOST_TO_DEVICE, DEVICE_TO_HOST = 1, 2  # cudaMemcpyKind
 THREAD_LOCAL = 1  # cudaStreamCaptureMode: other threads' CUDA calls do not end a capture
 NON_BLOCKING = 1  # a stream's flag: it does not wait for the default stream
 OUT_OF_MEMORY = 2
+OLD_DRIVER = 35
 PYTHON_MODULES = ("cuda.bindings.runtime", "cuda.cudart")  # cuda-python 12.6 and later; before it
 LIBRARIES = ("libcudart.so.13", "libcudart.so.12", "libcudart.so", "cudart64_13.dll",
              "cudart64_12.dll")  # fmt: skip
-NO_DRIVER = (3, 35, 46, 100, 101, 999)  # initialisation, driver, devices: nothing runs here
+NO_DRIVER = (3, 46, 100, 101, 999)  # initialisation, driver, devices: nothing runs here
 NO_CUDA = (
-    "there is no CUDA runtime here: `pip install cuda-python`, or the CUDA toolkit's libcudart (on "
-    "a Jetson: `sudo apt install cuda-cudart-12-6`)"
+    "there is no CUDA runtime here: install the CUDA toolkit's libcudart (on a Jetson with JetPack "
+    "6: `sudo apt install cuda-cudart-12-6`), or the cuda-python of the driver's CUDA"
 )
 
 
@@ -60,6 +61,12 @@ class CudaProblem(EngineProblem):
 
 def cuda_problem(name, code, text):
     """The sentence for an error code of the function ``name``, and CUDA's own words for it."""
+    if code == OLD_DRIVER:
+        return CudaProblem(
+            "the CUDA runtime is newer than this driver ({}): where cuda-python is installed, take "
+            "that of the driver's CUDA (JetPack 6: `pip install 'cuda-python<13'`), or uninstall "
+            "it: then the system's libcudart is used".format(text)
+        )
     if code in NO_DRIVER:
         return CudaProblem(
             "CUDA does not work here ({}): check the driver (`nvidia-smi`; on a Jetson the JetPack "

@@ -188,11 +188,13 @@ def plan(
     from secateur.flow.ncnn import target_of
     from secateur.flow.recipe import load_recipe
     from secateur.flow.sparsity import check_sparse_target, planned_zeros
+    from secateur.flow.stages import check_evaluable
 
     loaded = load_recipe(recipe)
     profile = target_of(loaded, target)
     with shown(quiet=as_json):
         job = open_job(loaded, StageCache(cache))
+        check_evaluable(job)
         check_sparse_target(job, profile)
         job = turn_axes(job)
         planned = plan_within(job, profile, table_file=table)

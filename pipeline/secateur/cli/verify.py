@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from secateur.cli.options import DEVICES, JsonOption, teller
-from secateur.core.errors import DeviceError
+from secateur.core.errors import DeviceError, VerifyError
 from secateur.core.progress import shown
 
 if TYPE_CHECKING:
@@ -34,9 +34,18 @@ def verify(
     cpu: Annotated[
         list[str] | None, typer.Option(help="An emulated CPU model; may be given again.")
     ] = None,
+    accuracy: Annotated[
+        bool,
+        typer.Option(
+            "--accuracy/--no-accuracy", help="Judge every task; it needs the data of the build."
+        ),
+    ] = True,
     as_json: JsonOption = False,
 ) -> None:
-    """Checksums, ONNX parity, and per-task accuracy against max_drop; exit 1 if it falls short.
+    """Checksums, ONNX parity, and per-task accuracy against max_drop.
+
+    Exit 1 if it falls short, or if its accuracy cannot be judged: where the data of the build are
+    not at hand, --no-accuracy checks the rest alone.
 
     With --device ssh://host, the bundle's own run.py does it there; run it again to resume.
     With --device emulated, that runs on emulated Arm CPUs, against this machine.
@@ -47,15 +56,18 @@ def verify(
 
     cpus = asked_cpus(device, cpu or [])
     if cpus is not None:
-        _verify_emulated(bundle, cpus, limit, as_json)
-        return
-    result = _verified(bundle, device, limit, as_json)
-    if as_json:
-        typer.echo(json.dumps(asdict(result), indent=2))
-        return
-    console = Console()
-    _print_checked(result, console)
-    console.print(result.skipped or "the bundle is whole and every task is as good as it must be")
+        skipped = _verify_emulated(bundle, cpus, limit, as_json)
+    else:
+        result = _verified(bundle, device, limit, accuracy, as_json)
+        skipped = result.skipped
+        if as_json:
+            typer.echo(json.dumps(asdict(result), indent=2))
+        else:
+            _print_checked(result, console := Console())
+            if not skipped or not accuracy:
+                console.print(skipped or "the bundle is whole and every task is good enough")
+    if skipped and accuracy:
+        raise VerifyError(skipped, hint="bring the data of the build here, or give --no-accuracy")
 
 
 def _print_checked(result: VerifyResult, console: Console) -> None:
@@ -90,18 +102,21 @@ def _print_checked(result: VerifyResult, console: Console) -> None:
         )  # fmt: skip
 
 
-def _verified(bundle: Path, device: str, limit: int | None, as_json: bool) -> VerifyResult:
+def _verified(
+    bundle: Path, device: str, limit: int | None, accuracy: bool, as_json: bool
+) -> VerifyResult:
     if device == "local":
         from secateur.flow.verify import verify as run_verify
 
         with shown(quiet=as_json):
-            return run_verify(bundle, limit=limit)
+            return run_verify(bundle, limit=limit, accuracy=accuracy)
     from secateur.flow.remote import verify_on_device
 
-    return verify_on_device(bundle, device, teller(quiet=as_json), limit=limit)
+    return verify_on_device(bundle, device, teller(quiet=as_json), limit=limit, accuracy=accuracy)
 
 
-def _verify_emulated(bundle: Path, cpus: Sequence[str], limit: int | None, as_json: bool) -> None:
+def _verify_emulated(bundle: Path, cpus: Sequence[str], limit: int | None, as_json: bool) -> str:
+    """Return why accuracy was not judged, "" where it was."""
     from secateur.cli.emulated import print_verified
     from secateur.flow.emulated import IMAGES, verify_emulated
 
@@ -111,6 +126,7 @@ def _verify_emulated(bundle: Path, cpus: Sequence[str], limit: int | None, as_js
         typer.echo(json.dumps(asdict(result), indent=2))
     else:
         print_verified(result)
+    return result.skipped
 
 
 def bench(

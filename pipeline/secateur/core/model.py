@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -80,14 +82,40 @@ def named_outputs(raw: object) -> Mapping[str, Tensor]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put ``model`` in eval mode without gradients for a block, then restore its mode."""
-    was_training = model.training
+    """Put ``model`` in eval mode without gradients for a block, then restore its mode.
+
+    Attention runs in its parts: torch's fused path of nn.MultiheadAttention hides its layers from
+    hooks and its products from counters.
+    """
+    was_training, fused = model.training, torch.backends.mha.get_fastpath_enabled()
     model.eval()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), attributes_kept(model):
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
         model.train(was_training)
+
+
+@contextmanager
+def attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Undo what a forward stores of its tensors on its modules (``self.features = x``).
+
+    A copy of the model shall not hold a graph of autograd, nor its fingerprint depend on the images
+    that it saw last.
+    """
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, known in before:
+            for name, value in list(vars(module).items()):
+                if isinstance(value, Tensor) and value is not known.get(name):
+                    if name in known:
+                        setattr(module, name, known[name])
+                    else:
+                        delattr(module, name)
 
 
 def check_outputs(model: MultiTaskModel, example: Tensor) -> dict[str, Tensor]:
@@ -124,10 +152,8 @@ def model_fingerprint(model: nn.Module) -> str:
         if isinstance(module, fx.GraphModule):
             digest.update(module.code.encode())  # its class has no file
         for name, value in sorted(vars(module).items()):
-            if isinstance(value, Tensor):
-                tensors[f"{path}.{name}"] = value
-            elif name not in _OF_EVERY_MODULE and _is_plain(value):
-                digest.update(f"{path}.{name}={value!r}".encode())
+            if name not in _OF_EVERY_MODULE:
+                _note_attribute(f"{path}.{name}", value, tensors, digest.update)
     for name, tensor in tensors.items():
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
@@ -138,13 +164,29 @@ def model_fingerprint(model: nn.Module) -> str:
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # ``training``, and what torch keeps there
 
 
-def _is_plain(value: object) -> bool:
-    """Say whether a value is of numbers and text alone, and so says the same in every process."""
-    if isinstance(value, (tuple, list)):
-        return all(_is_plain(each) for each in value)
-    if isinstance(value, dict):
-        return all(_is_plain(each) for pair in value.items() for each in pair)
-    return value is None or isinstance(value, (bool, int, float, str))
+def _note_attribute(
+    path: str, value: object, tensors: dict[str, Tensor], note: Callable[[bytes], None]
+) -> None:
+    """Note what of an attribute is the same in every process: numbers, text, arrays, functions."""
+    if isinstance(value, Tensor):
+        tensors[path] = value
+    elif isinstance(value, np.ndarray):
+        note(f"{path}={value.shape}{value.dtype}".encode() + np.ascontiguousarray(value).tobytes())
+    elif isinstance(value, (tuple, list)):
+        note(f"{path}:{len(value)}".encode())
+        for number, each in enumerate(value):
+            _note_attribute(f"{path}.{number}", each, tensors, note)
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            _note_attribute(f"{path}.{key}", each, tensors, note)
+    elif isinstance(value, partial):
+        parts = {"function": value.func, "inputs": value.args, "named": value.keywords}
+        _note_attribute(path, parts, tensors, note)
+    elif value is None or isinstance(value, (bool, int, float, str)):
+        note(f"{path}={value!r}".encode())
+    elif callable(value) and not isinstance(value, nn.Module):
+        known = [getattr(value, part, "") for part in ("__module__", "__qualname__")]
+        note(f"{path}={known}".encode())
 
 
 def _source_file(kind: type) -> str:

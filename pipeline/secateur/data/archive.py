@@ -70,7 +70,8 @@ class ImageArchive:
         return image
 
     def _decode(self, name: str, flags: int) -> NDArray[np.uint8]:
-        image = cv2.imdecode(np.frombuffer(self.read(name), np.uint8), flags)
+        stored = np.frombuffer(self.read(name), np.uint8)
+        image = cv2.imdecode(stored, flags) if stored.size else None
         if image is None:
             raise DataError(
                 f"cannot decode image {name} in {self.path}",

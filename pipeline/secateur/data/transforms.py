@@ -102,6 +102,8 @@ def target_tensor(sample: Sample, task: Task, spec: ModelInput, view: View | Non
         _check_classes(label, task, sample.id)
         return torch.from_numpy(np.array(label, dtype=np.int64, order="C"))
     values = np.array(label, dtype=np.float32)
+    if task.kind == "edges":
+        _check_edges(values, task, sample.id)
     if task.kind == "depth":
         values = values / view.zoom  # a zoom moves the camera nearer by the same factor
     elif task.kind == "normals":
@@ -162,6 +164,18 @@ def _fits(label: Array, task: Task) -> bool:
     if task.kind == "multilabel":
         return shape == (task.classes,) or (task.classes is None and len(shape) == 1)
     return task.kind != "keypoints" or (len(shape) == 2 and shape[1] == 2)
+
+
+def _check_edges(values: Array, task: Task, sample_id: str) -> None:
+    known = values[values != 255]
+    wrong = known[(known < 0) | (known > 1)]
+    if wrong.size or (known.size < values.size and not known.any()):
+        has = f"the value {wrong[0]:g}" if wrong.size else "no edge, only 0 and 255"
+        raise DataError(
+            f"label '{task.label}' of sample {sample_id} has {has}, expected 1 on edges, 0 "
+            f"elsewhere and 255 where unknown (task '{task.name}')",
+            hint="divide a picture of edges that is 0 and 255 by 255",
+        )
 
 
 def _check_classes(label: Array, task: Task, sample_id: str) -> None:

@@ -31,7 +31,11 @@ def turn_axes(job: Job) -> Job:
     """Return the job with its model in balanced axes: the same function, better to cut.
 
     The axes are those of all tasks of ``job.scored``, so that one score bank serves every subset.
+    Where an unwanted task alone fixed some channels, they have scores in the selected model only,
+    and that is what is scored.
     """
+    if job.scored is not job.selected and _frees_channels(job):
+        job = replace(job, scored=job.selected)
     if job.recipe.prune.axes == "original":
         return job
     every = find_groups(job.scored, job.example)
@@ -48,6 +52,22 @@ def turn_axes(job: Job) -> Job:
     keep = [task.name for task in job.tasks]
     selected = select_tasks(turned, keep, job.example).eval()
     return replace(job, scored=turned, selected=selected, basis=basis)
+
+
+def _frees_channels(job: Job) -> bool:
+    """Say whether channels can go in the selected model that the whole parent has to keep."""
+    whole, own = (
+        {
+            (member.layer, place)
+            for group in find_groups(model, job.example)
+            for member in group.members
+            if member.axis == "out"
+            for places in member.indices
+            for place in places
+        }
+        for model in (job.scored, job.selected)
+    )
+    return not own <= whole
 
 
 def plan_axes(

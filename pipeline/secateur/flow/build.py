@@ -23,7 +23,13 @@ from secateur.flow.precision import Device, check_precision, lower_cut
 from secateur.flow.recipe import Recipe
 from secateur.flow.recovery import check_recovery
 from secateur.flow.sparsity import check_sparse_target, plan_zeros, with_zeros
-from secateur.flow.stages import begin_cut, check_evaluable, finish_cut
+from secateur.flow.stages import (
+    begin_cut,
+    check_evaluable,
+    exported,
+    finish_cut,
+    torch_accuracy,
+)
 from secateur.prune import check_sparsity
 
 
@@ -68,6 +74,10 @@ def build(
     clock.lap("load")
     job = turn_axes(job)
     clock.lap("turn_axes")
+    # The end needs both; what is wrong with the model or the labels is told before any training.
+    exported(job, job.selected, job.selected_key)
+    torch_accuracy(job, job.selected, "accuracy of the parent")
+    clock.lap("judge_parent")
     planned = plan_within(job, target, protocol, table)
     clock.lap("score_and_plan")
     begun = begin_cut(job, planned.scored.groups, planned.plan)

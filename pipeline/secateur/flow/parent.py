@@ -53,7 +53,8 @@ def _check_channels(task: Task, output: Tensor) -> None:
     """Compare an output's channels with what the task's kind and classes need."""
     wanted = {"depth": 1, "normals": 3, "edges": 1}.get(task.kind, task.classes)
     dense = task.kind in DENSE
-    if dense != (output.dim() == 4) or (wanted is not None and output.shape[1] != wanted):
+    right = output.dim() == 4 if dense else output.dim() >= 2
+    if not right or dense != (output.dim() == 4) or wanted not in (None, output.shape[1]):
         form = "(N, C, h, w)" if dense else "(N, C)"
         raise ModelError(
             f"task '{task.name}' ({task.kind}) has an output of shape {tuple(output.shape)}, "
@@ -115,7 +116,14 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of old pickle protocols
             loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except pickle.UnpicklingError as error:
+        raise ModelError(
+            f"cannot read the checkpoint {path}: it holds more than tensors, and objects are never "
+            "unpickled",
+            hint="save the weights alone where you trained it: torch.save(model.state_dict(), "
+            f"'{path.name}')",
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
         raise ModelError(
             f"cannot read the checkpoint {path}: {first_line(error)}",
             hint="save the state dict with safetensors, or with torch.save(model.state_dict())",
@@ -130,9 +138,23 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     return loaded
 
 
+def _without_prefix(given: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights without what a wrapper (DataParallel, Lightning) put before every name.
+
+    Only where the names then are those that are wanted.
+    """
+    first = next(iter(given), "")
+    for prefix in (first[: dot + 1] for dot, letter in enumerate(first) if letter == "."):
+        if all(key.startswith(prefix) for key in given):
+            bare = {key.removeprefix(prefix): value for key, value in given.items()}
+            if bare.keys() <= wanted.keys():
+                return bare
+    return given
+
+
 def _load_checkpoint(network: nn.Module, path: Path) -> None:
-    given = {key.removeprefix("module."): value for key, value in read_checkpoint(path).items()}
     wanted = network.state_dict()
+    given = _without_prefix(read_checkpoint(path), wanted)
     counters = {key for key in wanted if key.endswith("num_batches_tracked")}
     missing = sorted(wanted.keys() - given.keys() - counters)
     unexpected = sorted(given.keys() - wanted.keys())

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from secateur.core.errors import RecipeError
 from secateur.core.model import ModelInput
@@ -16,6 +16,7 @@ from secateur.core.shipped import shipped_root
 from secateur.core.task import Task
 from secateur.flow.precision_spec import PrecisionSpec
 from secateur.flow.precision_spec import Strict as _Strict
+from secateur.flow.recipe_errors import recipe_error
 
 VARIABLE = re.compile(r"\$\{(\w+)\}")
 
@@ -42,7 +43,7 @@ class ModelSpec(_Strict):
 
 
 class TaskSpec(_Strict):
-    output: str
+    output: Annotated[str, BeforeValidator(lambda at: str(at) if type(at) is int else at)]
     kind: str
     label: str | None = None
     classes: int | None = Field(default=None, ge=2)
@@ -312,7 +313,7 @@ def parse_recipe(text: str, path: Path) -> Recipe:
     try:
         return Recipe.model_validate({**expanded, "source": text, "path": path})
     except ValidationError as error:
-        raise _recipe_error(error, path, root) from error
+        raise recipe_error(error, path, root, Recipe) from error
 
 
 def _expand(value: Any, path: Path) -> Any:
@@ -330,47 +331,3 @@ def _expand(value: Any, path: Path) -> Any:
             )
         value = value.replace(f"${{{name}}}", os.environ[name])
     return value
-
-
-def _recipe_error(error: ValidationError, path: Path, root: yaml.Node | None) -> RecipeError:
-    first = error.errors()[0]
-    location = [part for part in first["loc"] if not _is_union_tag(part)]
-    key = ".".join(str(part) for part in location)
-    line = _line_of(root, list(location))
-    where = f"{path}, line {line}" if line else str(path)
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "missing":
-        return RecipeError(f"{where}: key '{key}' is missing", hint="add it; see docs/recipe.md")
-    if first["type"] == "extra_forbidden":
-        return RecipeError(
-            f"{where}: key '{key}' is not known", hint="check its spelling; see docs/recipe.md"
-        )
-    got = f", got {first['input']!r}" if key and not isinstance(first["input"], dict) else ""
-    prefix = f"{key}: " if key else ""
-    return RecipeError(f"{where}: {prefix}{message}{got}", hint="correct this value")
-
-
-def _is_union_tag(part: object) -> bool:
-    if not isinstance(part, str):
-        return False
-    return part.endswith(("Spec", "Spec]")) or part.startswith("literal[")
-
-
-def _line_of(node: yaml.Node | None, location: list[Any]) -> int | None:
-    """Return the 1-based line of the deepest part of ``location`` that the text has."""
-    line = None
-    while node is not None and location:
-        part = location.pop(0)
-        if isinstance(node, yaml.MappingNode):
-            pairs = [(k, v) for k, v in node.value if k.value == str(part)]
-            if not pairs:
-                return line or node.start_mark.line + 1
-            line, node = pairs[0][0].start_mark.line + 1, pairs[0][1]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int):
-            if part >= len(node.value):
-                return line
-            node = node.value[part]
-            line = node.start_mark.line + 1
-        else:
-            return line
-    return line

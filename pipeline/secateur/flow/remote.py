@@ -48,7 +48,7 @@ from secateur.flow.engine import check_fits
 from secateur.flow.measure import memory_record
 from secateur.flow.recipe import Recipe
 from secateur.flow.second_opinion import asked_opinion, engine_of, trtexec_order
-from secateur.flow.verify import VerifyResult, check_parity, judged, own_image
+from secateur.flow.verify import VerifyResult, check_parity, judged, own_image, unjudged
 from secateur.flow.watch import Watch, begin_watch, end_watch
 from secateur.lower import Parity
 
@@ -144,9 +144,11 @@ class _InOrder:
 
 
 def verify_on_device(
-    folder: Path, device: str, tell: Tell, *, limit: int | None = None
+    folder: Path, device: str, tell: Tell, *, limit: int | None = None, accuracy: bool = True
 ) -> VerifyResult:
     """Verify a bundle by its own ``run.py`` on a device, its images being sent there.
+
+    Without ``accuracy`` its files and its outputs for one image alone.
 
     Raises:
         BundleError, VerifyError: see ``verify.verify``; or an output there is not a number.
@@ -155,6 +157,8 @@ def verify_on_device(
     """
     with _board(folder, device, tell) as board:
         parity = _checked_parity(board)
+        if not accuracy:
+            return unjudged(board.name, parity)
 
         def session(recipe: Recipe, reader: Reader) -> _InOrder:
             return _InOrder(_parts(board, recipe, reader, limit, tell))

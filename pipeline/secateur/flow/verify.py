@@ -36,7 +36,7 @@ ROUNDING = 2  # times what a lower precision was off when it was built: other CP
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """``accuracy`` is None, with the reason, where the evaluation data are not at hand.
+    """``accuracy`` is None, with the reason, where it was not judged or no data are at hand.
 
     ``device`` is where the bundle ran, ``split`` on what ("654 images of split 'test', nyuv2");
     of a few images only there are no ``intervals``.
@@ -51,8 +51,8 @@ class VerifyResult:
     split: str = ""
 
 
-def verify(folder: Path, *, limit: int | None = None) -> VerifyResult:
-    """Verify a bundle on this machine.
+def verify(folder: Path, *, limit: int | None = None, accuracy: bool = True) -> VerifyResult:
+    """Verify a bundle on this machine; without ``accuracy`` its files and outputs alone.
 
     Raises:
         BundleError: it cannot be read.
@@ -63,7 +63,16 @@ def verify(folder: Path, *, limit: int | None = None) -> VerifyResult:
     check_files(folder, manifest)
     session = bundle_session(folder, manifest)
     parity = check_parity(folder, manifest, session)
+    if not accuracy:
+        return unjudged("local", parity)
     return judged(folder, manifest, "local", parity, lambda *_: session, limit)
+
+
+def unjudged(
+    device: str, parity: Mapping[str, Parity], why: str = "none was asked for"
+) -> VerifyResult:
+    """Return what is known of a bundle whose accuracy nobody looked at."""
+    return VerifyResult(device, parity, None, None, None, f"accuracy not checked: {why}")
 
 
 def judged(
@@ -89,7 +98,7 @@ def judged(
         scores = score(predict, tasks, reader, spec, limit=limit, per_image=True)
         _check_judged(scores, device)
     except (DataError, RecipeError) as error:
-        return VerifyResult(device, parity, None, None, None, f"accuracy not checked: {error}")
+        return unjudged(device, parity, str(error))
     parent = Scores(manifest.accuracy.parent, _parent_sums(folder, manifest, scores.sums))
     intervals = bootstrap(tasks, scores, parent)
     change = delta(parent.metrics, scores.metrics, higher_is_better(manifest))

@@ -42,7 +42,8 @@ def measure_directions(
     """
     modules = dict(model.named_modules())
     readers = {m.layer: modules[m.layer] for g in groups for m in g.members if m.axis == "in"}
-    sums = {group.name: _Sums(group, data.tasks) for group in groups}
+    axes = {name: -1 if isinstance(reader, nn.Linear) else 1 for name, reader in readers.items()}
+    sums = {group.name: _Sums(group, data.tasks, axes) for group in groups}
     with left_as_found(model, ()):
         for batch in data:
             images = batch.images.detach().requires_grad_()  # so that activations have gradients
@@ -84,6 +85,7 @@ class _Sums:
 
     group: ChannelGroup
     tasks: Sequence[str]
+    axes: Mapping[str, int]  # where the channels of each reader's input are
     count: int = 0
     first: Tensor = field(init=False)
     second: Tensor = field(init=False)
@@ -98,12 +100,12 @@ class _Sums:
     def add_activity(self, inputs: Mapping[str, Tensor]) -> None:
         for columns in self._columns(inputs):
             self.count += columns.shape[1]
-            self.first += columns.sum(1).double().cpu()
-            self.second += (columns @ columns.T).double().cpu()
+            self.first += columns.sum(1).cpu()
+            self.second += (columns @ columns.T).cpu()
 
     def add_gradients(self, task: str, gradients: Mapping[str, Tensor | None]) -> None:
         for columns in self._columns(gradients):
-            self.gradients[task] += (columns @ columns.T).double().cpu()
+            self.gradients[task] += (columns @ columns.T).cpu()
 
     def directions(self) -> Directions:
         mean = self.first / max(self.count, 1)
@@ -116,11 +118,13 @@ class _Sums:
         for member in self.group.members:
             tensor = tensors.get(member.layer)
             if member.axis == "in" and tensor is not None:
-                found += [_rows(tensor.detach(), member, j) for j in range(len(member.indices[0]))]
+                axis = self.axes[member.layer]
+                found += [_rows(tensor.detach(), member, j, axis)
+                          for j in range(len(member.indices[0]))]  # fmt: skip
         return found
 
 
-def _rows(tensor: Tensor, member: Member, place: int) -> Tensor:
+def _rows(tensor: Tensor, member: Member, place: int, axis: int) -> Tensor:
+    """Return (width, positions) in float64: a covariance is a small difference of large sums."""
     at = torch.tensor([places[place] for places in member.indices], device=tensor.device)
-    axis = 1 if tensor.dim() == 4 else -1
-    return tensor.index_select(axis, at).movedim(axis, 0).flatten(1)
+    return tensor.index_select(axis, at).movedim(axis, 0).flatten(1).double()

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from secateur.core.errors import ModelError
-from secateur.core.model import MultiTaskModel
+from secateur.core.model import MultiTaskModel, attributes_kept
 from secateur.importance.criterion import Scores, TaskBatch, TaskData
 from secateur.importance.places import Gradients, Place, Places
 
@@ -127,7 +127,8 @@ def left_as_found(model: nn.Module, wanted: Sequence[nn.Parameter]) -> Iterator[
             parameter.requires_grad_(False)
         for parameter in wanted:
             parameter.requires_grad_(True)
-        yield
+        with attributes_kept(model):
+            yield
     finally:
         for module, mode in modes:
             module.training = mode
@@ -148,10 +149,11 @@ class _Gate:
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """Return the gated output, whose axis 0 is the batch, or windows of each image in turn."""
         size, width = self.values.shape
-        if output.shape[0] % size:
+        tokens_first = output.dim() == 3 and self._axis == -1 and output.shape[1] == size
+        if output.shape[0] % size or (tokens_first and output.shape[0] != size):
             raise ModelError(
-                f"layer '{self._layer}' gives {output.shape[0]} rows for {size} images, so no "
-                "image has a gradient of its own",
+                f"layer '{self._layer}' gives {tuple(output.shape)} for {size} images, so its rows "
+                "are not those of one image after another, and none has a gradient of its own",
                 hint="use a criterion that reads whole batches, such as taylor",
             )
         self.positions += output.numel() // (size * width)

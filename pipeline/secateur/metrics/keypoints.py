@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from secateur.core.task import Task
-from secateur.metrics.kind import Evaluator, TaskKind
+from secateur.metrics.kind import Evaluator, TaskKind, like
 from secateur.metrics.regression import Regression
 
 
@@ -28,7 +28,7 @@ class KeypointsEvaluator:
         self.sums = torch.zeros(3, dtype=torch.float64)  # distances, near, seen
 
     def update(self, output: Tensor, target: Tensor) -> None:
-        distance = (output.reshape(target.shape) - target).norm(dim=-1)
+        distance = (output - like(target, output)).reshape(target.shape).norm(dim=-1)
         seen = distance[torch.isfinite(target).all(-1)]  # a wild output counts, not a hidden point
         near, count = (seen < 0.1).sum().double(), torch.tensor(float(seen.numel()))
         self.sums += torch.stack([seen.double().sum().cpu(), near.cpu(), count.double()])

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from secateur.core import registry
-from secateur.core.errors import RecipeError
+from secateur.core.errors import DataError, RecipeError
 from secateur.core.task import Task
 
 
@@ -89,6 +89,22 @@ def resized(output: Tensor, target: Tensor) -> Tensor:
     if output.shape[-2:] == size:
         return output
     return functional.interpolate(output, size=size, mode="bilinear", align_corners=False)
+
+
+def like(target: Tensor, output: Tensor) -> Tensor:
+    """Return a target of values per image in the shape of the output.
+
+    Raises:
+        DataError: they are not equally many.
+    """
+    if target.numel() != output.numel():
+        raise DataError(
+            f"the label has {target.numel() // len(target)} value(s) per image, the output "
+            f"{output.numel() // len(output)}, in batches of {tuple(target.shape)} and "
+            f"{tuple(output.shape)}",
+            hint="set tasks.<name>.output or label to those that belong together",
+        )
+    return target.reshape(output.shape)
 
 
 def masked_mean(values: Tensor, valid: Tensor) -> Tensor:

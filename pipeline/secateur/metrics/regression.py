@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from secateur.core.task import Task
-from secateur.metrics.kind import Evaluator, TaskKind, masked_mean
+from secateur.metrics.kind import Evaluator, TaskKind, like, masked_mean
 
 
 class Regression:
@@ -18,7 +18,7 @@ class Regression:
     higher_is_better: Mapping[str, bool] = {"mae": False, "rmse": False}
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        truth = target.reshape(output.shape)
+        truth = like(target, output)
         error = (output - truth.nan_to_num()).abs()
         return masked_mean(error, torch.isfinite(truth))
 
@@ -41,7 +41,7 @@ class RegressionEvaluator:
         self.sums = torch.zeros(3, dtype=torch.float64)  # absolute, squared, known values
 
     def update(self, output: Tensor, target: Tensor) -> None:
-        truth = target.reshape(output.shape)
+        truth = like(target, output)
         error = (output - truth)[torch.isfinite(truth)].double()
         count = torch.tensor(float(error.numel()), dtype=torch.float64)
         rows = [error.abs().sum().cpu(), error.square().sum().cpu(), count]

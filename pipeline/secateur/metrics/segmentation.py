@@ -61,6 +61,8 @@ class SegmentationEvaluator:
         hit, predicted, true = self.sums
         union = predicted + true - hit
         seen = union > 0
+        if 0 <= self.ignore_index < self.classes:
+            seen[self.ignore_index] = False  # what is said of unknown pixels is not judged
         return {
             "miou": float(100 * (hit[seen] / union[seen]).mean()) if seen.any() else 0.0,
             "pixel_accuracy": float(100 * hit.sum() / true.sum().clamp(min=1)),

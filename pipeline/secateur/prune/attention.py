@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from secateur.core.channels import ChannelGroup, Member
+from secateur.core.flops import counted
 from secateur.core.model import MultiTaskModel
-from secateur.prune.flops import counted
 
 
 def head_groups(model: MultiTaskModel) -> tuple[ChannelGroup, ...]:
@@ -38,7 +38,8 @@ def head_macs(
     counts = counted(model, example).get_flop_counts()
 
     def macs(name: str) -> int:
-        return sum(counts[f"{type(model).__name__}.{name}"].values()) // 2 // example.shape[0]
+        ran = counts.get(f"{type(model).__name__}.{name}", {})  # none, if forward leaves it out
+        return sum(ran.values()) // 2 // example.shape[0]
 
     return {
         group.heads_of: (macs(group.heads_of) - sum(macs(m.layer) for m in group.members))

@@ -41,7 +41,7 @@ def without_blocks(model: MultiTaskModel, blocks: Collection[str]) -> MultiTaskM
     network = shorter.network
     if blocks and isinstance(network, fx.GraphModule):
         sums = _sums(network)
-        for name in blocks:
+        for name in (n for n in reversed(sums) if n in blocks):  # a later one may read an earlier
             sums[name].node.replace_all_uses_with(sums[name].given)
         network.graph.eliminate_dead_code()
         network.delete_all_unused_submodules()

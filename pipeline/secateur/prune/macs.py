@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from secateur.core.channels import Axis, ChannelGroup
+from secateur.core.flops import counted
 from secateur.core.model import MultiTaskModel, evaluating
 from secateur.prune.attention import head_macs
-from secateur.prune.flops import counted
 
 
 def count_macs(model: nn.Module, example: Tensor) -> int:

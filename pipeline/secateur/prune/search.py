@@ -56,6 +56,8 @@ def search_counts(
         )
     loss, at = min(judged, key=lambda pair: pair[0])
     start_loss = loss
+    if not any(at):  # every group has its whole width, so nothing can be traded
+        return Found(tuple(climb.counts(at)), loss, start_loss, len(judged))
     again: tuple[int, NDArray[np.int64]] | None = None
     for _ in progress:
         move = climb.repeat(at, again) if again is not None else None

@@ -30,7 +30,7 @@ def trace_outputs(network: nn.Module, example: Tensor | None) -> tuple[fx.GraphM
         ModelError: torch.fx cannot follow ``forward``, or it returns one opaque value.
     """
     try:
-        graph = fx.symbolic_trace(network)
+        graph = fx.GraphModule(network, _Tracer().trace(network))
         _thread_writes(graph)
         if example is not None:
             _Sizes(graph).run(example)
@@ -66,6 +66,22 @@ def eliminate(network: nn.Module, names: Collection[str], example: Tensor | None
     for node in graph.graph.nodes:
         node.meta.pop("value", None)
     return fx.GraphModule(graph, graph.graph).train(was_training)  # copies what is read only
+
+
+LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.LayerNorm,
+          nn.GroupNorm)  # fmt: skip
+
+
+class _Tracer(fx.Tracer):
+    """Keeps layers of other libraries that derive from torch's, such as timm's, whole.
+
+    torch.fx would take them apart into functions of bare parameters, which no later stage knows as
+    layers. One that holds more than a weight and a bias may be of a task, and is taken apart.
+    """
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        plain = {name for name, _ in m.named_parameters()} <= {"weight", "bias"}
+        return (isinstance(m, LAYERS) and plain) or super().is_leaf_module(m, module_qualified_name)
 
 
 class _Sizes(fx.Interpreter):

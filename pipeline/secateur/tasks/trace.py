@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten
-from torch.utils.flop_counter import flop_registry
 
 from secateur.core.errors import ModelError
+from secateur.core.flops import flop_registry
 from secateur.core.model import MultiTaskModel, evaluating
 
 PLAIN = (bool, int, float, str, type(None))
