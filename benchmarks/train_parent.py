@@ -131,7 +131,7 @@ PARENTS = {
     "nyuv2_mobilenetv2_96x128": _nyuv2(
         "nyuv2_mobilenetv2", 96, 128, "torchvision, BSD-3-Clause", train_split="fit"
     ),
-    # Of the suite of precisions; quoted there once they are trained.
+    # Of the suite of precisions.
     **{
         f"{factory}_96x128": _nyuv2(factory, 96, 128, None, train_split="fit")
         for factory in ("nyuv2_mobilenetv3", "nyuv2_resnet18", "nyuv2_vit")

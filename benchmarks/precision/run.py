@@ -6,8 +6,9 @@ helps, guarded, and all of it taught by quantisation-aware distillation; on the 
 the pipeline's own stages for the x86-64 target. The guard judges on the same images, as a build
 does; changes are against the fp32 model. Then fp32 and guarded int8 are timed in turns, and the
 three forms for TensorRT built by tensorrt-rtx. Cells that are done are found again: a stopped run
-goes on. ``--models`` takes parts of names. Models whose parents are not trained yet are left out,
-and the first claim says how many (train_parent.py makes them).
+goes on. ``--models`` takes parts of names. The parents with ResNet-18 and ViT-Tiny are too large
+for the repository; their cards (benchmarks/parents) have the command that makes them again. Models
+whose parents are not there are left out; the first claim says how many were measured.
 """
 
 from __future__ import annotations
