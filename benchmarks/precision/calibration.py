@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -100,7 +99,9 @@ def child(kind: str, count: int) -> None:
         found = calibrate(model_file(), lambda: images(count, batch), name,
                           state=WORK / f"{kind}.npz")  # fmt: skip
         tables[name] = {tensor: list(limits) for tensor, limits in found.ranges.items()}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    status = Path("/proc/self/status").read_text()  # rusage would carry the parent process's peak
+    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM"))
+    peak = int(line.split()[1]) * 1024 / 1e9
     facts = {"peak_gb": round(peak, 3), "tables": tables, "tensors": len(tables["minmax"])}
     (WORK / f"{kind}.json").write_text(json.dumps(facts))
 
