@@ -19,6 +19,7 @@ from secateur.prune import apply_plan, count_macs, find_groups, macs_model, plan
 from secateur.prune.plan import Budget, default_budget
 from timm.layers import LayerNorm2d
 from torch import nn
+from torch.nn import functional
 
 EXAMPLE = SPEC.example(2)
 
@@ -82,6 +83,48 @@ def test_pruned_model_equals_masked_parent(seed: int, macs: float, grid: int) ->
             masked(model, groups, plan)(EXAMPLE), pruned(EXAMPLE)
         )
     assert difference <= 1e-5
+
+
+class Blurred(nn.Module):
+    """Blurs as many channels as there are, by constant weights that no layer has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.mix = nn.Conv2d(3, 24, 3, padding=1), nn.Conv2d(24, 16, 1)
+        self.head = nn.Conv2d(16, 1, 1)
+        self.register_buffer("kernel", torch.ones(1, 1, 3, 3) / 9)
+
+    def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = torch.relu(self.stem(image))
+        x = functional.conv2d(x, self.kernel.expand(x.shape[1], 1, 3, 3), groups=x.shape[1])
+        return {"depth": self.head(torch.relu(self.mix(x)))}
+
+
+class Attending(nn.Module):
+    """One head of attention written by hand: queries and keys may be narrower than values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 16, 4, 4), nn.Conv2d(16, 1, 1)
+        self.q, self.k, self.v = (nn.Linear(16, 16) for _ in "qkv")
+
+    def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = self.stem(image)
+        t = x.flatten(2).transpose(1, 2)
+        t = functional.scaled_dot_product_attention(self.q(t), self.k(t), self.v(t), scale=0.25)
+        return {"depth": self.head(t.transpose(1, 2).unflatten(2, x.shape[2:]))}
+
+
+@pytest.mark.parametrize("network", [Blurred, Attending])
+def test_what_functions_multiply_is_planned_exactly(network: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = MultiTaskModel(network(), [Task("depth", "depth", "depth", "depth")]).eval()
+    groups = find_groups(model, EXAMPLE)
+    cost = macs_model(model, groups, EXAMPLE)
+    assert groups and cost.macs([g.width for g in groups]) == count_macs(model, EXAMPLE)
+    for seed in range(3):
+        plan = random_plan(groups, seed, macs=0.85, cost=cost)
+        assert count_macs(apply_plan(model, groups, plan), EXAMPLE) == plan.macs_after
 
 
 @settings(max_examples=15, deadline=None)

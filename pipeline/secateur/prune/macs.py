@@ -3,13 +3,16 @@
 The counter is ``torch.utils.flop_counter`` halved, everywhere. The prediction is exact: each
 convolution and linear layer costs ``positions * kernel * c_in * c_out``, both widths follow from
 the groups (a grouped convolution reads the ``c_in`` of one of its groups, whatever is cut), each
-head of attention costs the same, and whatever else the counter sees is constant.
+head of attention costs the same. What functions multiply that are no layers (attention written by
+hand, a blur with constant weights) is measured by taking one channel out of each group; whatever
+else the counter sees is constant.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,6 +23,7 @@ from secateur.core.channels import Axis, ChannelGroup
 from secateur.core.flops import counted
 from secateur.core.model import MultiTaskModel, evaluating
 from secateur.prune.attention import head_macs
+from secateur.prune.narrow import drop_channels
 
 
 def count_macs(model: nn.Module, example: Tensor) -> int:
@@ -78,7 +82,39 @@ def macs_model(model: MultiTaskModel, groups: Sequence[ChannelGroup], example: T
     in_fixed, out_fixed = full_in - of["in"] @ widths, full_out - of["out"] @ widths
     known = round(float((unit * full_in * full_out).sum()))
     constant = count_macs(model, example) - known
-    return MacsModel(unit, in_fixed, of["in"], out_fixed, of["out"], constant)
+    layers_only = MacsModel(unit, in_fixed, of["in"], out_fixed, of["out"], constant)
+    return _with_functions(layers_only, model, groups, example)
+
+
+def _with_functions(
+    cost: MacsModel, model: MultiTaskModel, groups: Sequence[ChannelGroup], example: Tensor
+) -> MacsModel:
+    """Add what functions multiply for each channel of a group; nothing in most networks."""
+    whole = np.array([group.width for group in groups])
+    wide = np.flatnonzero(whole > 1)
+
+    def saved(places: NDArray[np.int64]) -> int:
+        """Return what one channel fewer in these groups saves beyond ``cost``."""
+        cut, less = copy.deepcopy(model), whole.copy()
+        drop_channels(cut, groups, {groups[place].name: [0] for place in places})
+        less[places] -= 1
+        return cost.macs(less) - count_macs(cut, example)
+
+    if not wide.size or saved(wide) == 0:
+        return cost
+    found = {place: each for place in wide if (each := saved(np.array([place])))}
+    rows = np.zeros((len(found), len(groups)))
+    rows[np.arange(len(found)), list(found)] = 1
+    ones, zeros = np.ones(len(found)), np.zeros(len(found))
+    return replace(
+        cost,
+        unit=np.concatenate([cost.unit, list(found.values())]),
+        in_fixed=np.concatenate([cost.in_fixed, ones]),
+        in_of=np.concatenate([cost.in_of, np.zeros_like(rows)]),
+        out_fixed=np.concatenate([cost.out_fixed, zeros]),
+        out_of=np.concatenate([cost.out_of, rows]),
+        constant=cost.constant - round(sum(each * whole[place] for place, each in found.items())),
+    )
 
 
 def _output_positions(
