@@ -143,6 +143,20 @@ def test_a_folder_of_ones_own_images(tmp_path: Path) -> None:
     assert has_labels(reader, [SEGMENTATION, DEPTH])
 
 
+def test_a_table_of_labels_without_names_is_told(tmp_path: Path) -> None:
+    write_folder(tmp_path / "train")
+    (tmp_path / "train/labels.csv").write_text("file,age\n0.png,30\n")
+    with pytest.raises(DataError, match="has no column 'name'; its first line is 'file,age'"):
+        open_reader("folder", tmp_path, "train")
+
+
+def test_an_empty_image_is_told(tmp_path: Path) -> None:
+    write_folder(tmp_path / "train")
+    (tmp_path / "train/image/1.png").write_bytes(b"")
+    with pytest.raises(DataError, match="cannot decode image image/1.png"):
+        open_reader("folder", tmp_path, "train")[1]
+
+
 def test_a_folder_with_a_gap_in_its_labels_names_the_gap(tmp_path: Path) -> None:
     write_folder(tmp_path / "train")
     (tmp_path / "train/depth/1.png").unlink()

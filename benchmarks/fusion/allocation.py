@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fusion.bench import GRID, Bench, Scores
-from fusion.ours import CACHE
 from secateur.core.files import write_json
 from secateur.core.plan import PrunePlan
 from secateur.data.loading import Batch
@@ -19,11 +18,8 @@ def searched_plan(
     bench: Bench, fused: Scores, share: float, seed: int, *, labels: bool = True
 ) -> PrunePlan:
     """Return the plan that the search finds, or found before."""
-    path = (
-        CACHE
-        / bench.name
-        / f"search{'' if labels else '-label-free'}-{SEARCH.tries}-{share}-{seed}.json"
-    )
+    kind = f"search{'' if labels else '-label-free'}"
+    path = bench.folder / f"{kind}-{SEARCH.tries}-{share}-{seed}.json"
     if path.exists():
         return PrunePlan.from_json(read_json(path))
     both = next(bench.stream(IMAGES, seed, IMAGES, labels=labels))

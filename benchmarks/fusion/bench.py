@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from secateur import zoo
 from secateur.bench.accuracy import evaluate_model
 from secateur.core.channels import ChannelGroup
-from secateur.core.model import ModelInput, MultiTaskModel
+from secateur.core.model import ModelInput, MultiTaskModel, model_fingerprint
 from secateur.core.plan import PrunePlan
 from secateur.data.loading import (
     Batch,
@@ -40,6 +40,7 @@ from train_parent import PARENTS
 
 PARENT = "nyuv2_lite0_96x128"
 SECOND = "nyuv2_mobilenetv2_96x128"
+CACHE = Path(__file__).resolve().parents[2] / "out" / "fusion"
 PARENT_FILES = Path(__file__).resolve().parents[1] / "parents"
 FOLDERS = {"nyuv2": "nyuv2_288x384", "pets": "pets3", "scenes": "."}  # under SECATEUR_DATA
 SPLITS = {"scenes": {"fit": "train", "val": "calibration"}}  # where a reader calls them otherwise
@@ -73,6 +74,11 @@ class Bench:
         self.groups: tuple[ChannelGroup, ...] = find_groups(self.parent, self.example)
         self.cost: MacsModel = macs_model(self.parent, self.groups, self.example)
         self.full_macs = self.cost.macs([group.width for group in self.groups])
+
+    @property
+    def folder(self) -> Path:
+        """Where what was found of this very parent, in these very axes, is kept."""
+        return CACHE / f"{self.name}-{model_fingerprint(self.parent)}"
 
     def turned(self, *, tasks: Sequence[str] = (), labels: bool = True) -> Bench:
         """Return the same with its parent in balanced axes: equal outputs, better to cut.

@@ -23,7 +23,6 @@ from secateur.prune.plan import default_budget
 SCORING_IMAGES = 128
 REFIT_IMAGES = 256
 BATCH = 8
-CACHE = Path(__file__).resolve().parents[2] / "out" / "fusion"
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ def _agreement(bench: Bench, seed: int) -> Scores:
 
 
 def _path(bench: Bench, what: str, seed: int) -> Path:
-    return CACHE / bench.name / f"{what}-{SCORING_IMAGES}-{seed}.safetensors"
+    return bench.folder / f"{what}-{SCORING_IMAGES}-{seed}.safetensors"
 
 
 RULES = ("mean", "max", "unanimous", "vote", "rank_mean", "cosine", "cosine_magnitude", "guarded")

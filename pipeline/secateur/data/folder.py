@@ -85,11 +85,18 @@ class Folder:
         text = self._archive.read("labels.csv").decode("utf-8", errors="replace")
         rows = csv.DictReader(io.StringIO(text))
         result: dict[str, dict[str, Array]] = {}
+        if "name" not in (rows.fieldnames or ()):
+            raise DataError(
+                f"labels.csv in {self._archive.path} has no column 'name'; its first line is "
+                f"'{','.join(rows.fieldnames or ())}'",
+                hint="write name,<label>,... there, and below a line per image: its file's name, "
+                "and one number per label",
+            )
         for number, row in enumerate(rows, start=2):
             try:
                 stem = Path(row.pop("name")).stem
                 result[stem] = {key: np.array(float(value)) for key, value in row.items()}
-            except (KeyError, TypeError, ValueError) as error:
+            except (TypeError, ValueError) as error:
                 raise DataError(
                     f"labels.csv in {self._archive.path}, line {number}: {error}",
                     hint="the columns are name,<label>,... with one number per label",
