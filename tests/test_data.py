@@ -153,7 +153,7 @@ def test_a_table_of_labels_without_names_is_told(tmp_path: Path) -> None:
 def test_an_empty_image_is_told(tmp_path: Path) -> None:
     write_folder(tmp_path / "train")
     (tmp_path / "train/image/1.png").write_bytes(b"")
-    with pytest.raises(DataError, match="cannot decode image image/1.png"):
+    with pytest.raises(DataError, match=r"cannot decode image image/1\.png"):
         open_reader("folder", tmp_path, "train")[1]
 
 
