@@ -275,7 +275,9 @@ def test_failures_are_sentences_and_give_everything_back(
 def test_no_cuda_runtime_at_all_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_cuda, "PYTHON_MODULES", ("no_such_cuda_python",))
     monkeypatch.setattr(engine_cuda, "library_paths", lambda: ["libcudart.so.none"])
-    with pytest.raises(EngineProblem, match="there is no CUDA runtime here: `pip install"):
+    with pytest.raises(
+        EngineProblem, match="there is no CUDA runtime here: install the CUDA toolkit"
+    ):
         load_cuda()
 
 

@@ -48,7 +48,7 @@ OLD_DRIVER = 35
 PYTHON_MODULES = ("cuda.bindings.runtime", "cuda.cudart")  # cuda-python 12.6 and later; before it
 LIBRARIES = ("libcudart.so.13", "libcudart.so.12", "libcudart.so", "cudart64_13.dll",
              "cudart64_12.dll")  # fmt: skip
-NO_DRIVER = (3, 46, 100, 101, 999)  # initialisation, driver, devices: nothing runs here
+NO_DRIVER = (3, 35, 46, 100, 101, 999)  # initialisation, driver, devices: nothing runs here
 NO_CUDA = (
     "there is no CUDA runtime here: install the CUDA toolkit's libcudart (on a Jetson with JetPack "
     "6: `sudo apt install cuda-cudart-12-6`), or the cuda-python of the driver's CUDA"
@@ -61,16 +61,16 @@ class CudaProblem(EngineProblem):
 
 def cuda_problem(name, code, text):
     """The sentence for an error code of the function ``name``, and CUDA's own words for it."""
-    if code == OLD_DRIVER:
-        return CudaProblem(
-            "the CUDA runtime is newer than this driver ({}): where cuda-python is installed, take "
-            "that of the driver's CUDA (JetPack 6: `pip install 'cuda-python<13'`), or uninstall "
-            "it: then the system's libcudart is used".format(text)
-        )
     if code in NO_DRIVER:
+        newer = ""
+        if code == OLD_DRIVER:  # said of none at all, too
+            newer = (
+                "; or the CUDA runtime is newer than it: take the cuda-python of the driver's CUDA "
+                "(JetPack 6: `pip install 'cuda-python<13'`), or none, for the system's libcudart"
+            )
         return CudaProblem(
             "CUDA does not work here ({}): check the driver (`nvidia-smi`; on a Jetson the JetPack "
-            "version)".format(text)
+            "version){}".format(text, newer)
         )
     if code == OUT_OF_MEMORY:
         return CudaProblem("the GPU has no memory left for this engine: close what else runs")
