@@ -27,8 +27,8 @@ def cut_as_its_users_do(
 ) -> MultiTaskModel:
     """Return the largest network within the budget among the ratios of a bisection.
 
-    Beyond some ratio its MACs rise again, for a layer that would be emptied stays whole: GroupTaylor
-    on Lite0 gives .14 of the MACs at least, at a ratio of about .8. Shares above lie where they fall.
+    Beyond some ratio MACs rise again, for a layer that would be emptied stays whole: GroupTaylor on
+    Lite0 gives .14 of them at least, at a ratio of about .8. Larger shares lie where they fall.
 
     Raises:
         PlanError: no ratio tried meets the budget.
@@ -47,7 +47,7 @@ def cut_as_its_users_do(
             best, best_macs = model, macs
     if best is None:
         raise PlanError(
-            f"torch-pruning meets {share:.0%} of the MACs at none of {TRIALS} ratios of a bisection",
+            f"torch-pruning meets {share:.0%} of the MACs at none of {TRIALS} ratios bisected",
             hint="it leaves a layer whole that its ratio would empty; take a larger share",
         )
     return best.eval()

@@ -1,8 +1,8 @@
 """Uniform width, re-initialised: the narrow network to be trained from scratch.
 
 The control of "rethinking the value of network pruning" (Liu et al., arXiv 1810.05270). Inherits no
-weight: all layers are reset as PyTorch builds them. It departs from the paper in its training, which
-is as short as every row's recovery; the paper trains as long as the parent was, or longer.
+weight: all layers are reset as PyTorch builds them. It departs from the paper in its training: as
+short as every row's recovery, where the paper trains as long as the parent was, or longer.
 """
 
 from __future__ import annotations
