@@ -47,7 +47,7 @@ def cut_as_its_users_do(
             best, best_macs = model, macs
     if best is None:
         raise PlanError(
-            f"torch-pruning meets {share:.0%} of the MACs at none of {TRIALS} ratios bisected",
+            f"torch-pruning meets {share:.0%} of the MACs at no ratio of {TRIALS} bisected",
             hint="it leaves a layer whole that its ratio would empty; take a larger share",
         )
     return best.eval()
