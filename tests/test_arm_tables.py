@@ -234,7 +234,8 @@ def auto(project: Path) -> Iterator[Path]:
 def test_auto_takes_the_fewest_instructions_of_what_passes(
     counting: None, auto: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("pnnx")  # benchmarks/ncnn may be found as a package "ncnn"
+    # Not by "ncnn": benchmarks/ncnn may be found as a package of that name.
+    pytest.importorskip("pnnx", reason="ncnn is absent: pip install '.[ncnn]'")
     code, out, err = run(capsys, "build", auto, "--target", PI, "--device", "emulated",
                          "--out", auto.parent / "out", "--cache", auto.parent / "c",
                          "--json")  # fmt: skip

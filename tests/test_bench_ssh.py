@@ -170,7 +170,8 @@ def test_a_build_with_a_device_chooses_and_measures_there(
     device: Device, tmp_path: Path, capsys, monkeypatch
 ) -> None:
     """auto compares both runtimes' forms on the device, and the bench of what ships comes back."""
-    pytest.importorskip("pnnx")  # benchmarks/ncnn may be found as a package "ncnn"
+    # Not by "ncnn": benchmarks/ncnn may be found as a package of that name.
+    pytest.importorskip("pnnx", reason="ncnn is absent: pip install '.[ncnn]'")
     monkeypatch.syspath_prepend(str(tmp_path))
     text = RECIPE.replace("depth}", "depth, max_drop: 90}").replace("recover:    {epochs: 1}\n", "")
     recipe = make_project(

@@ -53,8 +53,8 @@ def _check_channels(task: Task, output: Tensor) -> None:
     """Compare an output's channels with what the task's kind and classes need."""
     wanted = {"depth": 1, "normals": 3, "edges": 1}.get(task.kind, task.classes)
     dense = task.kind in DENSE
-    right = output.dim() == 4 if dense else output.dim() >= 2
-    if not right or dense != (output.dim() == 4) or wanted not in (None, output.shape[1]):
+    right = (output.dim() == 4) == dense and output.dim() >= 2
+    if not right or wanted not in (None, output.shape[1]):
         form = "(N, C, h, w)" if dense else "(N, C)"
         raise ModelError(
             f"task '{task.name}' ({task.kind}) has an output of shape {tuple(output.shape)}, "
