@@ -26,7 +26,9 @@ from secateur.flow import budgets, stages, verify
 from secateur.flow.cache import StageCache
 from secateur.flow.job import Job, open_job
 from secateur.flow.recipe import load_recipe
+from secateur.prune.costs import size_limit
 from secateur.runtimes import onnxruntime as runtime
+from torch import nn
 
 X86 = load_target("x86-64-cpu")
 SEARCH = "search: {tries: 3, images: 8}, "
@@ -217,6 +219,9 @@ def test_tables_and_budgets_that_do_not_fit_are_one_sentence(tmp_path, monkeypat
         "is of raspberry-pi-4, and the target is x86-64-cpu": replace(
             table, host={**table.host, "target": "raspberry-pi-4"}
         ),
+        "is of a network with the same layers in other widths": replace(
+            table, runs=tuple(replace(each, kept=(1,) * len(each.kept)) for each in table.runs)
+        ),
         "is not finished: 12 networks were measured, none to check it by": replace(
             table, runs=tuple(replace(each, predicted_ms=None) for each in table.runs)
         ),
@@ -248,6 +253,14 @@ def test_a_table_is_read_though_no_budget_is_planned_by_it(tmp_path, monkeypatch
     assert code == 2 and "cannot read the latency table" in said
 
 
+def test_a_build_reads_its_table_before_any_long_work(tmp_path, monkeypatch, capsys) -> None:
+    job_with(tmp_path, monkeypatch)
+    words = ["--table", tmp_path / "none.json", "--cache", tmp_path / "c", "--out", tmp_path / "o"]
+    code, out, err = run(capsys, "build", tmp_path / "recipe.yaml", *words)
+    assert code == 2 and "cannot read the latency table" in " ".join((out + err).split())
+    assert not list((tmp_path / "c").rglob("*.onnx"))  # the parent was not even exported
+
+
 def test_a_size_is_planned_in_the_precision_that_ships(tmp_path, monkeypatch) -> None:
     plans = {}
     for mode in ("fp32", "fp16", "int8"):
@@ -256,6 +269,33 @@ def test_a_size_is_planned_in_the_precision_that_ships(tmp_path, monkeypatch) ->
         )
         plans[mode] = budgets.plan_within(job, X86).plan.macs_after
     assert plans["fp32"] < plans["fp16"] < plans["int8"]
+
+
+def test_what_a_guard_leaves_in_fp32_is_planned_at_four_bytes() -> None:
+    body, end = nn.Conv2d(3, 8, 3, bias=False), nn.Conv2d(8, 100, 1)  # 216 and 800 weights
+    model = nn.Sequential(body, end)
+    parent_bytes = 4 * (216 + 800 + 100)
+    for in_fp32, bytes_of_end in (((), 1.2), ((end,), 4.0)):
+        limit = size_limit(model, (), parent_bytes, 0, 1.2, in_fp32)
+        assert limit.total([]) == pytest.approx(1.2 * (216 + 100) + bytes_of_end * 800)
+
+
+def test_a_precision_that_the_target_lacks_is_told_before_any_plan(
+    tmp_path, monkeypatch, capsys
+) -> None:
+    job_with(tmp_path, monkeypatch, more="precision: {mode: fp16}\n")
+    for verb, more in (("plan", []), ("profile", ["--out", tmp_path / "t.json"])):
+        code, out, err = run(capsys, verb, tmp_path / "recipe.yaml", "--target", "raspberry-pi-4",
+                             "--cache", tmp_path / "c", *more)  # fmt: skip
+        assert code == 2 and "has fp32, int8 with onnxruntime" in " ".join((out + err).split())
+
+
+@pytest.mark.parametrize("budget", ["{size_mb: .inf}", "{peak_memory_mb: .nan}"])
+def test_a_budget_is_a_finite_number(tmp_path, monkeypatch, capsys, budget: str) -> None:
+    recipe = make_project(tmp_path, RECIPE.replace("{macs: 0.5}", budget))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    code, out, err = run(capsys, "plan", recipe)
+    assert code == 2 and "finite number" in out + err
 
 
 def test_a_model_that_nothing_can_be_cut_of_is_told(tmp_path, monkeypatch, capsys) -> None:

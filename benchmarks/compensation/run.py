@@ -48,7 +48,7 @@ def cells(seeds: list[int]) -> Iterator[tuple[str, str, float, int]]:
     """Yield (allocation, treatment or selection, share of MACs kept, seed)."""
     for seed in seeds:
         for keep in KEEP:
-            for treatment in ("plain", "batch norm", "refit", BEST):
+            for treatment in ("plain", "batch norm", "refit", BEST, UNLABELLED):
                 yield "balanced", treatment, keep, seed
         for keep in KEEP:
             yield "search", BEST, keep, seed

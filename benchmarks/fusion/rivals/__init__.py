@@ -25,6 +25,7 @@ from fusion.rivals import (
     single_task_ensemble,
     summed_taylor,
     tp_group_taylor,
+    tp_group_taylor_uniform,
     tp_magnitude_isomorphic,
     uniform_scratch,
 )
@@ -37,6 +38,7 @@ RIVALS: dict[str, Rival] = {
     "random_uniform": random_uniform.cut,
     "l2": l2.cut,
     "tp_group_taylor": tp_group_taylor.cut,
+    "tp_group_taylor_uniform": tp_group_taylor_uniform.cut,
     "tp_magnitude_isomorphic": tp_magnitude_isomorphic.cut,
     "summed_taylor": summed_taylor.cut,
     "fisher_summed": fisher_summed.cut,

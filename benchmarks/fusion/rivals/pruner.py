@@ -70,7 +70,6 @@ def _pruned(
             model,
             bench.example,
             importance=importance,
-            global_pruning=True,
             pruning_ratio=ratio,
             round_to=GRID,
             ignored_layers=ignored,

@@ -16,4 +16,4 @@ from secateur.core.model import MultiTaskModel
 def cut(bench: Bench, share: float, seed: int) -> MultiTaskModel:
     """Return what torch-pruning's isomorphic magnitude pruning leaves."""
     importance = torch_pruning.importance.MagnitudeImportance(p=2)
-    return cut_as_its_users_do(bench, share, importance, isomorphic=True)
+    return cut_as_its_users_do(bench, share, importance, global_pruning=True, isomorphic=True)

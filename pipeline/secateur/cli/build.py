@@ -23,6 +23,7 @@ from secateur.cli.options import (
     teller,
 )
 from secateur.core.progress import shown
+from secateur.devices.isa import int8_form
 from secateur.devices.target import load_target
 
 if TYPE_CHECKING:
@@ -218,7 +219,9 @@ def _precision_lines(manifest: Manifest) -> list[str]:
         shares = f"{taught['int8_after']:.1%} of the MACs, {taught['int8_before']:.1%} without"
         lines.append(f"distilled {taught['steps']} steps: int8 has {shares}; "
                      f"{'taken' if taught['taken'] else 'not taken'}")  # fmt: skip
-    if found["guard"]:
+    if found["guard"] and all(task.max_drop is None for task in manifest.tasks):
+        lines.append("guard     no task has a max_drop: nothing was guarded")
+    elif found["guard"]:
         outcome = "passed" if found["guard"]["passed"] else "found nothing that passes"
         lines.append(f"guard     {outcome}, {found['guard']['evaluations']} evaluations")
     why = {row["node"]: f"{row['module'] or 'no module'}: {row['why']}" for row in found["kept"]}
@@ -226,8 +229,11 @@ def _precision_lines(manifest: Manifest) -> list[str]:
         lines.append("to keep this, write into the recipe:\nprecision:\n  pin:")
         lines += [f"    {node}: {precision}" + (f"  # {why[node]}" if node in why else "")
                   for node, precision in found["pin"].items()]  # fmt: skip
-    latency = manifest.latency_ms
-    if latency and latency["cut"]["median_ms"] > latency["cut_fp32"]["median_ms"]:
+    latency, known = manifest.latency_ms, load_target(manifest.device)
+    if known.cpu and known.arch == "aarch64" and int8_form(known.cpu.isa) == "fp32":
+        lines.append("int8 is slower than fp32 on Arm cores without dot product: mode auto would "
+                     "not take it")  # fmt: skip
+    elif latency and latency["cut"]["median_ms"] > latency["cut_fp32"]["median_ms"]:
         lines.append(f"{manifest.precision} is slower than fp32 here: mode auto would not take it")
     return lines
 

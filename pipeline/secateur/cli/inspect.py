@@ -186,6 +186,7 @@ def plan(
     from secateur.flow.estimates import estimate_plan
     from secateur.flow.job import open_job
     from secateur.flow.ncnn import target_of
+    from secateur.flow.precision import check_precision
     from secateur.flow.recipe import load_recipe
     from secateur.flow.sparsity import check_sparse_target, planned_zeros
     from secateur.flow.stages import check_evaluable
@@ -195,6 +196,7 @@ def plan(
     with shown(quiet=as_json):
         job = open_job(loaded, StageCache(cache))
         check_evaluable(job)
+        check_precision(job, profile)
         check_sparse_target(job, profile)
         job = turn_axes(job)
         planned = plan_within(job, profile, table_file=table)
@@ -226,8 +228,9 @@ def _print_plan(
     if vote is not None:
         _print_vote(vote, console)
     share = decided.macs_after / decided.macs_before
+    most = f"; budget {decided.budget_macs / 1e6:.2f} M" if "macs" in planned.budgets else ""
     console.print(f"MACs {decided.macs_before / 1e6:.2f} M -> {decided.macs_after / 1e6:.2f} M "
-                  f"({share:.4f}; budget {decided.budget_macs / 1e6:.2f} M)")  # fmt: skip
+                  f"({share:.4f}{most})")  # fmt: skip
     if decided.removed:
         console.print(f"blocks that go whole: {', '.join(decided.removed)}", markup=False)
     for task, lost in decided.lost.items():

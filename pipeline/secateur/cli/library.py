@@ -71,7 +71,7 @@ def list_entries(
                 *each.sketches]  # fmt: skip
         _add_row(table, each.id[:SHORT], *_cells(each.facts), each.facts.parent[:SHORT],
                  ", ".join(held) or "-", each.facts.created[:10])  # fmt: skip
-    Console().print(table)
+    Console().print(table if found else "no entry meets these conditions")
 
 
 @app.command()
@@ -130,13 +130,13 @@ def add(
     Example: secateur library add out/x86-64-cpu/fp32
     """
     from secateur.flow.entry import entry_of_bundle
-    from secateur.vote.library import add_entry, find_entries, open_library
+    from secateur.vote.library import add_entry, find_same_cut, open_library
 
     made, opened = entry_of_bundle(bundle), open_library(library)
-    known = made.id in {each.id for each in find_entries(opened, parent=made.facts.parent)}
-    name = add_entry(opened, made)
+    known = find_same_cut(opened, made)  # the build's own, which holds more, or an earlier call's
+    name = known or add_entry(opened, made)
     if as_json:
-        _print_json({"id": name, "added": not known})
+        _print_json({"id": name, "added": known is None})
         return
     Console().print(f"{name} was there already" if known else f"added {name}")
 
@@ -163,7 +163,7 @@ def nearest(
     own = load_entry(opened, find_id(opened, entry))
     result = find_nearest(
         opened, own.sketches, own.facts.parent, measure, count,
-        basis=own.facts.basis, budget=_around(budget), skip=[own.id],
+        basis=own.facts.basis, budget=_around(budget), skip=[own.id], data=own.facts.data,
     )  # fmt: skip
     if as_json:
         _print_json({"entry": own.id, "measure": measure, **asdict(result)})

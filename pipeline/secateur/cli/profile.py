@@ -51,6 +51,7 @@ def profile(
     from secateur.flow.latency import profile_job
     from secateur.flow.meters import meter_of
     from secateur.flow.ncnn import target_of
+    from secateur.flow.precision import check_precision
     from secateur.flow.recipe import load_recipe
 
     loaded, cpus = load_recipe(recipe), asked_cpus(device, [])
@@ -58,7 +59,9 @@ def profile(
     path = out or Path("latency.json" if cpus is None else "instructions.json")
     where = (device, "") if cpus is None else (EMULATED, next(iter(cpus), ""))
     with shown(quiet=as_json):
-        job = turn_axes(open_job(loaded, StageCache(cache)))
+        job = open_job(loaded, StageCache(cache))
+        check_precision(job, known)
+        job = turn_axes(job)
         with meter_of(known, where[0], teller(quiet=as_json), where[1]) as meter:
             table = profile_job(job, known, path, meter)
     spread = spread_of(table)
@@ -73,7 +76,7 @@ def profile(
         "held_out_error": table.error(),
         "spread_median": spread["median"],
         "spread_largest": spread["largest"],
-        "channel_grid": channel_grid(table),
+        "channel_grid": channel_grid(table) if table.stairs else None,
         "scale": table.scale,
     }
     if as_json:
@@ -81,5 +84,6 @@ def profile(
         return
     rows = Table("latency table", "")
     for name, value in summary.items():
-        rows.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+        said = "not shown by groups so narrow" if value is None else str(value)
+        rows.add_row(name, f"{value:.4g}" if isinstance(value, float) else said)
     Console().print(rows)

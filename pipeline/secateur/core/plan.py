@@ -29,8 +29,9 @@ class PrunePlan:
     ``lost`` is, per task, the share of its importance that goes (0..1). ``macs_*`` are
     multiply-accumulates of one image. ``removed`` are residual blocks that go whole, ``cuts`` those
     of the groups of the network without them. ``solver`` chose the widths ("exact", "greedy" or
-    "search"); no choice of widths within the budgets loses less fused score than this one's times
-    1 - ``gap`` (None where that is not known).
+    "search"); no choice of the widths it was offered loses less, within the budgets, than this
+    one's loss times 1 - ``gap`` (None where that is not known). The loss is of fused scores as the
+    solver was given them: balanced between groups, and in some plans to a power.
     """
 
     cuts: tuple[GroupCut, ...]

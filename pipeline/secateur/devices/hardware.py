@@ -25,7 +25,7 @@ VersionText = Annotated[str, AfterValidator(_is_version)]
 class Strict(BaseModel):
     """A part of a profile: a key that is not known is an error, and nothing changes later."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Sourced(Strict):

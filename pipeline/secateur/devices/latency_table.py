@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -289,17 +290,36 @@ def load_table(path: Path) -> LatencyTable:
             _kind(entry["kind"]): tuple(_point(point) for point in entry["points"])
             for entry in data["entries"]
         }
-        runs = tuple(Run(**{**run, "kept": tuple(run["kept"])}) for run in data["runs"])
+        runs = tuple(_run(run) for run in data["runs"])
         stairs = tuple((int(more), float(ms)) for more, ms in data["stairs"])
         if not isinstance(data["host"], dict):
             raise TypeError("host is no mapping")
         rest = {k: v for k, v in data.items() if k not in ("schema", "entries", "runs", "stairs")}
+        rest["scale"] = _positive(data.get("scale", 1.0), "scale")
+        if data.get("parent_ms"):  # 0 until the parent was measured
+            rest["parent_ms"] = _positive(data["parent_ms"], "parent_ms")
         return LatencyTable(points=points, runs=runs, stairs=stairs, **rest)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DeviceError(
             f"{path} is not a whole latency table: {error!r}",
             hint="measure it again with `secateur profile RECIPE`",
         ) from error
+
+
+def _run(data: Mapping[str, Any]) -> Run:
+    predicted = data.get("predicted_ms")
+    return Run(
+        tuple(int(count) for count in data["kept"]),
+        _positive(data["ms"], "ms"),
+        None if predicted is None else _positive(predicted, "predicted_ms"),
+    )
+
+
+def _positive(value: Any, name: str) -> float:
+    number = float(value)
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name} is {value}, expected a positive number")
+    return number
 
 
 def _point(data: Mapping[str, Any]) -> Point:

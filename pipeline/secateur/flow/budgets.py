@@ -46,6 +46,7 @@ from secateur.flow.limits import (
     is_of_this_machine,
     limits_of,
     load_table_of,
+    tabled_budget,
 )
 from secateur.flow.meters import emulated_cpu
 from secateur.flow.stages import exported
@@ -101,34 +102,16 @@ def plan_within(
 
 
 def _tables(job: Job, target: Target, table_file: Path | None) -> Tables:
-    """Return what the recipe's budgets in milliseconds or instructions are planned by.
-
-    Raises:
-        PlanError: both are wanted, or the file is of the other.
-    """
-    keys = [key for key in TABLED if key in job.recipe.prune.budget.given()]
-    if table_file is not None and not keys:
-        load_table_of(job, target, table_file)  # nothing is planned by it; it tells the latency
-    if len(keys) > 1:
-        raise PlanError(
-            "prune.budget has latency_ms and instructions, which stands for it",
-            hint="give latency_ms where it can be measured, else instructions",
-        )
-    for key in keys:
-        if table_file is not None:
-            table = load_table_of(job, target, table_file)
-            if (table.unit == "ms") != (key == "latency_ms"):
-                raise PlanError(
-                    f"{table_file} is in {table.unit}, and the budget is prune.budget.{key}",
-                    hint="give the table that `secateur profile` makes for that budget",
-                )
-        elif key == "latency_ms":
-            table = profile_job(job, target, _folder(job, target) / "latency.json")
-        else:
-            file = _folder(job, target) / f"instructions-{emulated_cpu(target)}.json"
-            table = counted.instruction_table(job, target, file)
-        return {key: table}
-    return {}
+    """Return what the recipe's budget in milliseconds or instructions is planned by."""
+    key = tabled_budget(job)
+    if table_file is not None:
+        table = load_table_of(job, target, table_file)
+    elif key == "latency_ms":
+        table = profile_job(job, target, _folder(job, target) / "latency.json")
+    elif key == "instructions":
+        file = _folder(job, target) / f"instructions-{emulated_cpu(target)}.json"
+        table = counted.instruction_table(job, target, file)
+    return {key: table} if key else {}
 
 
 def _outlined(job: Job, target: Target, tables: Tables) -> Outline:

@@ -17,6 +17,7 @@ from secateur.flow.entry import add_build
 from secateur.flow.evidence import gather_evidence
 from secateur.flow.inherited import best_start
 from secateur.flow.job import open_job
+from secateur.flow.limits import load_table_of
 from secateur.flow.ncnn import NCNN, target_of, with_runtime
 from secateur.flow.pack import Made, pack
 from secateur.flow.precision import Device, check_precision, lower_cut
@@ -69,6 +70,8 @@ def build(
     check_precision(job, target)
     check_sparse_target(job, target)
     check_options(recipe, target)
+    if table is not None:
+        load_table_of(job, target, table)
     mode = recipe.precision.mode
     prepare_folder(out / target.name / ("" if mode == "auto" else mode))
     clock.lap("load")

@@ -25,11 +25,11 @@ from secateur.core.progress import hidden, track
 from secateur.core.task import Task
 from secateur.data.loading import image_batch, spread
 from secateur.data.sample import Reader
-from secateur.flow.channel_order import gain_if_swapped
 from secateur.flow.ncnn import NCNN
 from secateur.flow.predict import bundle_session, predictor
 from secateur.flow.recipe import Recipe, parse_recipe
 from secateur.flow.trials import Trials, noise_power
+from secateur.flow.usual_inputs import better_input
 from secateur.flow.verify import eval_data, higher_is_better
 from secateur.lower.quant import (
     CalibrationTable,
@@ -103,7 +103,7 @@ def diagnose(folder: Path, *, limit: int | None = 128) -> Diagnosis:
             f"{folder} runs on ncnn, and only ONNX files can be taken apart",
             hint="build it with runtime: onnxruntime; `secateur verify` compares its outputs",
         )
-    recipe = parse_recipe(manifest.recipe, folder / "recipe.yaml")
+    recipe = parse_recipe(manifest.recipe, folder / "recipe.yaml", unset=True)
     findings = [*_preprocessing(manifest, recipe), *_kernels(folder, manifest)]
     skipped, evaluations = [], 0
     reader = None
@@ -112,7 +112,7 @@ def diagnose(folder: Path, *, limit: int | None = 128) -> Diagnosis:
     except (DataError, RecipeError) as error:
         skipped.append(f"costs in the tasks' own metrics: {error}")
     if reader is not None:
-        findings += _channel_order(folder, manifest, recipe, reader, limit)
+        findings += _usual_inputs(folder, manifest, recipe, reader, limit)
     if manifest.precision != "fp32":
         suspect = _Suspect(folder, manifest, recipe, reader, limit)
         try:
@@ -144,19 +144,19 @@ def _preprocessing(manifest: Manifest, recipe: Recipe) -> list[Finding]:
     ]  # fmt: skip
 
 
-def _channel_order(
+def _usual_inputs(
     folder: Path, manifest: Manifest, recipe: Recipe, reader: Reader, limit: int | None
 ) -> list[Finding]:
-    """Run the model with red and blue swapped: no model is better with what it never saw."""
-    spec = recipe.model.input.model_input()
+    """Prepare images in other usual ways: no model is better with what it never saw."""
     session = bundle_session(folder, manifest)
-    gain = gain_if_swapped(predictor(session), _kept_tasks(recipe), reader, spec, limit)
-    if gain is None:
+    spec = recipe.model.input.model_input()
+    better = better_input(predictor(session), _kept_tasks(recipe), reader, spec, limit)
+    if better is None:
         return []
     said = (
-        f"with the channels not in the order {spec.layout} but in the other one the tasks are "
-        f"{gain:.1f} % better: model.input.layout is wrong, or the images are read in another "
-        "order than those it was trained on"
+        f"with {better.how} the tasks are {better.gain:.1f} % better: model.input's "
+        f"{better.fields} in the recipe, or how the images are read, is not what the model was "
+        "trained with"
     )
     return [Finding("preprocessing", said)]
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from secateur.core.channels import ChannelGroup
-from secateur.core.errors import DeviceError
+from secateur.core.errors import DeviceError, PlanError
 from secateur.devices.host import host_facts
 from secateur.devices.latency_table import LatencyTable, load_table
 from secateur.devices.operators import Operators
@@ -22,10 +22,12 @@ from secateur.flow.latency import (
     timed_file,
     timed_precision,
 )
+from secateur.flow.ncnn import NCNN
 from secateur.flow.stages import exported
 from secateur.lower.operators import placed_as
 from secateur.prune import count_macs, find_groups, macs_model
 from secateur.prune.costs import macs_limit, params_limit, size_limit
+from secateur.prune.groups import output_layers
 from secateur.prune.problem import Limit
 from secateur.runtimes.base import runtime_of
 
@@ -94,8 +96,7 @@ def limits_of(job: Job, target: Target, basis: Basis, tables: Tables) -> Limits:
         limits["params"] = [params_limit(job.outline, basis.groups, most)]
     if wanted.size_mb is not None:
         size, most = basis.onnx.stat().st_size, int(1e6 * wanted.size_mb)
-        each = BYTES.get(job.recipe.precision.mode, BYTES["fp32"])
-        limits["size_mb"] = [size_limit(job.outline, basis.groups, size, most, each)]
+        limits["size_mb"] = [_size_limit(job, target, basis, size, most)]
     if wanted.peak_memory_mb is not None:
         limits["peak_memory_mb"] = peak_limits(basis.operators, int(1e6 * wanted.peak_memory_mb))
     for key, table in tables.items():
@@ -105,6 +106,20 @@ def limits_of(job: Job, target: Target, basis: Basis, tables: Tables) -> Limits:
     return limits
 
 
+def _size_limit(job: Job, target: Target, basis: Basis, size: int, most: int) -> Limit:
+    """Return the limit on the ONNX file that ships: for ncnn, which has files of its own, in fp32.
+
+    In int8 a guard leaves the ends of heads in fp32.
+    """
+    precision = job.recipe.precision
+    if target.runtime == NCNN:
+        return size_limit(job.outline, basis.groups, size, most)
+    guarded = precision.mode == "int8" and precision.guard
+    ends = output_layers(job.outline, job.example) if guarded else ()
+    each = BYTES.get(precision.mode, BYTES["fp32"])
+    return size_limit(job.outline, basis.groups, size, most, each, ends)
+
+
 def _parent_by(job: Job, target: Target, table: LatencyTable) -> float:
     """Return the parent's million instructions: of a table in fp32 its own, else counted."""
     if table.precision == "fp32":
@@ -112,14 +127,36 @@ def _parent_by(job: Job, target: Target, table: LatencyTable) -> float:
     return counted.parent_instructions(job, target) / 1e6
 
 
+def tabled_budget(job: Job) -> str:
+    """Return the name of the budget that a table is needed for, or "".
+
+    Raises:
+        PlanError: the recipe has both.
+    """
+    keys = [key for key in TABLED if key in job.recipe.prune.budget.given()]
+    if len(keys) > 1:
+        raise PlanError(
+            "prune.budget has latency_ms and instructions, which stands for it",
+            hint="give latency_ms where it can be measured, else instructions",
+        )
+    return "".join(keys)
+
+
 def load_table_of(job: Job, target: Target, path: Path) -> LatencyTable:
     """Read a latency table of the target, in the precision that the job's plans are timed in.
 
     Raises:
+        PlanError: it is in another unit than the recipe's budget.
         DeviceError: it is damaged, or of another target, precision or number of threads, or was
-            measured on this machine with another version of the runtime.
+            measured on this machine with another version of the runtime, or a network that is
+            this one in other widths.
     """
-    table = load_table(path)
+    table, budget = load_table(path), tabled_budget(job)
+    if budget and (table.unit == "ms") != (budget == "latency_ms"):
+        raise PlanError(
+            f"{path} is in {table.unit}, and the budget is prune.budget.{budget}",
+            hint="give the table that `secateur profile` makes for that budget",
+        )
     if table.unit == "ms" and table.threads != target.threads:
         raise DeviceError(
             f"{path} was measured with {table.threads} threads, {target.name} has {target.threads}",
@@ -142,6 +179,13 @@ def load_table_of(job: Job, target: Target, path: Path) -> LatencyTable:
             f"{path} is not finished: {len(table.runs)} networks were measured, none to check "
             "it by",
             hint="run the same `secateur profile` again: it goes on",
+        )
+    full = tuple(group.width for group in find_groups(job.selected, job.example))
+    measured = {run.kept for run in table.runs if len(run.kept) == len(full)}
+    if measured and full not in measured:  # of fewer or more groups: another choice of tasks
+        raise DeviceError(
+            f"{path} is of a network with the same layers in other widths",
+            hint=f"measure this one with `secateur profile RECIPE --target {target.name}`",
         )
     if is_of_this_machine(table, target):
         table.check_runtime(runtime_of(target.runtime).version())

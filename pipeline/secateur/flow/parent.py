@@ -37,12 +37,15 @@ def load_parent(recipe: Recipe) -> MultiTaskModel:
     example = recipe.model.input.model_input().example()
     try:
         outputs = check_outputs(model, example)
+        example = torch.cat([example, example])  # training and scoring take several at once
+        check_outputs(model, example)
     except ModelError:
         raise
     except Exception as error:  # the user's own code may raise anything
         raise ModelError(
             f"forward fails on an input of shape {tuple(example.shape)}: {error!r}",
-            hint="check model.input.shape (channels, height, width)",
+            hint="check model.input.shape (channels, height, width), and that forward takes a "
+            "batch of any size",
         ) from error
     for task in model.tasks:
         _check_channels(task, outputs[task.name])

@@ -13,7 +13,7 @@ from secateur.lower.quant.plan import Precision
 class Strict(BaseModel):
     """A part of a recipe: unknown keys are errors, and nothing changes later."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DistillSpec(Strict):

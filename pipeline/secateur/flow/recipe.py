@@ -300,8 +300,15 @@ def load_recipe(path: Path) -> Recipe:
     return parse_recipe(text, path)
 
 
-def parse_recipe(text: str, path: Path) -> Recipe:
-    """Validate a recipe's text; ``path`` is where its relative files are looked for."""
+def parse_recipe(text: str, path: Path, *, unset: bool = False) -> Recipe:
+    """Validate a recipe's text; ``path`` is where its relative files are looked for.
+
+    With ``unset``, a ``${NAME}`` that the environment lacks stays as it is: for reading a recipe
+    whose data are not needed.
+
+    Raises:
+        RecipeError: it is no recipe, or names a variable that is not set.
+    """
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         data = yaml.safe_load(text)
@@ -309,22 +316,24 @@ def parse_recipe(text: str, path: Path) -> Recipe:
         raise RecipeError(f"{path} is not YAML: {error}", hint="check the indentation") from error
     if not isinstance(data, dict):
         raise RecipeError(f"{path} is not a recipe", hint="it must be a mapping of keys")
-    expanded = _expand(data, path)
+    expanded = _expand(data, path, unset)
     try:
         return Recipe.model_validate({**expanded, "source": text, "path": path})
     except ValidationError as error:
         raise recipe_error(error, path, root, Recipe) from error
 
 
-def _expand(value: Any, path: Path) -> Any:
+def _expand(value: Any, path: Path, unset: bool) -> Any:
     """Replace ``${NAME}`` by the environment variable in every string."""
     if isinstance(value, dict):
-        return {key: _expand(item, path) for key, item in value.items()}
+        return {key: _expand(item, path, unset) for key, item in value.items()}
     if isinstance(value, list):
-        return [_expand(item, path) for item in value]
+        return [_expand(item, path, unset) for item in value]
     if not isinstance(value, str):
         return value
     for name in VARIABLE.findall(value):
+        if name not in os.environ and unset:
+            continue
         if name not in os.environ:
             raise RecipeError(
                 f"{path} uses ${{{name}}}, which is not set", hint=f"export {name}=/path/to/it"

@@ -37,7 +37,7 @@ from secateur.vote.ballot import (
 from secateur.vote.entry import Entry
 from secateur.vote.inherit import SubNetwork
 from secateur.vote.library import Library, find_entries, load_entry, open_library
-from secateur.vote.nearest import Nearest, Neighbour, Refused, nearest
+from secateur.vote.nearest import Nearest, Neighbour, Sketches, nearest
 from secateur.vote.similarity.measure import measure_of
 
 SPARE = 8  # entries looked at per neighbour wanted: some cannot be used
@@ -134,11 +134,17 @@ def plan_job(job: Job, grid: int) -> Planned:
     measure_of(wanted.similarity)  # a wrong name is told before the scoring
     library = open_library(job.recipe.library_root())
     scored = score_channels(job, grid)
-    found = _nearest(job, library)
+    sketches = sketch_tasks(job)
+    comparable = wanted.similarity in sketches
+    found = _nearest(job, library, sketches) if comparable else Nearest((), ())
     witnesses, refused = _witnesses(job, library, scored.groups, found)
+    cold = _why_cold(job, witnesses) if comparable else (
+        f"these tasks have nothing that '{wanted.similarity}' could compare; they have "
+        f"{', '.join(sorted(sketches))}"
+    )  # fmt: skip
     vote = Vote(
-        str(library.root), wanted.similarity, wanted.votes, wanted.vote_weight,
-        cold=_why_cold(job, witnesses), refused=refused,
+        str(library.root), wanted.similarity, wanted.votes, wanted.vote_weight, cold=cold,
+        refused=refused,
     )  # fmt: skip
     if vote.cold:
         return Planned(scored, plan_scored(job, scored), vote)
@@ -157,7 +163,7 @@ def plan_job(job: Job, grid: int) -> Planned:
     return Planned(scored, plan, vote, _donors(witnesses, weights))
 
 
-def _nearest(job: Job, library: Library) -> Nearest:
+def _nearest(job: Job, library: Library, sketches: Sketches) -> Nearest:
     """Return the nearest entries of about this budget, this recipe's own left out.
 
     A recipe that is built again finds the library as it was, as far as it changed it itself.
@@ -166,15 +172,10 @@ def _nearest(job: Job, library: Library) -> Nearest:
     window = budget / BUDGET_FACTOR, min(1.0, budget * BUDGET_FACTOR)
     of_parent = find_entries(library, parent=job.parent_key, budget=window)
     own = {each.id for each in of_parent if each.facts.recipe == job.recipe.source}
-    strangers = set()
-    if wanted.similarity == "cka":  # compares features of the same images
-        strangers = {each.id for each in of_parent if each.facts.data != job.train.fingerprint}
-    found = nearest(
-        library, sketch_tasks(job), job.parent_key, wanted.similarity, SPARE * wanted.neighbours,
-        basis=job.basis, budget=window, skip=own | strangers,
+    return nearest(
+        library, sketches, job.parent_key, wanted.similarity, SPARE * wanted.neighbours,
+        basis=job.basis, budget=window, skip=own, data=job.train.fingerprint,
     )  # fmt: skip
-    others = tuple(Refused(each, "its features are of other images") for each in strangers - own)
-    return replace(found, refused=found.refused + others)
 
 
 def _witnesses(
@@ -184,6 +185,7 @@ def _witnesses(
     refused = Counter(each.why for each in found.refused)
     of_tasks: dict[tuple[str, ...], tuple[ChannelGroup, ...]] = {}
     witnesses: list[_Witness] = []
+    heard = set()
     for neighbour in found.neighbours:
         if len(witnesses) == job.recipe.prune.neighbours:
             break
@@ -194,14 +196,30 @@ def _witnesses(
             if names not in of_tasks:
                 of_tasks[names] = _groups_of(job, names)
             entry = load_entry(library, neighbour.id)
-            if job.recipe.prune.votes == "scores" and not entry.scores:
-                raise _Refusal("it holds no scores")
+            _check_scores(job, entry)
+            if (names, entry.plan.cuts) in heard:
+                raise _Refusal("a nearer one has the same tasks and keeps the same channels")
+            heard.add((names, entry.plan.cuts))
             witnesses.append(_witness(groups, neighbour, entry, of_tasks[names]))
         except _Refusal as refusal:
             refused[str(refusal)] += 1
         except SecateurError as error:  # a damaged entry says nothing, and stops nobody
             refused[error.message] += 1
     return witnesses, dict(refused)
+
+
+def _check_scores(job: Job, entry: Entry) -> None:
+    """Raise where the recipe has scores compared and the entry's are none or of another kind.
+
+    Raises:
+        _Refusal: that is so.
+    """
+    wanted, theirs = job.recipe.prune, entry.plan.criterion
+    if wanted.votes == "scores" and not entry.scores:
+        raise _Refusal("it holds no scores")
+    by_scores = wanted.votes == "scores" or wanted.similarity == "score_cosine"
+    if by_scores and theirs != wanted.criterion:
+        raise _Refusal(f"its channels were scored by {theirs}, yours by {wanted.criterion}")
 
 
 def _groups_of(job: Job, names: Sequence[str]) -> tuple[ChannelGroup, ...]:

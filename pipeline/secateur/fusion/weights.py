@@ -9,7 +9,7 @@ see weights only (``merge_rules``), ``regmean`` and ``cut`` see unlabelled image
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +55,7 @@ def merge_state(
     weights: Mapping[str, float] | None = None,
     strength: float | None = None,
     top_share: float = 0.2,
+    buffers: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """Merge the experts' state dicts by a rule that needs weights only.
 
@@ -66,8 +67,11 @@ def merge_state(
         weights: the user's weight per task; one where none is given.
         strength, top_share: see ``MergeSettings``.
 
-    A key of one expert alone is copied. Batch norms' running statistics are averaged under every
-    rule (a sum of task vectors could make a variance negative); counters are the first owner's.
+        buffers: names of what is no weight.
+
+    A key of one expert alone is copied. Buffers, batch norms' running statistics among them, are
+    averaged under every rule (a sum of task vectors could make a variance negative); counters are
+    the first owner's.
 
     Raises:
         RecipeError: there is no such rule.
@@ -80,7 +84,7 @@ def merge_state(
     shares = _mean_one(experts, weights)
     merged = {k: v.clone() for state in reversed(list(experts.values())) for k, v in state.items()}
     shared = _shared_keys(experts)
-    statistics = {key for key in shared if key.rpartition(".")[2] in STATISTICS}
+    statistics = {k for k in shared if k in buffers or k.rpartition(".")[2] in STATISTICS}
     for keys, apply in ((statistics, MERGES["average"]), (shared - statistics, MERGES[rule])):
         copies = Copies(
             _some(pretrained, keys),
@@ -140,6 +144,7 @@ def merge_networks(
         weights=shares,
         strength=settings.strength,
         top_share=settings.top_share,
+        buffers={name for expert in experts.values() for name, _ in expert.named_buffers()},
     )
     merged = copy.deepcopy(network).eval()
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from torch import nn
@@ -122,19 +122,26 @@ def size_limit(
     parent_bytes: int,
     most_bytes: int,
     bytes_per_weight: float = 4.0,
+    in_fp32: Collection[nn.Module] = (),
 ) -> Limit:
     """Return the limit on the file's bytes: weights at that size, and what the parent has beside.
 
-    ``parent_bytes`` are of the fp32 file. Exact in fp32, up to batch norms, which the export folds
-    away.
+    ``parent_bytes`` are of the fp32 file. The weights of the modules ``in_fp32`` take 4 bytes each.
+    Exact in fp32, up to batch norms, which the export folds away.
     """
     params = params_limit(model, groups, 0)
     full = [group.width for group in groups]
     beside = parent_bytes - 4 * params.total(full) + bytes_per_weight * params.constant
-    terms = tuple(
+    terms = [
         Term(term.first, term.second, _scaled(term, bytes_per_weight)) for term in params.terms
-    )
-    return Limit("size", most_bytes, terms, beside, "MB", 1e-6, "prune.budget.size_mb")
+    ]
+    for name, (read, made) in layer_widths(model, groups).items():
+        module = model.get_submodule(name)
+        weight = module.weight
+        if module in in_fp32 and isinstance(weight, nn.Parameter) and weight.dim() > 1:
+            more = (4.0 - bytes_per_weight) * weight[0, 0].numel()
+            terms += _expanded(read, made, more)
+    return Limit("size", most_bytes, tuple(terms), beside, "MB", 1e-6, "prune.budget.size_mb")
 
 
 def task_limits(

@@ -72,6 +72,7 @@ def solve_exact(problem: Problem, *, effort: float = 3.0) -> Allocation:
     if found is not None and network.holds(found) and problem.objective(found) < known:
         best = found
     if best is None:
+        _check_ends(problem)
         raise impossible_together(problem.limits)
     return allocation(problem, best, max(dual.bound, min(bound, least_removed)), "exact")
 
@@ -94,11 +95,7 @@ def solve_greedy(problem: Problem) -> Allocation:
     """
     for at in _greedy_start(problem, swaps=True):
         return allocation(problem, at, -np.inf, "greedy")
-    widest, narrowest = _ends(problem)
-    for limit in problem.limits:
-        least = min(limit.total(widest), limit.total(narrowest))
-        if least > limit.most:
-            raise impossible(limit, least)
+    _check_ends(problem)
     raise impossible_together(problem.limits)
 
 
@@ -140,6 +137,19 @@ def _greedy_start(problem: Problem, *, swaps: bool = False) -> Iterator[list[int
     at = greedy(_ladders(problem), _load(problem, totals), allowed=allowed, swaps=swaps)
     if at is not None:
         yield at
+
+
+def _check_ends(problem: Problem) -> None:
+    """Raise where a limit is below what the widest and the narrowest widths reach.
+
+    Raises:
+        PlanError: one is.
+    """
+    widest, narrowest = _ends(problem)
+    for limit in problem.limits:
+        least = min(limit.total(widest), limit.total(narrowest))
+        if least > limit.most:
+            raise impossible(limit, least)
 
 
 def _ends(problem: Problem) -> tuple[list[int], list[int]]:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from secateur.core.errors import BundleError, LibraryError
 from secateur.core.files import atomic_path, not_writable
+from secateur.core.plan import PrunePlan
 from secateur.vote.entry import Entry, Facts, Packed, digest_of, pack, parsed, unpack
 from secateur.vote.store import connect, prepare_index, transaction
 
@@ -124,16 +125,16 @@ def find_entries(
 ) -> list[Listed]:
     """Return the entries, oldest first, that meet every condition given.
 
-    ``parent`` is a fingerprint, ``tasks`` are names of which an entry keeps at least one, and
-    ``budget`` the least and the most share of MACs, both inclusive.
+    ``parent`` is how a fingerprint begins, ``tasks`` are names of which an entry keeps at least
+    one, and ``budget`` the least and the most share of MACs, both inclusive.
     """
     least, most = budget or (0.0, 1.0)
     with connect(library.index) as connection:
         rows = connection.execute(
             "SELECT id, facts, scores IS NOT NULL, weights IS NOT NULL, "
             "(SELECT group_concat(name, ' ') FROM sketches WHERE entry = id) FROM entries "
-            "WHERE budget BETWEEN ? AND ? AND (? IS NULL OR parent = ?) ORDER BY created, id",
-            (least, most, parent, parent),
+            "WHERE budget BETWEEN ? AND ? AND substr(parent, 1, ?) = ? ORDER BY created, id",
+            (least, most, len(parent or ""), parent or ""),
         ).fetchall()
     found = [
         Listed(
@@ -146,6 +147,25 @@ def find_entries(
         for entry, facts, scored, with_weights, sketches in rows
     ]
     return [each for each in found if tasks is None or {*tasks} & {*each.facts.task_names}]
+
+
+def find_same_cut(library: Library, entry: Entry) -> str | None:
+    """Return the id of an entry of the same parent and tasks that keeps the same channels.
+
+    One with arrays comes before one without.
+    """
+    with connect(library.index) as connection:
+        rows = connection.execute(
+            "SELECT id, facts, plan FROM entries WHERE parent = ? AND basis = ? "
+            "ORDER BY scores IS NULL, weights IS NULL, id",
+            (entry.facts.parent, entry.facts.basis),
+        ).fetchall()
+    for name, facts, plan in rows:
+        names = parsed(Facts, facts, f"entry {name}").task_names
+        cuts = parsed(PrunePlan, plan, f"entry {name}").cuts
+        if (names, cuts) == (entry.facts.task_names, entry.plan.cuts):
+            return str(name)
+    return None
 
 
 def load_entry(library: Library, entry: str) -> Entry:
@@ -216,6 +236,11 @@ def collect_garbage(library: Library, *, older_than_s: float = GARBAGE_AGE_S) ->
                 path.unlink()
             except FileNotFoundError:  # another process's temporary file: renamed by now
                 continue
+            except OSError as error:
+                raise LibraryError(
+                    f"cannot remove {path}: {error.strerror}",
+                    hint="it is no array of the library's; remove it yourself",
+                ) from error
             removed.append(path.name)
             freed += facts.st_size
         missing = tuple(pair for pair in named if not library.blob(pair[1]).is_file())

@@ -54,12 +54,14 @@ def nearest(
     basis: str = "original",
     budget: tuple[float, float] | None = None,
     skip: Collection[str] = (),
+    data: str = "",
 ) -> Nearest:
     """Return the ``count`` entries of ``parent`` whose tasks are nearest by ``measure``.
 
     ``sketches`` are the new task's, ``basis`` what its parent's channels are counted in (see
     ``entry.Facts``), ``budget`` the least and most share of MACs of the entries to look at,
-    ``skip`` the ids to leave out (a task is its own nearest neighbour). Ties go by id.
+    ``skip`` the ids to leave out (a task is its own nearest neighbour). ``data`` is the fingerprint
+    of the images that the sketches are of: ``cka`` compares those of the same. Ties go by id.
 
     Raises:
         LibraryError: there is no such measure, or no sketch of the new task for it.
@@ -72,13 +74,16 @@ def nearest(
         )
     close: list[tuple[float, str]] = []
     refused = []
-    for entry, of_parent, of_basis, data in _rows(library, measure, budget):
+    strangers = _of_other_images(library, data) if measure == "cka" and data else frozenset()
+    for entry, of_parent, of_basis, packed in _rows(library, measure, budget):
         if entry in skip:
             continue
         why = _stranger(of_parent, of_basis, parent, basis)
+        if entry in strangers:
+            why = why or "its features are of other images"
         value = 0.0
         if not why:
-            value, why = _compared(found, sketches[measure], data)
+            value, why = _compared(found, sketches[measure], packed)
         if why:
             refused.append(Refused(entry, why))
         else:
@@ -112,6 +117,14 @@ def _compared(measure: Measure, own: NDArray[Any], data: bytes | None) -> tuple[
         return measure.similarity(own, unpack_sketch(data)), ""
     except LibraryError as error:
         return 0.0, error.message
+
+
+def _of_other_images(library: Library, data: str) -> frozenset[str]:
+    with connect(library.index) as connection:
+        rows = connection.execute(
+            "SELECT id FROM entries WHERE json_extract(facts, '$.data') IS NOT ?", (data,)
+        )
+        return frozenset(row[0] for row in rows)
 
 
 def _rows(
