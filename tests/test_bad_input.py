@@ -151,6 +151,16 @@ def test_a_class_in_the_place_of_logits(capsys, tmp_path: Path) -> None:
     expect_error(capsys, tmp_path, "build", recipe, says=says)
 
 
+def test_a_model_of_one_image_at_a_time(capsys, tmp_path: Path) -> None:
+    recipe = make_project(tmp_path, RECIPE.replace("tinyproject:make", "alone:make"))
+    (tmp_path / "alone.py").write_text(
+        "from conftest import TinyNet\n\n\nclass make(TinyNet):\n    def forward(self, image):\n"
+        "        return super().forward(image.reshape(1, 3, 32, 48))\n"
+    )
+    says = "forward fails on an input of shape (2, 3, 32, 48)"
+    expect_error(capsys, tmp_path, "build", recipe, says=says)
+
+
 def test_nan_in_the_parents_output(capsys, tmp_path: Path) -> None:
     recipe = make_project(tmp_path)
     model = tiny_model()

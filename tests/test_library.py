@@ -30,6 +30,7 @@ from secateur.vote.library import (
     collect_garbage,
     find_entries,
     find_id,
+    find_same_cut,
     load_entry,
     open_library,
     remove_entry,
@@ -445,6 +446,31 @@ def test_nearest_orders_explains_and_refuses(library: Library) -> None:
         nearest(library, own, "p" * 20, "magic", 2)
 
 
+def test_features_of_other_images_are_no_likeness(library: Library) -> None:
+    features = {"cka": np.random.default_rng(0).normal(size=(16, 3)).astype(np.float32)}
+    base = make_entry()
+    same, other = (
+        replace(base, facts=replace(base.facts, data=data), sketches=features) for data in "ab"
+    )
+    add_entries(library, [same, other])
+    found = nearest(library, features, base.facts.parent, "cka", 9, data="a")
+    assert [each.id for each in found.neighbours] == [same.id]
+    assert [(r.id, r.why) for r in found.refused] == [
+        (other.id, "its features are of other images")
+    ]
+
+
+def test_a_cut_is_known_again_whatever_else_its_entry_holds(library: Library) -> None:
+    full = make_entry()
+    bare = replace(full, scores={}, weights={}, facts=replace(full.facts, recipe="# as built"))
+    assert find_same_cut(library, bare) is None
+    add_entries(library, [bare, full])
+    assert find_same_cut(library, bare) == full.id  # the one with arrays
+    shorter = replace(full.plan.cuts[0], kept=full.plan.cuts[0].kept[:1])
+    other = replace(full, plan=replace(full.plan, cuts=(shorter, *full.plan.cuts[1:])))
+    assert find_same_cut(library, other) is None
+
+
 def test_ten_thousand_entries_are_searched_within_a_second(library: Library) -> None:
     rng = np.random.default_rng(0)
     vectors = rng.uniform(size=(10_000, 64)).astype(np.float32)
@@ -489,6 +515,9 @@ def test_the_command_line_lists_shows_carries_and_cleans(capsys, tmp_path: Path)
     assert code == 0 and ids_of(out) == [near.id]
     code, out, _ = run(capsys, "library", "list")
     assert code == 0 and near.id[:8] in out and "[b]x" in out
+    code, out, _ = run(capsys, "library", "list", "--json", "--parent", "q")
+    assert len(ids_of(out)) == 1  # a fingerprint's beginning
+    assert "no entry meets" in run(capsys, "library", "list", "--parent", "zz")[1]
     code, out, _ = run(capsys, "library", "show", near.id[:8], "--json")
     shown = json.loads(out)
     assert (shown["id"], shown["weights"]["tensors"]) == (near.id, 2)
@@ -514,6 +543,9 @@ def test_the_command_line_lists_shows_carries_and_cleans(capsys, tmp_path: Path)
     for path in library.blobs.iterdir():
         path.unlink()
     assert run(capsys, "library", "gc")[0] == 1
+    (library.blobs / "mine").mkdir()
+    code, _, err = run(capsys, "library", "gc", "--older-than", "0")
+    assert code == 2 and "cannot remove" in err and "mine" in err
 
 
 @pytest.mark.parametrize(

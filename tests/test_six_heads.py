@@ -186,16 +186,38 @@ def test_equalisation_alone_repairs_it(project: Path) -> None:
     assert manifest["quantisation"]["kept"] == []
 
 
-@pytest.mark.parametrize(("layout", "wrong"), [("RGB", False), ("BGR", True)])
-def test_a_wrong_channel_order_is_seen_by_the_accuracy(
-    capsys, project: Path, layout: str, wrong: bool
+@pytest.mark.parametrize(
+    ("name", "given", "says"),
+    [
+        ("right", "layout: RGB", ""),
+        ("bgr", "layout: BGR", "with the channels not in the order BGR but in the other one"),
+        ("plain", "mean: [0, 0, 0], std: [1, 1, 1]", "with mean and std of ImageNet"),
+    ],
+)
+def test_a_wrong_way_to_prepare_images_is_seen_by_the_accuracy(
+    capsys, project: Path, name: str, given: str, says: str
 ) -> None:
     """Calibration alone cannot see it: such images are as good as any."""
-    text = RECIPE.replace("[3, 32, 48]}", f"[3, 32, 48], layout: {layout}}}")
-    folder, _ = build(project, layout, "{mode: int8, images: 32, guard: false}", text)
+    text = RECIPE.replace("[3, 32, 48]}", f"[3, 32, 48], {given}}}")
+    folder, _ = build(project, name, "{mode: int8, images: 32, guard: false}", text)
     code, stdout, _ = run(capsys, "diagnose", folder, "--json")
-    kinds = [finding["kind"] for finding in json.loads(stdout)["findings"]]
-    assert kinds.count("preprocessing") == wrong and (code == 1 or not wrong)
+    found = json.loads(stdout)["findings"]
+    told = [each["message"] for each in found if each["kind"] == "preprocessing"]
+    assert len(told) == bool(says) and (code == 1 or not says)
+    assert all(says in message for message in told)
+
+
+def test_a_bundle_is_looked_at_where_a_variable_of_its_recipe_is_not_set(
+    capsys, project: Path, monkeypatch
+) -> None:
+    monkeypatch.setenv("SIX", "six.safetensors")
+    text = RECIPE.replace("six.safetensors", "${SIX}")
+    folder, _ = build(project, "variable", "{mode: int8, images: 32, guard: false}", text)
+    monkeypatch.delenv("SIX")
+    code, stdout, stderr = run(capsys, "diagnose", folder, "--json")
+    said = json.loads(stdout)
+    assert code in (0, 1) and "Traceback" not in stderr
+    assert "uses ${SIX}, which is not set" in said["skipped"][0]
 
 
 def test_where_the_guard_finds_too_little_the_network_learns_to_bear_int8(project: Path) -> None:

@@ -179,6 +179,14 @@ def test_statistics_are_averaged_and_counters_survive(rule: str) -> None:
     assert torch.allclose(merged[f"{key}.running_var"], both)
 
 
+def test_buffers_are_averaged_though_no_importance_of_them_is_known() -> None:
+    experts = {"a": state(w=[0.0], scale=[2.0]), "b": state(w=[4.0], scale=[4.0])}
+    importance = {"a": state(w=[1.0]), "b": state(w=[3.0])}
+    merged = merge_state({}, experts, "fisher", importance=importance, buffers={"scale"})
+    assert merged["scale"].tolist() == [3.0]
+    assert torch.allclose(merged["w"], torch.tensor([2.0]))  # importance counts within its task
+
+
 def test_what_cannot_be_merged_says_why() -> None:
     a, b = state(w=[1.0]), state(w=[1.0, 2.0])
     with pytest.raises(ModelError, match="shape"):

@@ -107,6 +107,17 @@ def stranger(first: Entry, **facts: object) -> Entry:
     return replace(first, facts=replace(first.facts, recipe="another", **facts))
 
 
+def one_channel_else(first: Entry, name: str) -> Entry:
+    """The same cut by another recipe, with another last channel of one group."""
+    cuts = []
+    for cut in first.plan.cuts:
+        if cut.name == name:
+            other = max(set(range(cut.width)) - set(cut.kept))
+            cut = replace(cut, kept=tuple(sorted((*cut.kept[:-1], other))))
+        cuts.append(cut)
+    return replace(stranger(first), plan=replace(first.plan, cuts=tuple(cuts)))
+
+
 def contrary(first: Entry) -> Entry:
     """The same cut, had it kept what it dropped (and, of more, its first channels)."""
     cuts = []
@@ -194,14 +205,15 @@ def test_plan_shows_who_voted_and_what_that_changed(capsys, project: Path, first
 
 
 def test_several_voters_share_the_say(capsys, project: Path, first: Entry) -> None:
-    line = copied(project, "two", first, stranger(first))
+    name = next(cut.name for cut in first.plan.cuts if len(cut.kept) < cut.width)
+    line = copied(project, "two", first, one_channel_else(first, name))
     for votes in ("keeps", "scores"):
         vote = plan(capsys, project, asking(library=line, votes=votes))["warm_start"]
         assert [each["weight"] for each in vote["voters"]] == pytest.approx([0.5, 0.5])
-        # they kept the same channels of the groups that they have
-        assert vote["confidence"] == {
-            name: float(name in {cut.name for cut in first.plan.cuts}) for name in vote["iou"]
-        }
+        # of the other groups that they have they kept the same channels
+        assert 0 < vote["confidence"].pop(name) < 1
+        had = {cut.name for cut in first.plan.cuts}
+        assert all(value == (group in had) for group, value in vote["confidence"].items())
 
 
 @pytest.mark.parametrize("measure", ["mean_feature", "cka", "leep"])
@@ -302,6 +314,30 @@ def test_what_cannot_be_matched_is_refused(capsys, project: Path, first: Entry) 
     for reason in ("a task 'pose'", "not those that its tasks have", "not similar at all",
                    f"entry {damaged.id} lacks its array file"):  # fmt: skip
         assert reason in told
+
+
+def test_each_cut_of_the_same_tasks_and_channels_has_one_vote(project: Path, first: Entry) -> None:
+    again = replace(first, facts=replace(stranger(first).facts, recipe="the same, in int8"))
+    line = copied(project, "twice", stranger(first), again)
+    _, made = planned(project, asking(library=line))
+    assert made.vote and len(made.vote.voters) == 1
+    assert "a nearer one has the same tasks and keeps the same channels" in made.vote.refused
+
+
+def test_scores_of_another_criterion_say_nothing(project: Path, first: Entry) -> None:
+    other = replace(stranger(first), plan=replace(first.plan, criterion="fisher"))
+    line = copied(project, "fisher", other)
+    _, made = planned(project, asking(library=line))
+    assert made.vote and made.vote.cold
+    assert made.vote.refused == {"its channels were scored by fisher, yours by taylor": 1}
+    _, made = planned(project, asking(library=line, similarity="mean_feature"))
+    assert made.vote and not made.vote.cold  # what it kept does not depend on that
+
+
+def test_tasks_that_a_measure_cannot_compare_start_cold(project: Path, first: Entry) -> None:
+    recipe = asking(similarity="leep").replace("[depth, room]", "[depth]")
+    _, made = planned(project, recipe)
+    assert made.vote and "have nothing that 'leep' could compare; they have" in made.vote.cold
 
 
 def test_an_unknown_measure_is_told(capsys, project: Path) -> None:

@@ -6,7 +6,8 @@
 Cells (method, budget, recovery, seed) run in order of interest and are appended to
 ``results/fusion.cells.jsonl``; a later call does those still missing. Several processes may
 share the work by ``--part``. ``--quick`` only shows that it works: four methods, recovered for a
-few steps, printed and not kept. Afterwards, and with ``--tables`` alone, ``results/fusion.json`` and the plots are made from the cells.
+few steps, printed and not kept. Afterwards, and with ``--tables`` alone,
+``results/fusion.json`` and the plots are made from the cells.
 """
 
 from __future__ import annotations
