@@ -211,7 +211,7 @@ def test_a_bundle_is_looked_at_where_a_variable_of_its_recipe_is_not_set(
     capsys, project: Path, monkeypatch
 ) -> None:
     monkeypatch.setenv("SIX", "six.safetensors")
-    text = RECIPE.replace("six.safetensors", "${SIX}")
+    text = RECIPE.replace("six.safetensors", '"${SIX}"')
     folder, _ = build(project, "variable", "{mode: int8, images: 32, guard: false}", text)
     monkeypatch.delenv("SIX")
     code, stdout, stderr = run(capsys, "diagnose", folder, "--json")

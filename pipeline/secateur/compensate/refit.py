@@ -157,16 +157,17 @@ def _is_plain(module: nn.Module) -> TypeGuard[Layer]:
 
 
 def views(images: Tensor) -> Tensor:
-    """Return (3N, C, H, W): the images, mirrored, and their middle enlarged 1.3 times.
+    """Return (3N, C, H, W): each image, mirrored, and its middle enlarged 1.3 times.
 
     Coarse layers see few positions per image, so a handful of images leaves their least squares
-    short of equations; other views of the same images supply more without more data.
+    short of equations; other views of the same images supply more without more data. The views of
+    an image lie next to each other: what is held out in chunks to judge by is of other images.
     """
     height, width = images.shape[2:]
     top, left = int(0.115 * height), int(0.115 * width)
     middle = images[:, :, top : height - top, left : width - left]
     near = functional.interpolate(middle, size=(height, width), mode="bilinear")
-    return torch.cat([images, images.flip(3), near])
+    return torch.stack([images, images.flip(3), near], dim=1).flatten(0, 1)
 
 
 def _single_calls(model: MultiTaskModel, image: Tensor) -> dict[str, Layer]:

@@ -233,7 +233,7 @@ def settle(
     }
     settled = {}
     for key, record in planned.budgets.items():
-        update: dict[str, Any] = {"met": True}  # what is counted alone holds as it was planned
+        update: dict[str, Any] = {"shipped": record.planned, "met": True}  # by widths alone
         if key in counts:
             update = {"shipped": counts[key], "met": counts[key] <= record.wanted}
         elif key == "latency_ms":
