@@ -28,6 +28,7 @@ from secateur.vote.library import (
     add_entries,
     add_entry,
     collect_garbage,
+    find_axes,
     find_entries,
     find_id,
     find_same_cut,
@@ -194,7 +195,7 @@ def test_a_library_of_version_1_is_brought_up(tmp_path: Path) -> None:
     add_entry(library, make_entry(seed=5))
     assert [each.sketches for each in find_entries(library)] == [(), ("mean_feature",)]
     with store.connect(library.index) as index:
-        assert index.execute("PRAGMA user_version").fetchone() == (store.SCHEMA_VERSION,) == (2,)
+        assert index.execute("PRAGMA user_version").fetchone() == (store.SCHEMA_VERSION,) == (3,)
         assert index.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
@@ -202,7 +203,7 @@ def test_a_migration_that_fails_changes_nothing(library: Library, monkeypatch) -
     add_entry(library, make_entry())
     steps = (*store.MIGRATIONS, ("DROP TABLE sketches", "CREATE nonsense"))
     monkeypatch.setattr(store, "MIGRATIONS", steps)
-    monkeypatch.setattr(store, "SCHEMA_VERSION", 3)
+    monkeypatch.setattr(store, "SCHEMA_VERSION", 4)
     with pytest.raises(LibraryError, match="cannot be used"):
         open_library(library.root)
     monkeypatch.undo()
@@ -212,7 +213,7 @@ def test_a_migration_that_fails_changes_nothing(library: Library, monkeypatch) -
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        ("PRAGMA user_version = 99", "schema version 99, this Secateur knows 2"),
+        ("PRAGMA user_version = 99", "schema version 99, this Secateur knows 3"),
         ("PRAGMA application_id = 7", "not the index of a library"),
         (None, "cannot be used"),
     ],
@@ -368,7 +369,7 @@ def pickle_a_blob(members: dict[str, bytes]) -> None:
         (lambda m: m.update({"library.json": b"["}), "library.json: it: Invalid JSON"),
         (lambda m: m.update({"library.json": b"[" * 100_000}), "library.json: it: Invalid JSON"),
         (lambda m: m.update({"library.json": b"\xff"}), "cannot be read"),
-        (in_contents('"schema_version": 2', '"schema_version": 3'), "of schema version 3"),
+        (in_contents('"schema_version": 3', '"schema_version": 4'), "of schema version 4"),
         (in_contents('"secateur library"', '"other"'), "it is a 'other'"),
         (in_contents('"steps": 300', '"steps": "many"'), "steps: Input should be a valid integer"),
         (in_contents('"steps": 300', '"steps": 301'), "was altered: its content has id"),
@@ -444,6 +445,24 @@ def test_nearest_orders_explains_and_refuses(library: Library) -> None:
         nearest(library, own, "p" * 20, "leep", 2)
     with pytest.raises(LibraryError, match="not a measure"):
         nearest(library, own, "p" * 20, "magic", 2)
+
+
+def test_axes_travel_with_their_cut_and_the_most_used_come_first(
+    library: Library, tmp_path: Path
+) -> None:
+    entries = [
+        replace(make_entry(basis=basis, seed=seed), axes={"stem": np.eye(4) * (1 + len(basis))})
+        for seed, basis in enumerate(("a", "bb", "bb"))
+    ]
+    add_entries(library, [*entries, make_entry(basis="ccc", seed=9)])  # of these none are known
+    assert [*find_axes(library, "p" * 20)] == ["bb", "a"] and find_axes(library, "q" * 20) == {}
+    export_entries(library, tmp_path / "all.zip")
+    other = open_library(tmp_path / "other")
+    import_entries(other, tmp_path / "all.zip")
+    for basis, name in find_axes(other, "p" * 20).items():
+        axes = load_entry(other, name).axes["stem"]
+        assert axes.dtype == np.float64 and axes[0, 0] == 1 + len(basis)
+    assert not collect_garbage(library, older_than_s=0).removed
 
 
 def test_features_of_other_images_are_no_likeness(library: Library) -> None:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from cli_run import RECIPE, make_project, run
 from safetensors.torch import save_file
-from secateur.core.model import model_fingerprint
-from secateur.flow.axes import turn_axes
+from secateur.core.model import evaluating, model_fingerprint
+from secateur.flow.axes import fit, turn_axes
 from secateur.flow.cache import StageCache
 from secateur.flow.entry import _share_of_macs
 from secateur.flow.inherited import best_start
@@ -20,6 +21,8 @@ from secateur.flow.recipe import parse_recipe
 from secateur.flow.sketches import sketch_tasks
 from secateur.flow.stages import begin_cut
 from secateur.flow.warm_start import Planned, plan_job
+from secateur.prune import find_groups
+from secateur.prune.axes import linear_groups
 from secateur.vote.entry import Entry
 from secateur.vote.library import add_entry, find_entries, load_entry, open_library
 from test_axes import bottlenecks
@@ -286,6 +289,40 @@ def test_a_stranger_is_refused_and_the_start_is_cold(
     job, made = planned(project, asking(library=line))
     begun = begin_cut(job, made.scored.groups, made.plan)
     assert best_start(job, made, begun)[0] is begun
+
+
+def test_a_cut_brings_its_axes_to_other_images_and_another_machine(
+    project: Path, first: Entry
+) -> None:
+    """Another machine is an empty cache here: what it would find by itself is others' axes."""
+    line = copied(project, "carried", stranger(first))
+    other = asking(library=line, similarity="mean_feature").replace("count: 16", "count: 20")
+    cache = StageCache(project / "elsewhere")
+
+    def turned(recipe: str) -> Job:
+        return turn_axes(open_job(parse_recipe(recipe, project / "recipe.yaml"), cache))
+
+    job = turned(other)
+    assert job.basis == first.facts.basis != turned(other.replace("library, ", "none, ")).basis
+    assert job.axes.keys() == first.axes.keys() and len(first.axes) > 0
+    vote = plan_job(job, 2).vote
+    assert vote and not vote.cold and len(vote.voters) == 1
+    with evaluating(job.parent), evaluating(job.scored):
+        before, after = job.parent(job.example), job.scored(job.example)
+    assert all(torch.allclose(before[name], after[name], atol=1e-3) for name in after)
+
+
+@pytest.mark.parametrize("spoil", ["narrow", "singular", "not a number", "renamed"])
+def test_axes_that_do_not_fit_are_left_alone(project: Path, first: Entry, spoil: str) -> None:
+    (name, matrix), *rest = first.axes.items()
+    bad = {
+        "narrow": {name: matrix[:-1]}, "singular": {name: np.zeros_like(matrix)},
+        "not a number": {name: matrix * np.nan}, "renamed": {"other": matrix},
+    }[spoil]  # fmt: skip
+    job = planned(project, asking())[0]
+    groups = linear_groups(job.parent, find_groups(job.parent, job.example), job.example)
+    assert fit(job.parent, groups, first.axes)
+    assert not fit(job.parent, groups, {**dict(rest), **bad})
 
 
 def test_cuts_far_from_the_budget_do_not_vote(capsys, project: Path, first: Entry) -> None:

@@ -23,8 +23,10 @@ from secateur.prune import find_groups
 from secateur.prune.axes import apply_axes, balanced_axes, linear_groups
 from secateur.prune.layer_norms import fold_layer_norms, is_normalised, rotated_axes
 from secateur.tasks import select_tasks
+from secateur.vote.library import find_axes, load_entry, open_library
 
 NORM_IMAGES = 64  # tell batch norms what their turned channels hold
+WORST_CONDITION, ROTATION = 1e8, 1e-4  # of axes that another machine made
 
 
 def turn_axes(job: Job) -> Job:
@@ -48,10 +50,10 @@ def turn_axes(job: Job) -> Job:
     turned = apply_axes(model, groups, axes, images)
     basis = _basis(job, axes)
     if job.scored is job.selected:
-        return replace(job, scored=turned, selected=turned, basis=basis)
+        return replace(job, scored=turned, selected=turned, basis=basis, axes=axes)
     keep = [task.name for task in job.tasks]
     selected = select_tasks(turned, keep, job.example).eval()
-    return replace(job, scored=turned, selected=selected, basis=basis)
+    return replace(job, scored=turned, selected=selected, basis=basis, axes=axes)
 
 
 def _frees_channels(job: Job) -> bool:
@@ -92,6 +94,46 @@ def plan_axes(
     return axes
 
 
+def _axes_of_library(
+    job: Job,
+    model: MultiTaskModel,
+    groups: Sequence[ChannelGroup],
+    own: Mapping[str, NDArray[np.float64]] | None,
+) -> Mapping[str, NDArray[np.float64]] | None:
+    """Return axes in which the library has cuts of this parent: ``own`` if these are among them.
+
+    Axes are found by gradients, which differ with the machine and the images. Only in the very same
+    ones does an earlier cut's channel mean anything, so it brings its axes along.
+    """
+    library = open_library(job.recipe.library_root())
+    known = find_axes(library, job.parent_key)
+    if own is not None and _basis(job, own) in known:
+        return own
+    for basis, entry in known.items():
+        axes = load_entry(library, entry).axes
+        if _basis(job, axes) == basis and fit(model, groups, axes):
+            return axes
+    return None
+
+
+def fit(
+    model: MultiTaskModel, groups: Sequence[ChannelGroup], axes: Mapping[str, NDArray[np.float64]]
+) -> bool:
+    """Say whether the axes are of these groups and leave the model's outputs as they are."""
+    if axes.keys() != {group.name for group in groups}:
+        return False
+    for group in groups:
+        matrix = axes[group.name]
+        if matrix.shape != (group.width, group.width) or not np.isfinite(matrix).all():
+            return False
+        if np.linalg.cond(matrix) > WORST_CONDITION:
+            return False
+        off = np.abs(matrix @ matrix.T - np.eye(group.width)).max()
+        if is_normalised(model, group) and off > ROTATION:  # a norm lets rotations through
+            return False
+    return True
+
+
 def _basis(job: Job, axes: Mapping[str, NDArray[np.float64]]) -> str:
     """Return a digest of the axes' bytes: in others, even nearly equal, a channel is another."""
     bytes_of = {name: hashlib.sha256(matrix.tobytes()).hexdigest() for name, matrix in axes.items()}
@@ -105,6 +147,10 @@ def _axes(
     weights = [task.weight for task in tasks]
     path = job.cache.folder("axes", *score_key(job, tasks), weights) / "axes.safetensors"
     found = load_scores(path)
+    if job.recipe.prune.warm_start == "library":
+        taken = _axes_of_library(job, model, groups, found)
+        if taken is not None:
+            return taken
     if found is None:
         found = plan_axes(model, groups, tasks, *score_stream(job, tasks))
         save_scores(path, found)

@@ -60,6 +60,7 @@ def _entry_of_build(job: Job, planned: Planned, cut: Cut, evidence: Evidence) ->
         planned.scored.per_task,
         sketch_tasks(job),
         {name: tensor.detach().cpu().numpy() for name, tensor in state.items()},
+        job.axes,
     )
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from secateur.core.errors import DataError
@@ -32,7 +35,7 @@ class Job:
     subset of tasks, without outputs that no task names; or ``selected`` where folding made layers
     that the parent does not have.
     ``basis`` names what its channels are counted in: ``original`` as in the parent, else a digest
-    of the folded layers or of the axes that it was turned to.
+    of the folded layers or of the axes that it was turned to; ``axes`` are these, (W, W) by group.
     ``limits`` are the budgets where there are others than MACs (``flow.budgets``), and
     ``kept_share`` about how much of the parent the budgets leave. ``removed`` are residual blocks
     of ``selected`` that go whole.
@@ -49,6 +52,7 @@ class Job:
     cache: StageCache
     parent_key: str
     basis: str = "original"
+    axes: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     limits: tuple[Limit, ...] = ()
     kept_share: float = 1.0
     removed: tuple[str, ...] = ()

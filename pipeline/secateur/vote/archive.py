@@ -56,6 +56,7 @@ class _Item:
     scores: str | None
     weights: str | None
     sketches: str | None
+    axes: str | None = None  # since schema version 3
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ def _write_entry(archive: zipfile.ZipFile, entry: Entry) -> dict[str, Any]:
         ("scores", packed.scores),
         ("weights", packed.weights),
         ("sketches", tensors(entry.sketches)),
+        ("axes", packed.axes),
     ):
         digests[name] = None if data is None else digest_of(data)
         if data is not None and _member(digest_of(data)) not in archive.namelist():
@@ -132,8 +134,9 @@ def _read_entries(archive: zipfile.ZipFile, path: Path) -> Iterator[Entry]:
             f"this Secateur reads '{FORMAT}' up to {SCHEMA_VERSION}"
         )  # fmt: skip
     for item in parsed(_Contents, text, CONTENTS).entries:
-        scores, weights, sketches = (
-            _blob(archive, path, digest) for digest in (item.scores, item.weights, item.sketches)
+        scores, weights, sketches, axes = (
+            _blob(archive, path, digest)
+            for digest in (item.scores, item.weights, item.sketches, item.axes)
         )
         entry = Entry(
             item.facts,
@@ -141,6 +144,7 @@ def _read_entries(archive: zipfile.ZipFile, path: Path) -> Iterator[Entry]:
             scores_of(scores),
             arrays_of(sketches, "the sketches"),
             arrays_of(weights, "the weights"),
+            arrays_of(axes, "the axes"),
         )
         if entry.id != item.id:
             raise _refused(path, f"entry {item.id} was altered: its content has id {entry.id}")

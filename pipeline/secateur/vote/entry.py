@@ -92,7 +92,9 @@ class Entry:
 
     ``plan`` holds the keep-set of every group. ``scores`` are (width,) per task and group,
     ``sketches`` small arrays by the name of the measure that compares them, ``weights`` the
-    recovered sub-network's state; the first two are stored as float32. All three may be empty.
+    recovered sub-network's state; the first two are stored as float32. ``axes`` are what the
+    channels of ``facts.basis`` are counted in: matrices (W, W) by group name, as they were used.
+    All four may be empty.
 
     Raises:
         LibraryError: a part does not fit another, or is not finite.
@@ -103,6 +105,7 @@ class Entry:
     scores: Mapping[str, Mapping[str, Array]] = field(default_factory=dict)
     sketches: Mapping[str, Array] = field(default_factory=dict)
     weights: Mapping[str, Array] = field(default_factory=dict)
+    axes: Mapping[str, Array] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         widths = {}
@@ -125,19 +128,23 @@ class Entry:
 
     @cached_property
     def id(self) -> str:
-        """A digest of all but the time and version; the same cut added twice is one entry."""
+        """A digest of all but time, version and axes, which ``facts.basis`` is a digest of.
+
+        The same cut added twice is one entry.
+        """
         return pack(self).id
 
 
 @dataclass(frozen=True)
 class Packed:
-    """An entry as text and bytes: ``scores`` and ``weights`` are safetensors, None where empty."""
+    """An entry as text and bytes: the arrays are safetensors, None where there are none."""
 
     id: str
     facts: str
     plan: str
     scores: bytes | None
     weights: bytes | None
+    axes: bytes | None
     sketches: Mapping[str, bytes]
 
 
@@ -156,7 +163,8 @@ def pack(entry: Entry) -> Packed:
     digests = [data and digest_of(data) for data in (scores, weights)]
     of_sketches = {name: digest_of(data) for name, data in sketches.items()}
     identity = digest_of(_json([content, plan, digests, of_sketches]).encode())[:20]
-    return Packed(identity, _json(facts), _json(plan), scores, weights, sketches)
+    axes = tensors(entry.axes)
+    return Packed(identity, _json(facts), _json(plan), scores, weights, axes, sketches)
 
 
 def unpack(packed: Packed) -> Entry:
@@ -171,6 +179,7 @@ def unpack(packed: Packed) -> Entry:
         scores_of(packed.scores),
         {name: unpack_sketch(data) for name, data in packed.sketches.items()},
         arrays_of(packed.weights, "the weights"),
+        arrays_of(packed.axes, "the axes"),
     )
 
 

@@ -1,9 +1,9 @@
 """The library of earlier cuts: one folder with an index and the arrays it names.
 
-``index.sqlite`` says what there is (``store``); ``blobs/<sha256>.safetensors`` hold scores and
-weights. A blob is written whole under its digest before the one transaction that names it, so a
-process killed in between leaves an orphan, which ``collect_garbage`` removes, and never an entry
-without its arrays.
+``index.sqlite`` says what there is (``store``); ``blobs/<sha256>.safetensors`` hold scores,
+weights and axes. A blob is written whole under its digest before the one transaction that names
+it, so a process killed in between leaves an orphan, which ``collect_garbage`` removes, and never an
+entry without its arrays.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from secateur.core.errors import BundleError, LibraryError
@@ -70,7 +70,7 @@ class Garbage:
 class _Row:
     packed: Packed
     facts: Facts
-    digests: tuple[str | None, str | None]
+    digests: tuple[str | None, ...]  # of scores, weights and axes
 
 
 def default_root() -> Path:
@@ -177,15 +177,30 @@ def load_entry(library: Library, entry: str) -> Entry:
     with connect(library.index) as connection:
         connection.execute("BEGIN")  # one view: not the entry before, its sketches after a removal
         row = connection.execute(
-            "SELECT facts, plan, scores, weights FROM entries WHERE id = ?", (entry,)
+            "SELECT facts, plan, scores, weights, axes FROM entries WHERE id = ?", (entry,)
         ).fetchone()
         sketches = dict(
             connection.execute("SELECT name, data FROM sketches WHERE entry = ?", (entry,))
         )
     if row is None:
         raise _unknown(entry)
-    scores, weights = (_read_blob(library, entry, digest) for digest in row[2:])
-    return unpack(Packed(entry, row[0], row[1], scores, weights, sketches))
+    scores, weights, axes = (_read_blob(library, entry, digest) for digest in row[2:])
+    return unpack(Packed(entry, row[0], row[1], scores, weights, axes, sketches))
+
+
+def find_axes(library: Library, parent: str) -> dict[str, str]:
+    """Return, per basis of a parent's entries that hold its axes, one such entry's id.
+
+    The basis of the most entries comes first.
+    """
+    with connect(library.index) as connection:
+        return dict(
+            connection.execute(
+                "SELECT basis, min(id) FROM entries WHERE parent = ? AND axes IS NOT NULL "
+                "GROUP BY basis ORDER BY count(*) DESC, basis",
+                (parent,),
+            )
+        )
 
 
 def find_id(library: Library, start: str) -> str:
@@ -272,12 +287,12 @@ def write_blob(library: Library, data: bytes) -> str:
 
 def _with_blobs_written(library: Library, entry: Entry) -> _Row:
     packed = pack(entry)
-    scores, weights = (
+    digests = tuple(
         None if data is None else write_blob(library, data)
-        for data in (packed.scores, packed.weights)
+        for data in (packed.scores, packed.weights, packed.axes)
     )
-    light = Packed(packed.id, packed.facts, packed.plan, None, None, packed.sketches)
-    return _Row(light, entry.facts, (scores, weights))
+    light = replace(packed, scores=None, weights=None, axes=None)
+    return _Row(light, entry.facts, digests)
 
 
 def _insert(library: Library, connection: sqlite3.Connection, row: _Row) -> None:
@@ -290,8 +305,9 @@ def _insert(library: Library, connection: sqlite3.Connection, row: _Row) -> None
                 hint="add it again, and collect garbage with a longer age",
             )
     added = connection.execute(
-        "INSERT INTO entries (id, parent, basis, budget, created, facts, plan, scores, weights) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING",
+        "INSERT INTO entries "
+        "(id, parent, basis, budget, created, facts, plan, scores, weights, axes) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING",
         (packed.id, facts.parent, facts.basis, facts.budget, facts.created,
          packed.facts, packed.plan, *row.digests),
     ).rowcount  # fmt: skip
@@ -303,7 +319,7 @@ def _insert(library: Library, connection: sqlite3.Connection, row: _Row) -> None
 
 
 def _named(connection: sqlite3.Connection) -> Iterator[tuple[str, str]]:
-    for entry, *digests in connection.execute("SELECT id, scores, weights FROM entries"):
+    for entry, *digests in connection.execute("SELECT id, scores, weights, axes FROM entries"):
         for digest in digests:
             if digest is not None:
                 yield entry, digest

@@ -42,6 +42,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE INDEX sketches_by_entry ON sketches (entry)",
         "CREATE INDEX entries_by_parent ON entries (parent, budget)",
     ),
+    ("ALTER TABLE entries ADD COLUMN axes TEXT",),  # sha256 of a blob
 )
 SCHEMA_VERSION = len(MIGRATIONS)
 
