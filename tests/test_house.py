@@ -140,7 +140,7 @@ def test_the_wheel_holds_code_targets_recipes_and_parents(tmp_path: Path) -> Non
     wanted |= {
         p.relative_to(REPOSITORY / "pipeline").as_posix() for p in (CODE / "bench/page").iterdir()
     }
-    for kind in ("targets", "calibration", "benchmarks", "examples"):
+    for kind in ("targets", "benchmarks", "examples"):
         tracked = subprocess.run(
             ["git", "ls-files", kind], cwd=REPOSITORY, capture_output=True, text=True, check=True
         ).stdout.split()
