@@ -67,8 +67,9 @@ def main() -> None:
                   ("library, votes alone, short", "votes", short))  # fmt: skip
         for name, start, count in wanted:
             manifest = made(PAIR, start, count, seed, options.out, library, add=False)
-            rows.append({"what": name, "seed": seed, "steps": count,
-                         **manifest.model_dump(mode="json", exclude=LEFT_OUT)})  # fmt: skip
+            told = manifest.model_dump(mode="json", exclude=LEFT_OUT)
+            (told["plan"].get("warm_start") or {}).pop("library", None)  # a path of the machine
+            rows.append({"what": name, "seed": seed, "steps": count, **told})
             print(name, seed, count, f"{manifest.accuracy.delta_t:.2f}", flush=True)
     command = "python benchmarks/vote/nyuv2.py"
     write_suite("vote_nyuv2", command, options.seeds, rows, claims(rows))

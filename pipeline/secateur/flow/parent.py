@@ -24,7 +24,7 @@ from secateur.flow.recipe import Recipe
 
 
 def load_parent(recipe: Recipe) -> MultiTaskModel:
-    """Return the recipe's model with its weights, in eval mode, checked on one noise image.
+    """Return the recipe's model with its weights, in eval mode, checked on one noise image and two.
 
     Raises:
         ModelError: the factory fails, the checkpoint does not fit, an output is missing or not
