@@ -5,8 +5,9 @@
 A parent that knows 80 classes (``benchmarks/parents/cifar_*``); a library of 40 five-way tasks of
 these, each cut to 50, 20, 10 and 2 % of the MACs; and twelve new tasks of 20 classes that neither
 has seen, three seeds each. ``choose`` finds the best library start on six tasks of the library,
-each left out of it; ``new`` then runs every row on the new tasks. A stopped run goes on; two may
-run side by side. ``--quick`` takes one task, one seed and few iterations, and writes nothing.
+each left out of it; ``new`` then runs every row on the new tasks; ``measures`` compares neighbours
+by other measures of similarity. A stopped run goes on; two may run side by side. ``--quick`` takes
+one task, a small library made in haste and few iterations, and writes nothing.
 """
 
 from __future__ import annotations
@@ -16,25 +17,29 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from secateur.core.progress import shown
 from suite import RESULTS, append_row, read_rows, write_suite
-from vote.cifar_claims import best_by_share, claims
-from vote.lab import COLD, ITERATIVE, MEASURES, SHARES, STAGED, Lab, Row
+from vote.cifar_claims import ITERATIONS, SECONDS_AT, answers, claims, ranking, summary
+from vote.cifar_plots import draw_curves
+from vote.lab import COLD, ITERATIVE, LIBRARIES, MEASURES, SHARES, STAGED, Lab, Row
 from vote.starts import STARTS
 
 CELLS = RESULTS / "vote_cifar.cells.jsonl"
-CLAIMS = Path(__file__).resolve().parents[2] / "out" / "vote_cifar" / "claims"
+CLAIMS = LIBRARIES / "claims"
 NETWORKS = ("resnet", "vit")
 SEEDS = (0, 1, 2)
-CHOOSING = 6  # tasks of the library that the best start is chosen on
+CHOOSING, FINAL = 6, 4  # tasks of the library to choose the best start on; starts in the last round
 SHORT, MIDDLE, LONG = 100, 300, 1000
 CANDIDATES = tuple(start for start in STARTS if start not in COLD)
 MEASURED_SHARE, MEASURED_ITERATIONS = 0.2, 30
+QUICK_BANK = 6
 Cell = tuple[str, str, str, int, float, str, int, str]  # part, network, task, seed, share, ...
 
 
@@ -62,13 +67,15 @@ def main() -> None:
                 if options.part in (None, part):
                     fill(lab, part, end)
     rows = read_rows(CELLS)
-    write_suite("vote_cifar", "python benchmarks/vote/cifar.py", list(SEEDS), rows, claims(rows))
+    command, told = "python benchmarks/vote/cifar.py", [*summary(rows), *answers(rows)]
+    write_suite("vote_cifar", command, list(SEEDS), told, claims(rows))
+    draw_curves(rows, RESULTS / "vote_cifar.png")
 
 
 def fill(lab: Lab, part: str, end: float) -> None:
     """Run the part's cells that nobody has run or begun."""
     CLAIMS.mkdir(parents=True, exist_ok=True)
-    tasks = {task.name: task for task in (*lab.data.bank_tasks(), *lab.data.new_tasks())}
+    tasks = {task.name: task for task in (*lab.bank, *lab.data.new_tasks())}
     done = {cell_of(row) for row in read_rows(CELLS)}
     for cell in cells(lab, part):
         if time.monotonic() > end:
@@ -76,7 +83,11 @@ def fill(lab: Lab, part: str, end: float) -> None:
         if cell in done or not _claimed(cell):
             continue
         _, _, task, seed, share, start, iterations, measure = cell
-        row = lab.run(tasks[task], share, seed, start, iterations, measure)
+        try:
+            row = lab.run(tasks[task], share, seed, start, iterations, measure)
+        except BaseException:  # Ctrl-C too: the next run may take it at once
+            _claim_of(cell).unlink(missing_ok=True)
+            raise
         append_row(CELLS, {"part": part, **row})
         print(part, lab.network, task, seed, share, start, iterations,
               f"{row['accuracy']:.1f} % in {row['seconds']:.1f} s", flush=True)  # fmt: skip
@@ -84,30 +95,53 @@ def fill(lab: Lab, part: str, end: float) -> None:
 
 def cells(lab: Lab, part: str) -> Iterator[Cell]:
     """Yield what a part consists of."""
-    network = lab.network
-    if part == "choose":
+    yield from {"choose": _choosing, "new": _told, "measures": _measuring}[part](lab)
+
+
+def _choosing(lab: Lab) -> Iterator[Cell]:
+    """Each start on tasks of the library; where more iterations are told, the best starts again.
+
+    The last round needs the first one whole: what another process still runs is waited for by
+    calling again.
+    """
+    every = lab.bank
+    tasks = every[:: len(every) // CHOOSING][:CHOOSING]
+    starts = (*CANDIDATES, *(f"{STAGED}{start}" for start in CANDIDATES))
+    first = [("choose", lab.network, task.name, 0, share, start, SHORT, "leep")
+             for share in SHARES for task in tasks for start in starts]  # fmt: skip
+    yield from first
+    rows = read_rows(CELLS)
+    if {*first} <= {cell_of(row) for row in rows}:
         for share in SHARES:
-            for task in lab.data.bank_tasks()[:: len(lab.data.bank_tasks()) // CHOOSING][:CHOOSING]:
-                for start in (*CANDIDATES, *(f"{STAGED}{start}" for start in CANDIDATES)):
-                    for iterations in (SHORT, MIDDLE):
-                        yield part, network, task.name, 0, share, start, iterations, "leep"
-        return
-    if part == "measures":
-        for task in lab.data.new_tasks():
-            for measure in MEASURES:
-                for start in ("votes of the nearest", "nearest task's weights"):
-                    yield (part, network, task.name, 0, MEASURED_SHARE, start,
-                           MEASURED_ITERATIONS, measure)  # fmt: skip
-        return
-    best = best_by_share(read_rows(CELLS), network)
-    for seed in SEEDS:
-        for task in lab.data.new_tasks():
-            for share in SHARES:
-                rows = [(ITERATIVE, n) for n in (SHORT, MIDDLE, LONG)]
-                rows += [(start, SHORT) for start in STARTS] + [("cold, one-shot", MIDDLE)]
-                rows += [(best[share, n], n) for n in (SHORT, MIDDLE) if (share, n) in best]
-                for start, iterations in dict.fromkeys(rows):
-                    yield part, network, task.name, seed, share, start, iterations, "leep"
+            if ITERATIONS[share] != SHORT:
+                finalists = ranking(rows, lab.network, share, SHORT)[:FINAL]
+                for task, start in product(tasks, finalists):
+                    yield ("choose", lab.network, task.name, 0, share, start, ITERATIONS[share],
+                           "leep")  # fmt: skip
+
+
+def _told(lab: Lab) -> Iterator[Cell]:
+    """The new tasks: every row, its best start as ``choose`` found it, by seed.
+
+    Short cold schedules are told of one seed but where seconds to equal accuracy are.
+    """
+    rows = read_rows(CELLS)
+    best = {share: ranking(rows, lab.network, share, ITERATIONS[share])[:1] for share in SHARES}
+    for seed, task, share in product(SEEDS, lab.data.new_tasks(), SHARES):
+        wanted = [(ITERATIVE, LONG), *((start, SHORT) for start in STARTS)]
+        wanted += [(start, ITERATIONS[share]) for start in best[share]]
+        if seed == SEEDS[0] or share == SECONDS_AT:
+            wanted += [(ITERATIVE, SHORT), (ITERATIVE, MIDDLE), ("cold, one-shot", MIDDLE)]
+        for start, iterations in dict.fromkeys(wanted):
+            yield "new", lab.network, task.name, seed, share, start, iterations, "leep"
+
+
+def _measuring(lab: Lab) -> Iterator[Cell]:
+    """The starts that depend on who is nearest, by each measure of similarity."""
+    starts = ("votes of the nearest", "nearest task's weights")
+    for task, measure, start in product(lab.data.new_tasks(), MEASURES, starts):
+        yield ("measures", lab.network, task.name, 0, MEASURED_SHARE, start, MEASURED_ITERATIONS,
+               measure)  # fmt: skip
 
 
 def cell_of(row: Row) -> Cell:
@@ -116,9 +150,13 @@ def cell_of(row: Row) -> Cell:
             row["iterations"], row["measure"])  # fmt: skip
 
 
+def _claim_of(cell: Cell) -> Path:
+    return CLAIMS / "_".join(str(part).replace(" ", "-").replace("'", "") for part in cell)
+
+
 def _claimed(cell: Cell) -> bool:
     """Say whether the cell is ours; a claim of a run that died is taken over after an hour."""
-    path = CLAIMS / "_".join(str(part).replace(" ", "-").replace("'", "") for part in cell)
+    path = _claim_of(cell)
     if path.exists() and time.time() - path.stat().st_mtime > 3600:
         path.unlink(missing_ok=True)
     try:
@@ -129,8 +167,12 @@ def _claimed(cell: Cell) -> bool:
 
 
 def quick(network: str) -> None:
-    """Run each start once, shortly, on a parent as it is: does the suite work?"""
-    lab = Lab(network)
+    """Run each start once, shortly, from a small library made in haste: does the suite work?"""
+    with TemporaryDirectory() as folder:
+        _quick(Lab(network, Path(folder), QUICK_BANK, hurried=True))
+
+
+def _quick(lab: Lab) -> None:
     lab.make_bank()
     task = lab.data.new_tasks()[0]
     for start in (ITERATIVE, *STARTS, f"{STAGED}{CANDIDATES[-1]}"):

@@ -20,7 +20,7 @@ from secateur.vote.similarity import leep, mean_feature, score_cosine, task2vec
 from suite import read_json
 from train_parent import PARENTS, SEEN
 from vote.starts import STARTS, Asked, Earlier, begin
-from vote.tasks import Cifar, FiveWay, Images
+from vote.tasks import BANK, Cifar, FiveWay, Images
 from vote.training import (
     Clock,
     Parent,
@@ -34,6 +34,7 @@ from vote.training import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
+LIBRARIES = ROOT / "out" / "vote_cifar"
 SHARES = (0.5, 0.2, 0.1, 0.02)  # of the MACs that stay
 BANK_ITERATIONS, GENERIC_ITERATIONS = 150, 300  # at each share
 BANK_CUTS = 4
@@ -48,9 +49,14 @@ Row = dict[str, Any]
 
 
 class Lab:
-    """The parent ``cifar_<network>``, its data, and what earlier tasks left under ``out/``."""
+    """The parent ``cifar_<network>``, its data, and what earlier tasks left in ``folder``.
 
-    def __init__(self, network: str) -> None:
+    ``bank``: how many tasks the library is of. ``hurried`` trains it for a few steps only.
+    """
+
+    def __init__(
+        self, network: str, folder: Path = LIBRARIES, bank: int = BANK, *, hurried: bool = False
+    ) -> None:
         name = f"cifar_{network}"
         model = getattr(zoo, name)()
         weights = load_tensors(ROOT / "benchmarks" / "parents" / f"{name}.safetensors")
@@ -59,13 +65,15 @@ class Lab:
         self.network = network
         self.parent = Parent.of(network, MultiTaskModel(model, PARENTS[name].tasks).eval())
         self.data = Cifar()
+        self.bank = self.data.bank_tasks()[:bank]
+        self._haste = 20 if hurried else 1
         self._read: dict[str, dict[str, NDArray[Any]]] = {}
-        self.folder = ROOT / "out" / "vote_cifar" / network
+        self.folder = folder / network
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def make_bank(self) -> None:
         """Cut every task of the library to every share, one after the other; resumes."""
-        for task in self.data.bank_tasks():
+        for task in self.bank:
             if not (self.folder / f"{task.name}.json").exists():
                 images = self.data.images(task.classes, "train")
                 parent = headed(self.parent, images)
@@ -88,13 +96,24 @@ class Lab:
             own, alike = self._sketch_by(measure, parent, images), MEASURES[measure].similarity
             similar = {
                 other.name: float(alike(own, self._stored(other.name)[measure]))
-                for other in self.data.bank_tasks() if other.name != task.name
+                for other in self.bank if other.name != task.name
             }  # fmt: skip
         order = sorted(similar, key=lambda name: (-similar[name], name))
         return Asked(
             parent, images, share, [self._earlier(name, share) for name in order],
             [similar[name] for name in order], self._earlier("generic", share), seed,
         )  # fmt: skip
+
+    def neighbours(self, name: str, measure: str = "leep") -> list[str]:
+        """Return the other tasks of the library, the most similar to ``name`` first."""
+        alike, own = MEASURES[measure].similarity, self._stored(name)[measure]
+        similar = {other.name: float(alike(own, self._stored(other.name)[measure]))
+                   for other in self.bank if other.name != name}  # fmt: skip
+        return sorted(similar, key=lambda other: (-similar[other], other))
+
+    def keeps(self, name: str, share: float) -> dict[str, tuple[int, ...]]:
+        """Return, per group, the channels that a task of the library kept at a share."""
+        return {cut.name: cut.kept for cut in self._earlier(name, share).plan.cuts}
 
     def run(
         self, task: FiveWay, share: float, seed: int, start: str, iterations: int,
@@ -143,6 +162,7 @@ class Lab:
         self, name: str, parent: Parent, images: Images, iterations: int, test: Images
     ) -> None:
         """Cut to each share in turn, train at each, and keep what came out."""
+        iterations //= self._haste
         clock, rng = Clock(), np.random.default_rng(0)
         steps = Steps(parent, images, {}, rng)
         now, before, told = parent, 1.0, []

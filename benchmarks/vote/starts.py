@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from secateur.compensate import refit
 from secateur.core.model import MultiTaskModel
-from secateur.core.plan import PrunePlan, dropped_indices
+from secateur.core.plan import PrunePlan, dropped_indices, dropped_of_parameters
 from secateur.vote.ballot import blend, keep_opinion, score_opinion, tally, vote_weights
 from secateur.vote.inherit import SubNetwork, inherit
 from vote.tasks import Images
@@ -117,10 +117,8 @@ def inherited_average(asked: Asked) -> MultiTaskModel:
     plan = _voted(asked, asked.nearest)
     model = asked.parent.cut(plan)
     state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-    groups = asked.parent.groups
-    donors = [SubNetwork(each.weights, dropped_indices(groups, each.plan))
-              for each, _ in asked.nearest]  # fmt: skip
-    found = inherit(SubNetwork(state, dropped_indices(groups, plan)), donors,
+    donors = [_sub_network(asked.parent, each.weights, each.plan) for each, _ in asked.nearest]
+    found = inherit(_sub_network(asked.parent, state, plan), donors,
                     [weight for _, weight in asked.nearest])  # fmt: skip
     return _loaded(model, found.weights)
 
@@ -161,6 +159,11 @@ def _tallied(voters: Sequence[tuple[Earlier, float]]) -> dict[str, NDArray[np.fl
 
 def _opinion(earlier: Earlier) -> dict[str, NDArray[np.float64]]:
     return score_opinion({"label": earlier.scores})
+
+
+def _sub_network(parent: Parent, weights: Weights, plan: PrunePlan) -> SubNetwork:
+    groups = parent.groups
+    return SubNetwork(weights, dropped_indices(groups, plan), dropped_of_parameters(groups, plan))
 
 
 def _as_it_was(parent: Parent, earlier: Earlier) -> MultiTaskModel:
