@@ -83,7 +83,7 @@ def made(
     text = RECIPE.format(
         parent=PARENT, keep=", ".join(keep), data=os.environ["SECATEUR_DATA"], steps=steps,
         start="none" if start == "none" else "library",
-        inherit="none" if start == "votes" else "nearest",
+        inherit="none" if start == "votes" else "average",
         seed=seed, library=library, add=str(add).lower(),
     )  # fmt: skip
     name = f"{'-'.join(keep)}-{start}-{steps}-{seed}"

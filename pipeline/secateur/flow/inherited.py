@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from secateur.core.model import MultiTaskModel, model_fingerprint
-from secateur.core.norms import settle_norms
 from secateur.core.plan import dropped_indices, dropped_of_parameters
 from secateur.data.loading import Subset, batches, has_labels, image_batch, spread
 from secateur.flow.allocation import RelativeLoss
@@ -17,10 +16,11 @@ from secateur.flow.job import Job
 from secateur.flow.recovery import forgets_weights
 from secateur.flow.stages import compensated, refit_indices
 from secateur.flow.warm_start import Planned
+from secateur.fusion.weights import reestimate_norms
 from secateur.vote.inherit import SubNetwork, inherit
 
 JUDGE_IMAGES = 64
-NORM_IMAGES = 64
+NORM_IMAGES = 256
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ def best_start(
 
     Compared are ``begun``, the cut as compensation left it; the same with the neighbours' weights
     wherever they have the channels; and that compensated once more, since the channels that they
-    lack are strangers to their weights. Origin is None where the recipe does not ask the library.
+    lack are strangers to their weights. Batch norms are estimated anew: several networks' mean has
+    statistics of none of them. Origin is None where the recipe does not ask the library.
     """
     wanted = job.recipe.prune.inherit
     if planned.vote is None:
@@ -69,7 +70,7 @@ def best_start(
     )
     taken = copy.deepcopy(begun)
     taken.load_state_dict({name: torch.tensor(array) for name, array in result.weights.items()})
-    settle_norms(taken, image_batch(job.train, spread(job.train, NORM_IMAGES), job.spec))
+    reestimate_norms(taken, image_batch(job.train, spread(job.train, NORM_IMAGES), job.spec))
     starts = {"parent": begun, "inherited": taken}
     if job.recipe.compensate is not False:
         starts["inherited and compensated"] = compensated(job, groups, plan, taken)

@@ -105,7 +105,7 @@ class PruneSpec(_Strict):
     similarity: str = "score_cosine"
     votes: Literal["keeps", "scores"] = "keeps"
     vote_weight: float = Field(default=0.5, ge=0, le=1)
-    inherit: Literal["none", "nearest", "average"] = "nearest"
+    inherit: Literal["none", "nearest", "average"] = "average"
     sparsity: Literal["2:4"] | None = None
 
     @model_validator(mode="after")
