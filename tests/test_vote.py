@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
+import torch
+from conftest import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from secateur.core.errors import LibraryError
+from secateur.core.plan import dropped_indices
+from secateur.prune import apply_plan, find_groups, macs_model, plan_prune
+from secateur.prune.plan import Budget
 from secateur.vote.ballot import (
     blend,
     confidence,
@@ -18,7 +25,7 @@ from secateur.vote.ballot import (
     tally,
     vote_weights,
 )
-from secateur.vote.inherit import SubNetwork, class_targets, inherit, ridge_head
+from secateur.vote.inherit import SubNetwork, class_targets, embed, inherit, ridge_head
 
 NAN = np.nan
 WIDTHS = {"conv1": 5, "block.heads": 3, "block.mlp": 8}  # a CNN's channels, a ViT's: all the same
@@ -188,6 +195,36 @@ def part(outputs, inputs, offset: float = 0.0) -> SubNetwork:
     gone = {("net.layer", "out"): {*range(4)} - {*outputs},
             ("net.layer", "in"): {*range(3)} - {*inputs}}  # fmt: skip
     return SubNetwork(weights, gone)
+
+
+@pytest.mark.parametrize("share", [0.7, 0.3])
+def test_a_cut_embedded_in_its_parents_shape_computes_what_it_did(
+    example: torch.Tensor, share: float
+) -> None:
+    """A random cut whose weights have moved since, as recovery moves them."""
+    model = tiny_model()
+    groups, rng = find_groups(model, example), np.random.default_rng(0)
+    scores = {group.name: rng.random(group.width) for group in groups}
+    plan = plan_prune(groups, macs_model(model, groups, example), scores, {}, Budget(share, 1),
+                      criterion="-", fusion="-")  # fmt: skip
+    cut = apply_plan(model, groups, plan)
+    for parameter in cut.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    state = {name: tensor.numpy() for name, tensor in cut.state_dict().items()}
+    whole = copy.deepcopy(model)
+    own = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    embedded = embed(own, SubNetwork(state, dropped_indices(groups, plan)))
+    whole.load_state_dict({name: torch.tensor(array) for name, array in embedded.items()})
+    for name, output in cut(example).items():
+        torch.testing.assert_close(whole(example)[name], output, rtol=1e-4, atol=1e-5)
+
+
+def test_embedding_leaves_a_layer_that_the_donor_lacks_as_it_is() -> None:
+    whole = {"net.layer.weight": PARENT, "net.head.weight": np.ones((2, 4))}
+    found = embed(whole, part([0, 2], [1], 100.0))
+    assert (found["net.head.weight"] == 1).all()
+    assert (found["net.layer.weight"][np.ix_([0, 2], [1])] > 99).all()
+    assert np.count_nonzero(found["net.layer.weight"]) == 2 * 1 * 2
 
 
 def test_what_both_have_is_inherited_and_the_rest_stays() -> None:

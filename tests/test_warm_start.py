@@ -17,6 +17,7 @@ from secateur.flow.cache import StageCache
 from secateur.flow.entry import _share_of_macs
 from secateur.flow.inherited import best_start
 from secateur.flow.job import Job, open_job
+from secateur.flow.merged import merged_start
 from secateur.flow.recipe import parse_recipe
 from secateur.flow.sketches import sketch_tasks
 from secateur.flow.stages import begin_cut
@@ -261,6 +262,26 @@ def test_a_cut_of_the_same_channels_inherits_the_whole_network(
     assert origin and origin.share == 1.0 and origin.donors == (first.id,)
     assert (key == "") == (origin.chosen == "parent")
     assert key in ("", model_fingerprint(started))
+
+
+def test_tasks_that_no_neighbour_has_are_merged_from_the_parent(project: Path, first) -> None:
+    """The room alone was cut: for both tasks its network is merged with the parent's for depth."""
+    job, made = planned(project, asking(library=copied(project, "merged", first)))
+    merged = merged_start(job, made, made.donors)
+    assert merged is not None and [donor.tasks for donor in made.donors] == [("room",)]
+    begun = begin_cut(job, made.scored.groups, made.plan)
+    assert [t.shape for t in merged.parameters()] == [t.shape for t in begun.parameters()]
+    _, origin, _ = best_start(job, made, begun)
+    assert origin and origin.losses.keys() == {
+        "parent", "inherited", "inherited and compensated", "merged"
+    }  # fmt: skip
+    assert origin.chosen == min(origin.losses, key=lambda name: origin.losses[name])
+
+
+def test_nothing_is_merged_where_no_neighbour_has_a_kept_task(project: Path, first) -> None:
+    job, made = planned(project, asking(library=copied(project, "other", first)))
+    others = [replace(donor, tasks=("another",)) for donor in made.donors]
+    assert merged_start(job, made, others) is None
 
 
 def test_weights_come_from_the_parent_where_the_recipe_says_so(project: Path, first) -> None:

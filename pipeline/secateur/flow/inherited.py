@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
+from secateur.core.errors import ModelError
 from secateur.core.model import MultiTaskModel, model_fingerprint
 from secateur.core.plan import dropped_indices, dropped_of_parameters
 from secateur.data.loading import Subset, batches, has_labels, image_batch, spread
 from secateur.flow.allocation import RelativeLoss
 from secateur.flow.job import Job
+from secateur.flow.merged import merged_start
 from secateur.flow.recovery import forgets_weights
 from secateur.flow.stages import compensated, refit_indices
-from secateur.flow.warm_start import Planned
+from secateur.flow.warm_start import Donor, Planned
 from secateur.fusion.weights import reestimate_norms
 from secateur.vote.inherit import SubNetwork, inherit
 
@@ -50,9 +53,10 @@ def best_start(
     """Return the best start by loss, where it is from, and a digest of it where it is inherited.
 
     Compared are ``begun``, the cut as compensation left it; the same with the neighbours' weights
-    wherever they have the channels; and that compensated once more, since the channels that they
-    lack are strangers to their weights. Batch norms are estimated anew: several networks' mean has
-    statistics of none of them. Origin is None where the recipe does not ask the library.
+    wherever they have the channels; that compensated once more, since the channels that they lack
+    are strangers to their weights; and the cut of their merged networks. Batch norms of a mean are
+    estimated anew, since their statistics are of none of the networks. Origin is None where the
+    recipe does not ask the library.
     """
     wanted = job.recipe.prune.inherit
     if planned.vote is None:
@@ -74,12 +78,22 @@ def best_start(
     starts = {"parent": begun, "inherited": taken}
     if job.recipe.compensate is not False:
         starts["inherited and compensated"] = compensated(job, groups, plan, taken)
+        starts |= _merged(job, planned, donors)
     loss = _judge(job)
     losses = {name: loss(model) for name, model in starts.items()}
     chosen = min(losses, key=lambda name: losses[name])
     origin = Origin(chosen, losses, tuple(donor.id for donor in donors), result.share)
     key = "" if chosen == "parent" else model_fingerprint(starts[chosen])
     return starts[chosen], origin, key
+
+
+def _merged(job: Job, planned: Planned, donors: Sequence[Donor]) -> dict[str, MultiTaskModel]:
+    """Return the merged start under its name, nothing where these networks cannot be merged."""
+    try:
+        found = merged_start(job, planned, donors)
+    except ModelError:  # a layer that more than its norm reads, say; the other starts remain
+        return {}
+    return {} if found is None else {"merged": found}
 
 
 def _why_not(job: Job, planned: Planned) -> str:

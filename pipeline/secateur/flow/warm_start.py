@@ -85,9 +85,10 @@ class Vote:
 
 @dataclass(frozen=True, eq=False)
 class Donor:
-    """A voter that holds recovered weights, and its say."""
+    """A voter that holds recovered weights, its tasks and its say."""
 
     id: str
+    tasks: tuple[str, ...]
     network: SubNetwork
     weight: float
 
@@ -290,6 +291,7 @@ def _donors(witnesses: Sequence[_Witness], weights: NDArray[np.float64]) -> tupl
     return tuple(
         Donor(
             each.neighbour.id,
+            each.neighbour.facts.task_names,
             SubNetwork(
                 each.entry.weights,
                 dropped_indices(each.groups, each.entry.plan),

@@ -81,6 +81,26 @@ def inherit(start: SubNetwork, donors: Sequence[SubNetwork], shares: Sequence[fl
     return Inherited(weights, taken / count if count else 0.0)
 
 
+def embed(whole: Mapping[str, Array], donor: SubNetwork) -> dict[str, Array]:
+    """Return the donor's network in the shape of ``whole``, its parent's weights by state name.
+
+    Where the donor has no channel there are zeros (a variance of 1): without a norm over channels
+    the network computes what the donor does. A layer that the donor lacks stays the parent's.
+    """
+    embedded = {}
+    for name, own in whole.items():
+        theirs = donor.weights.get(name)
+        places = _shared_places(name, SubNetwork(whole, {}), donor)
+        if theirs is None or places is None:
+            alike = theirs is not None and theirs.shape == own.shape
+            embedded[name] = theirs if theirs is not None and alike else own
+            continue
+        mine, given = places
+        embedded[name] = np.full_like(own, 1.0 if name.endswith("running_var") else 0.0)
+        embedded[name][mine] = theirs[given]
+    return embedded
+
+
 def ridge_head(features: Array, targets: Array, ridge: float = 1e-2) -> tuple[Array, Array]:
     """Return the weight (K, D) and bias (K,) of a linear head in closed form.
 
