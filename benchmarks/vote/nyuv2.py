@@ -2,7 +2,8 @@
 
 {segmentation}, {depth} and {normals} are each cut to 30 % of the MACs and recovered for 15 % of the
 parent's steps; each build leaves its cut in a library. Then {segmentation, depth} is cut to the
-same budget: cold with the same recovery, and with three tenths of it from the library and cold.
+same budget: cold with the same recovery, and with three tenths of it from the library (its votes
+alone, or its weights too) and cold.
 ``--quick`` recovers for a twentieth of those steps.
 """
 
