@@ -86,9 +86,10 @@ def test_any_invertible_axes_leave_every_output_as_it_was(seed: int) -> None:
     model = bottlenecks()
     (stream,) = linear_groups(model, find_groups(model, IMAGES[:2]), IMAGES[:2])
     assert stream.width == 16
-    noise = np.random.default_rng(seed).standard_normal((16, 16))
-    turned = apply_axes(model, [stream], {stream.name: np.eye(16) + 0.2 * noise}, IMAGES)
-    assert largest_difference(model, turned) < 1e-4
+    axes = np.eye(16) + 0.2 * np.random.default_rng(seed).standard_normal((16, 16))
+    turned = apply_axes(model, [stream], {stream.name: axes}, IMAGES)
+    # Rounding of float32 grows with the condition of the axes, here up to 4000.
+    assert largest_difference(model, turned) < 1e-6 * np.linalg.cond(axes)
 
 
 def test_channels_behind_an_activation_are_not_linear() -> None:

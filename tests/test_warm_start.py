@@ -47,6 +47,7 @@ compensate: {images: 8}
 recover:    {steps: 2}
 library:    {path: lib}
 """
+STARTS = {"parent", "inherited", "inherited and compensated", "merged"}
 BOTH = ROOM.replace("keep: [room]", "keep: [depth, room]")
 
 
@@ -169,7 +170,7 @@ def test_the_next_build_starts_from_the_library(capsys, project: Path, first: En
     assert warm["cold"] == "" and [each["id"] for each in warm["voters"]] == [first.id]
     weights = warm["weights"]
     assert weights["donors"] == [first.id]
-    assert weights["losses"].keys() == {"parent", "inherited", "inherited and compensated"}
+    assert weights["losses"].keys() == STARTS
     assert weights["chosen"] == min(weights["losses"], key=weights["losses"].get)
     shown = plan(capsys, project, recipe)["warm_start"]
     assert {**shown, "weights": weights} == warm
@@ -272,9 +273,7 @@ def test_tasks_that_no_neighbour_has_are_merged_from_the_parent(project: Path, f
     begun = begin_cut(job, made.scored.groups, made.plan)
     assert [t.shape for t in merged.parameters()] == [t.shape for t in begun.parameters()]
     _, origin, _ = best_start(job, made, begun)
-    assert origin and origin.losses.keys() == {
-        "parent", "inherited", "inherited and compensated", "merged"
-    }  # fmt: skip
+    assert origin and origin.losses.keys() == STARTS
     assert origin.chosen == min(origin.losses, key=lambda name: origin.losses[name])
 
 
