@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,13 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from fusion.bench import PARENT, Bench
 from fusion.ours import ranked_plan, task_scores
+from secateur.core.channels import ChannelGroup
 from secateur.core.progress import shown
 from secateur.fusion.scores import fuse
 from secateur.prune import plan_widths
 from secateur.prune.plan import Budget
 from suite import RESULTS, write_suite
+from torch import nn
 
 SHARE = 0.5
 
@@ -71,13 +74,13 @@ def overlaps(bench: Bench, seed: int) -> list[dict[str, Any]]:
             share = len(common) / counts[number]
             pairs[f"{one} and {other}"] = round((share - chance) / (1 - chance), 4)
         rows.append({"group": group.name, "width": group.width, "kept": counts[number], **pairs})
-    return sorted(rows, key=lambda row: _depth(bench, row["group"]))
+    return sorted(rows, key=lambda row: depth_of(bench.parent, bench.groups, row["group"]))
 
 
-def _depth(bench: Bench, name: str) -> int:
-    """Return the position of a group's first layer in the order of execution."""
-    order = [layer for layer, _ in bench.parent.named_modules()]
-    group = next(group for group in bench.groups if group.name == name)
+def depth_of(model: nn.Module, groups: Sequence[ChannelGroup], name: str) -> int:
+    """Return the position of a group's first layer among the modules."""
+    order = [layer for layer, _ in model.named_modules()]
+    group = next(group for group in groups if group.name == name)
     return min(order.index(member.layer) for member in group.members)
 
 

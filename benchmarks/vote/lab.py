@@ -91,25 +91,16 @@ class Lab:
         Without a ``measure`` the library is not asked.
         """
         parent, images = self._opened(task)
-        similar: dict[str, float] = {}
-        if measure:
-            own, alike = self._sketch_by(measure, parent, images), MEASURES[measure].similarity
-            similar = {
-                other.name: float(alike(own, self._stored(other.name)[measure]))
-                for other in self.bank if other.name != task.name
-            }  # fmt: skip
-        order = sorted(similar, key=lambda name: (-similar[name], name))
+        own = self._sketch_by(measure, parent, images) if measure else None
+        similar = self._similar(own, measure, task.name) if own is not None else {}
         return Asked(
-            parent, images, share, [self._earlier(name, share) for name in order],
-            [similar[name] for name in order], self._earlier("generic", share), seed,
+            parent, images, share, [self._earlier(name, share) for name in similar],
+            [*similar.values()], self._earlier("generic", share), seed,
         )  # fmt: skip
 
     def neighbours(self, name: str, measure: str = "leep") -> list[str]:
         """Return the other tasks of the library, the most similar to ``name`` first."""
-        alike, own = MEASURES[measure].similarity, self._stored(name)[measure]
-        similar = {other.name: float(alike(own, self._stored(other.name)[measure]))
-                   for other in self.bank if other.name != name}  # fmt: skip
-        return sorted(similar, key=lambda other: (-similar[other], other))
+        return [*self._similar(self._stored(name)[measure], measure, name)]
 
     def keeps(self, name: str, share: float) -> dict[str, tuple[int, ...]]:
         """Return, per group, the channels that a task of the library kept at a share."""
@@ -204,6 +195,13 @@ class Lab:
     def _opened(self, task: FiveWay) -> tuple[Parent, Images]:
         images = self.data.images(task.classes, "train")
         return headed(self.parent, images), images
+
+    def _similar(self, own: NDArray[Any], measure: str, name: str) -> dict[str, float]:
+        """Return how alike each other task of the library is to ``own``'s, the most alike first."""
+        alike = MEASURES[measure].similarity
+        found = {other.name: float(alike(own, self._stored(other.name)[measure]))
+                 for other in self.bank if other.name != name}  # fmt: skip
+        return dict(sorted(found.items(), key=lambda one: (-one[1], one[0])))
 
     def _stored(self, name: str) -> dict[str, NDArray[Any]]:
         if name not in self._read:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from fusion.overlap import depth_of
 from secateur.vote.ballot import overlap
 from suite import RESULTS, write_suite
 from vote.cifar import NETWORKS
@@ -39,11 +40,12 @@ def main() -> None:
 def overlaps(lab: Lab) -> list[Row]:
     """Return one row per share of the MACs and group that is cut, in order of depth."""
     ranked = {task.name: lab.neighbours(task.name) for task in lab.bank}
-    widths = {group.name: group.width for group in lab.parent.groups}
+    parent = lab.parent
+    widths = {group.name: group.width for group in parent.groups}
     rows = []
     for share in SHARES:
         keeps = {task.name: lab.keeps(task.name, share) for task in lab.bank}
-        for name in sorted(widths, key=lambda one: _depth(lab, one)):
+        for name in sorted(widths, key=lambda one: depth_of(parent.model, parent.groups, one)):
             counts = [len(own[name]) for own in keeps.values()]
             if min(counts) < widths[name]:
                 rows.append({
@@ -69,13 +71,6 @@ def _mean(keeps: Mapping[str, Keeps], name: str, others: Mapping[str, Sequence[s
 def _chance(kept: float, width: int) -> float:
     """Return about the IoU of two sets of ``kept`` of ``width`` channels drawn at random."""
     return kept / (2 * width - kept)
-
-
-def _depth(lab: Lab, name: str) -> int:
-    """Return the position of a group's first layer among the modules."""
-    order = [layer for layer, _ in lab.parent.model.named_modules()]
-    group = next(group for group in lab.parent.groups if group.name == name)
-    return min(order.index(member.layer) for member in group.members)
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
