@@ -13,7 +13,6 @@ one task, a small library made in haste and few iterations, and writes nothing.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -28,8 +27,9 @@ from secateur.core.progress import shown
 from suite import RESULTS, append_row, read_rows, write_suite
 from vote.cifar_claims import ITERATIONS, SECONDS_AT, answers, claims, ranking, summary
 from vote.cifar_plots import draw_curves
-from vote.lab import COLD, ITERATIVE, LIBRARIES, MEASURES, SHARES, STAGED, Lab, Row
+from vote.lab import COLD, ITERATIVE, LIBRARIES, MEASURES, SHARES, STAGED, Effort, Lab, Row
 from vote.starts import STARTS
+from vote.turns import claimed, released
 
 CELLS = RESULTS / "vote_cifar.cells.jsonl"
 CLAIMS = LIBRARIES / "claims"
@@ -39,7 +39,7 @@ CHOOSING, FINAL = 6, 4  # tasks of the library to choose the best start on; star
 SHORT, MIDDLE, LONG = 100, 300, 1000
 CANDIDATES = tuple(start for start in STARTS if start not in COLD)
 MEASURED_SHARE, MEASURED_ITERATIONS = 0.2, 30
-QUICK_BANK = 6
+HASTE = Effort(tasks=3, iterations=8, generic=8, cuts=1, shares=SHARES[:2])
 Cell = tuple[str, str, str, int, float, str, int, str]  # part, network, task, seed, share, ...
 
 
@@ -62,7 +62,10 @@ def main() -> None:
         for network in options.network:
             lab = Lab(network)
             if options.part in (None, "bank"):
-                lab.make_bank()
+                make_library(lab, end)
+            if lab.missing():
+                print(f"{network}: the library still lacks {', '.join(lab.missing())}")
+                continue
             for part in ("choose", "new", "measures"):
                 if options.part in (None, part):
                     fill(lab, part, end)
@@ -72,22 +75,29 @@ def main() -> None:
     draw_curves(rows, RESULTS / "vote_cifar.png")
 
 
+def make_library(lab: Lab, end: float) -> None:
+    """Make what the library lacks and nobody has begun."""
+    for name in lab.missing():
+        claim = CLAIMS / f"{lab.network}_{name}"
+        if time.monotonic() < end and claimed(claim):
+            with released(claim):
+                lab.make(name)
+            print(lab.network, name, "made", flush=True)
+
+
 def fill(lab: Lab, part: str, end: float) -> None:
     """Run the part's cells that nobody has run or begun."""
-    CLAIMS.mkdir(parents=True, exist_ok=True)
     tasks = {task.name: task for task in (*lab.bank, *lab.data.new_tasks())}
     done = {cell_of(row) for row in read_rows(CELLS)}
     for cell in cells(lab, part):
         if time.monotonic() > end:
             return
-        if cell in done or not _claimed(cell):
+        claim = CLAIMS / "_".join(str(word).replace(" ", "-").replace("'", "") for word in cell)
+        if cell in done or not claimed(claim):
             continue
         _, _, task, seed, share, start, iterations, measure = cell
-        try:
+        with released(claim):
             row = lab.run(tasks[task], share, seed, start, iterations, measure)
-        except BaseException:  # Ctrl-C too: the next run may take it at once
-            _claim_of(cell).unlink(missing_ok=True)
-            raise
         append_row(CELLS, {"part": part, **row})
         print(part, lab.network, task, seed, share, start, iterations,
               f"{row['accuracy']:.1f} % in {row['seconds']:.1f} s", flush=True)  # fmt: skip
@@ -106,9 +116,10 @@ def _choosing(lab: Lab) -> Iterator[Cell]:
     """
     every = lab.bank
     tasks = every[:: len(every) // CHOOSING][:CHOOSING]
-    starts = (*CANDIDATES, *(f"{STAGED}{start}" for start in CANDIDATES))
+    staged = tuple(f"{STAGED}{start}" for start in CANDIDATES)  # from the share before
     first = [("choose", lab.network, task.name, 0, share, start, SHORT, "leep")
-             for share in SHARES for task in tasks for start in starts]  # fmt: skip
+             for share in SHARES for task in tasks
+             for start in (*CANDIDATES, *(staged if share != SHARES[0] else ()))]  # fmt: skip
     yield from first
     rows = read_rows(CELLS)
     if {*first} <= {cell_of(row) for row in rows}:
@@ -150,34 +161,21 @@ def cell_of(row: Row) -> Cell:
             row["iterations"], row["measure"])  # fmt: skip
 
 
-def _claim_of(cell: Cell) -> Path:
-    return CLAIMS / "_".join(str(part).replace(" ", "-").replace("'", "") for part in cell)
-
-
-def _claimed(cell: Cell) -> bool:
-    """Say whether the cell is ours; a claim of a run that died is taken over after an hour."""
-    path = _claim_of(cell)
-    if path.exists() and time.time() - path.stat().st_mtime > 3600:
-        path.unlink(missing_ok=True)
-    try:
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        return False
-    return True
-
-
 def quick(network: str) -> None:
     """Run each start once, shortly, from a small library made in haste: does the suite work?"""
     with TemporaryDirectory() as folder:
-        _quick(Lab(network, Path(folder), QUICK_BANK, hurried=True))
+        _quick(Lab(network, Path(folder), HASTE))
 
 
 def _quick(lab: Lab) -> None:
-    lab.make_bank()
+    for name in lab.missing():
+        lab.make(name)
+        print(f"{name}: cut", flush=True)
     task = lab.data.new_tasks()[0]
     for start in (ITERATIVE, *STARTS, f"{STAGED}{CANDIDATES[-1]}"):
-        row = lab.run(task, 0.2, 0, start, 10)
-        print(f"{start}: {row['accuracy']:.1f} %, MACs {row['macs']:.3f}, {row['seconds']:.1f} s")
+        row = lab.run(task, HASTE.shares[-1], 0, start, 10)
+        print(f"{start}: {row['accuracy']:.1f} %, MACs {row['macs']:.3f}, {row['seconds']:.1f} s",
+              flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

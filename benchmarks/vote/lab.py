@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,33 +30,42 @@ from vote.training import (
     fine_tune,
     headed,
     in_steps,
+    said,
     taylor,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = ROOT / "out" / "vote_cifar"
 SHARES = (0.5, 0.2, 0.1, 0.02)  # of the MACs that stay
-BANK_ITERATIONS, GENERIC_ITERATIONS = 150, 300  # at each share
-BANK_CUTS = 4
-AT = (0, 10, 30, 100, 300, 1000)
+AT = (30, 100, 300)  # iterations that a start is judged after, besides its first and last
 MEASURES: Mapping[str, Any] = {
     "leep": leep, "mean_feature": mean_feature, "score_cosine": score_cosine, "task2vec": task2vec,
 }  # fmt: skip
 ITERATIVE, STAGED = "cold, iterative", "staged from "
 COLD = ("cold, one-shot", "cold, one-shot, refitted")
 GENERIC, SCORE = "generic", "score "
+NOBODY_NEAR = (*COLD, "votes of random tasks", "votes of all", "generic weights")
 Row = dict[str, Any]
 
 
-class Lab:
-    """The parent ``cifar_<network>``, its data, and what earlier tasks left in ``folder``.
+@dataclass(frozen=True)
+class Effort:
+    """What a library is made with: tasks, shares of the MACs, cuts on the way to each of these.
 
-    ``bank``: how many tasks the library is of. ``hurried`` trains it for a few steps only.
+    ``iterations`` of a task, and ``generic`` ones of all classes together, are those at each share.
     """
 
-    def __init__(
-        self, network: str, folder: Path = LIBRARIES, bank: int = BANK, *, hurried: bool = False
-    ) -> None:
+    tasks: int = BANK
+    iterations: int = 150
+    generic: int = 3000
+    cuts: int = 4
+    shares: tuple[float, ...] = SHARES
+
+
+class Lab:
+    """The parent ``cifar_<network>``, its data, and what earlier tasks left in ``folder``."""
+
+    def __init__(self, network: str, folder: Path = LIBRARIES, effort: Effort = Effort()) -> None:
         name = f"cifar_{network}"
         model = getattr(zoo, name)()
         weights = load_tensors(ROOT / "benchmarks" / "parents" / f"{name}.safetensors")
@@ -65,37 +74,45 @@ class Lab:
         self.network = network
         self.parent = Parent.of(network, MultiTaskModel(model, PARENTS[name].tasks).eval())
         self.data = Cifar()
-        self.bank = self.data.bank_tasks()[:bank]
-        self._haste = 20 if hurried else 1
+        self.bank = self.data.bank_tasks()[: effort.tasks]
+        self._effort = effort
         self._read: dict[str, dict[str, NDArray[Any]]] = {}
+        self._planned: dict[str, dict[float, PrunePlan]] = {}
         self.folder = folder / network
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def make_bank(self) -> None:
-        """Cut every task of the library to every share, one after the other; resumes."""
-        for task in self.bank:
-            if not (self.folder / f"{task.name}.json").exists():
-                images = self.data.images(task.classes, "train")
-                parent = headed(self.parent, images)
-                save_file(self._told(parent, images), self.folder / f"{task.name}.sketch")
-                self._cut_all(task.name, parent, images, BANK_ITERATIONS,
-                              self.data.images(task.classes, "test"))  # fmt: skip
-        if not (self.folder / f"{GENERIC}.json").exists():
+    def missing(self) -> list[str]:
+        """Return what the library still lacks: names of tasks, and the one of all classes."""
+        every = [GENERIC, *(task.name for task in self.bank)]
+        return [name for name in every if not (self.folder / f"{name}.json").exists()]
+
+    def make(self, name: str) -> None:
+        """Cut a task of the library to every share, one after the other."""
+        if name == GENERIC:
             seen = tuple(sorted(fine for one in SEEN for fine in self.data.classes_of(one)))
             images, test = (self.data.images(seen, split) for split in ("train", "test"))
-            self._cut_all(GENERIC, self.parent, images, GENERIC_ITERATIONS, test)
+            self._cut_all(name, self.parent, images, self._effort.generic, test)
+            return
+        task = next(task for task in self.bank if task.name == name)
+        parent, images = self._opened(task)
+        save_file(self._told(parent, images), self.folder / f"{name}.sketch")
+        self._cut_all(name, parent, images, self._effort.iterations,
+                      self.data.images(task.classes, "test"))  # fmt: skip
 
     def ask(self, task: FiveWay, share: float, seed: int, measure: str) -> Asked:
         """Return what a start for the task is made from; the task itself is not in the library.
 
-        Without a ``measure`` the library is not asked.
+        Without a ``measure`` it is not asked who is near: all are alike.
         """
         parent, images = self._opened(task)
-        own = self._sketch_by(measure, parent, images) if measure else None
-        similar = self._similar(own, measure, task.name) if own is not None else {}
+        if measure:
+            own = self._sketch_by(measure, parent, images)
+            similar = self._similar(own, measure, task.name)
+        else:
+            similar = {other.name: 1.0 for other in self.bank if other.name != task.name}
         return Asked(
             parent, images, share, [self._earlier(name, share) for name in similar],
-            [*similar.values()], self._earlier("generic", share), seed,
+            [*similar.values()], self._earlier(GENERIC, share), seed,
         )  # fmt: skip
 
     def neighbours(self, name: str, measure: str = "leep") -> list[str]:
@@ -104,7 +121,7 @@ class Lab:
 
     def keeps(self, name: str, share: float) -> dict[str, tuple[int, ...]]:
         """Return, per group, the channels that a task of the library kept at a share."""
-        return {cut.name: cut.kept for cut in self._earlier(name, share).plan.cuts}
+        return {cut.name: cut.kept for cut in self._plans(name)[share].cuts}
 
     def run(
         self, task: FiveWay, share: float, seed: int, start: str, iterations: int,
@@ -123,7 +140,7 @@ class Lab:
         with clock.running():
             parent, cut_at = self._start(task, share, seed, start, iterations, measure)
         judge(0, parent.model)
-        at = {number for number in AT if number < iterations}
+        at = {number for number in AT if number < iterations and start != ITERATIVE}
         model = fine_tune(parent, images, iterations, seed, clock, at=at, judge=judge,
                           cut_at=cut_at)  # fmt: skip
         judge(iterations, model)
@@ -141,28 +158,28 @@ class Lab:
         if start == ITERATIVE:
             parent, images = self._opened(task)
             return parent, Steps(parent, images, in_steps(share, iterations), rng)
-        asked = self.ask(task, share, seed, "" if start in COLD else measure)
-        if not start.startswith(STAGED):
-            return headed(begin(asked, STARTS[start]), asked.images), lambda *_: None
-        milder = SHARES[max(0, SHARES.index(share) - 1)]
-        asked = self.ask(task, milder, seed, measure)
-        first = headed(begin(asked, STARTS[start.removeprefix(STAGED)]), asked.images)
+        staged, start = start.startswith(STAGED), start.removeprefix(STAGED)
+        first_share = SHARES[SHARES.index(share) - 1] if staged else share
+        asked = self.ask(task, first_share, seed, "" if start in NOBODY_NEAR else measure)
+        first = headed(begin(asked, STARTS[start]), asked.images)
+        if not staged:
+            return first, lambda *_: None
         return first, Steps(asked.parent, asked.images, {iterations // 3: share}, rng)
 
     def _cut_all(
         self, name: str, parent: Parent, images: Images, iterations: int, test: Images
     ) -> None:
         """Cut to each share in turn, train at each, and keep what came out."""
-        iterations //= self._haste
         clock, rng = Clock(), np.random.default_rng(0)
         steps = Steps(parent, images, {}, rng)
         now, before, told = parent, 1.0, []
-        for share in SHARES:
+        cuts = self._effort.cuts
+        for share in self._effort.shares:
             steps.when = {
-                round(iterations / 2 * step / BANK_CUTS):
-                    before * (share / before) ** ((step + 1) / BANK_CUTS)
-                for step in range(BANK_CUTS)
-            }  # fmt: skip
+                round(iterations / 2 * step / cuts): before
+                * (share / before) ** ((step + 1) / cuts)
+                for step in range(cuts)
+            }
             model = fine_tune(now, images, iterations, 0, clock, cut_at=steps)
             state = {key: value.numpy() for key, value in model.state_dict().items()}
             with atomic_path(self.folder / f"{name}-{share}.safetensors") as path:
@@ -183,7 +200,7 @@ class Lab:
         rng = np.random.default_rng(0)
         if measure == "leep":
             with evaluating(self.parent.model):
-                logits = [self.parent.model(part)["label"] for part in images.parts()]
+                logits = [said(self.parent.model, part) for part in images.parts()]
             theta = torch.cat(logits).double().softmax(1).numpy()
             return leep.sketch(theta, images.labels.numpy())
         if measure == "mean_feature":
@@ -209,9 +226,14 @@ class Lab:
         return self._read[name]
 
     def _earlier(self, name: str, share: float) -> Earlier:
-        told = next(one for one in read_json(self.folder / f"{name}.json") if one["share"] == share)
         stored = {} if name == GENERIC else self._stored(name)
         scores = {key.removeprefix(SCORE): values for key, values in stored.items()
                   if key.startswith(SCORE)}  # fmt: skip
-        weights = load_file(self.folder / f"{name}-{share}.safetensors")
-        return Earlier(name, scores, PrunePlan.from_json(told["plan"]), weights)
+        file = self.folder / f"{name}-{share}.safetensors"
+        return Earlier(name, scores, self._plans(name)[share], file)
+
+    def _plans(self, name: str) -> dict[float, PrunePlan]:
+        if name not in self._planned:
+            told = read_json(self.folder / f"{name}.json")
+            self._planned[name] = {one["share"]: PrunePlan.from_json(one["plan"]) for one in told}
+        return self._planned[name]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.numpy import load_file
 from secateur.compensate import refit
 from secateur.core.model import MultiTaskModel
 from secateur.core.plan import PrunePlan, dropped_indices, dropped_of_parameters
@@ -25,12 +27,17 @@ Weights = Mapping[str, NDArray[np.float32]]
 
 @dataclass(frozen=True, eq=False)
 class Earlier:
-    """One cut of the library: the task's scores on the parent, what it kept, its weights."""
+    """One cut of the library: the task's scores on the parent, what it kept, its weights' file."""
 
     task: str
     scores: Mapping[str, NDArray[np.float64]]
     plan: PrunePlan
-    weights: Weights
+    file: Path
+
+    @property
+    def weights(self) -> Weights:
+        """The recovered weights, read anew each time."""
+        return load_file(self.file)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,8 +92,8 @@ def votes_of_nearest(asked: Asked) -> MultiTaskModel:
 def votes_of_random(asked: Asked) -> MultiTaskModel:
     """The same of as many tasks at random, with equal say."""
     rng = np.random.default_rng(asked.seed)
-    drawn = rng.choice(len(asked.earlier), NEIGHBOURS, replace=False)
-    return asked.parent.cut(_voted(asked, [(asked.earlier[i], 1 / NEIGHBOURS) for i in drawn]))
+    drawn = rng.permutation(len(asked.earlier))[:NEIGHBOURS]
+    return asked.parent.cut(_voted(asked, [(asked.earlier[i], 1.0) for i in drawn]))
 
 
 def votes_of_all(asked: Asked) -> MultiTaskModel:

@@ -34,9 +34,9 @@ def cifar_resnet(classes: int = SEEN) -> Classifier:
 
 
 def cifar_vit(classes: int = SEEN) -> Classifier:
-    """A ViT with patches of 4, six blocks of 96 channels and four heads (48 M MACs)."""
+    """A ViT with patches of 4, six blocks of 96 channels and eight heads (48 M MACs)."""
     body = timm.create_model(
         "vit_tiny_patch16_224", img_size=32, patch_size=4, embed_dim=EMBEDDING, depth=6,
-        num_heads=4, num_classes=0,
+        num_heads=8, num_classes=0,
     )  # fmt: skip
     return Classifier(body, EMBEDDING, classes)
