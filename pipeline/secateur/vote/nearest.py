@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from secateur.core.errors import LibraryError
@@ -72,6 +73,7 @@ def nearest(
             f"there is no '{measure}' sketch of this task to compare",
             hint=f"it has {', '.join(sorted(sketches)) or 'none: a bundle holds no sketches'}",
         )
+    own = np.asarray(sketches[measure], np.float64)  # once, not for each entry
     close: list[tuple[float, str]] = []
     refused = []
     strangers = _of_other_images(library, data) if measure == "cka" and data else frozenset()
@@ -83,7 +85,7 @@ def nearest(
             why = why or "its features are of other images"
         value = 0.0
         if not why:
-            value, why = _compared(found, sketches[measure], packed)
+            value, why = _compared(found, own, packed)
         if why:
             refused.append(Refused(entry, why))
         else:
@@ -129,14 +131,15 @@ def _of_other_images(library: Library, data: str) -> frozenset[str]:
 
 def _rows(
     library: Library, measure: str, budget: tuple[float, float] | None
-) -> list[tuple[str, str, str, bytes | None]]:
+) -> Iterator[tuple[str, str, str, bytes | None]]:
+    """Yield id, parent, basis and packed sketch, one at a time: all sketches may be gigabytes."""
     least, most = budget or (0.0, 1.0)
     with connect(library.index) as connection:
-        return connection.execute(
+        yield from connection.execute(
             "SELECT id, parent, basis, data FROM entries "
             "LEFT JOIN sketches ON entry = id AND name = ? WHERE budget BETWEEN ? AND ?",
             (measure, least, most),
-        ).fetchall()
+        )
 
 
 def _facts(library: Library, entries: list[str]) -> dict[str, Facts]:
