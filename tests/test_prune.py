@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from secateur import zoo
 from secateur.core.errors import PlanError
 from secateur.core.model import MultiTaskModel
-from secateur.core.plan import GroupCut, PrunePlan, dropped_indices
+from secateur.core.plan import GroupCut, PrunePlan, dropped_indices, groups_after
 from secateur.core.task import Task
 from secateur.prune import apply_plan, count_macs, find_groups, macs_model, plan_prune
 from secateur.prune.plan import Budget, default_budget
@@ -302,3 +302,16 @@ def test_parents_of_small_images_are_cut_like_others(factory) -> None:
     cut = apply_plan(model, groups, plan)
     assert count_macs(cut, example) == plan.macs_after <= 0.1 * plan.macs_before
     assert cut(example)["label"].shape == (2, 80)
+
+
+@pytest.mark.parametrize("factory", [zoo.cifar_resnet, zoo.cifar_vit])
+def test_groups_of_a_cut_network_are_known_without_looking(factory) -> None:
+    task = Task("label", "label", "classification", "fine", 80)
+    model, example = MultiTaskModel(factory(), (task,)).eval(), torch.randn(2, 3, 32, 32)
+    groups = find_groups(model, example)
+    cost = macs_model(model, groups, example)
+    plan = random_plan(groups, 1, grid=2, macs=0.3, cost=cost)
+    cut, left = apply_plan(model, groups, plan), groups_after(groups, plan)
+    by_name = {group.name: group for group in find_groups(cut, example)}
+    assert {group.name: group for group in left} == by_name
+    assert cost.macs([group.width for group in left]) == count_macs(cut, example)

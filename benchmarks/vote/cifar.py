@@ -141,6 +141,8 @@ def _told(lab: Lab) -> Iterator[Cell]:
     for seed, task, share in product(SEEDS, lab.data.new_tasks(), SHARES):
         wanted = [(ITERATIVE, LONG), *((start, SHORT) for start in STARTS)]
         wanted += [(start, ITERATIONS[share]) for start in best[share]]
+        if share != SHARES[0]:
+            wanted.append((f"{STAGED}generic weights", SHORT))
         if seed == SEEDS[0] or share == SECONDS_AT:
             wanted += [(ITERATIVE, SHORT), (ITERATIVE, MIDDLE), ("cold, one-shot", MIDDLE)]
         for start, iterations in dict.fromkeys(wanted):

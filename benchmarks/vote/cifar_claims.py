@@ -27,6 +27,7 @@ QUESTIONS = (
     ("average of weights", "cold, one-shot"),
     ("generic weights", "cold, one-shot"),
     ("nearest task's weights", "generic weights"),
+    ("staged from generic weights", "generic weights"),
 )
 
 

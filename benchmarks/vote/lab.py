@@ -16,11 +16,12 @@ from secateur import zoo
 from secateur.core.files import atomic_path, write_json
 from secateur.core.model import MultiTaskModel, evaluating
 from secateur.core.plan import PrunePlan
+from secateur.prune import count_macs
 from secateur.vote.similarity import leep, mean_feature, score_cosine, task2vec
 from suite import read_json
 from train_parent import PARENTS, SEEN
 from vote.starts import STARTS, Asked, Earlier, begin
-from vote.tasks import BANK, Cifar, FiveWay, Images
+from vote.tasks import BANK, SPEC, Cifar, FiveWay, Images
 from vote.training import (
     Clock,
     Parent,
@@ -111,7 +112,7 @@ class Lab:
         else:
             similar = {other.name: 1.0 for other in self.bank if other.name != task.name}
         return Asked(
-            parent, images, share, [self._earlier(name, share) for name in similar],
+            task.name, parent, images, share, [self._earlier(name, share) for name in similar],
             [*similar.values()], self._earlier(GENERIC, share), seed,
         )  # fmt: skip
 
@@ -144,7 +145,7 @@ class Lab:
         model = fine_tune(parent, images, iterations, seed, clock, at=at, judge=judge,
                           cut_at=cut_at)  # fmt: skip
         judge(iterations, model)
-        left = Parent.of(self.network, model).macs / self.parent.macs
+        left = count_macs(model, SPEC.example(2)) / self.parent.macs
         return {"network": self.network, "task": task.name, "seed": seed, "share": share,
                 "start": start, "iterations": iterations, "measure": measure,
                 "accuracy": curve[str(iterations)], "seconds": clock.seconds, "macs": left,
@@ -157,7 +158,7 @@ class Lab:
         rng = np.random.default_rng(seed)
         if start == ITERATIVE:
             parent, images = self._opened(task)
-            return parent, Steps(parent, images, in_steps(share, iterations), rng)
+            return parent, Steps(parent, images, in_steps(share, iterations), rng, parent)
         staged, start = start.startswith(STAGED), start.removeprefix(STAGED)
         first_share = SHARES[SHARES.index(share) - 1] if staged else share
         asked = self.ask(task, first_share, seed, "" if start in NOBODY_NEAR else measure)
@@ -171,7 +172,7 @@ class Lab:
     ) -> None:
         """Cut to each share in turn, train at each, and keep what came out."""
         clock, rng = Clock(), np.random.default_rng(0)
-        steps = Steps(parent, images, {}, rng)
+        steps = Steps(parent, images, {}, rng, parent)
         now, before, told = parent, 1.0, []
         cuts = self._effort.cuts
         for share in self._effort.shares:

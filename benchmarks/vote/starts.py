@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,6 +49,7 @@ class Asked:
     ``similarities``; ``generic`` is the parent's own task, cut to that share.
     """
 
+    task: str
     parent: Parent
     images: Images
     share: float
@@ -90,8 +92,8 @@ def votes_of_nearest(asked: Asked) -> MultiTaskModel:
 
 
 def votes_of_random(asked: Asked) -> MultiTaskModel:
-    """The same of as many tasks at random, with equal say."""
-    rng = np.random.default_rng(asked.seed)
+    """The same of as many tasks at random, others for each task and seed, with equal say."""
+    rng = np.random.default_rng([asked.seed, zlib.crc32(asked.task.encode())])
     drawn = rng.permutation(len(asked.earlier))[:NEIGHBOURS]
     return asked.parent.cut(_voted(asked, [(asked.earlier[i], 1.0) for i in drawn]))
 

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from secateur.core.channels import ChannelGroup
 from secateur.core.model import MultiTaskModel, evaluating
-from secateur.core.plan import PrunePlan
+from secateur.core.plan import PrunePlan, groups_after
 from secateur.data.loading import Batch
 from secateur.importance.bank import score_tasks
 from secateur.prune import (
@@ -149,25 +149,31 @@ def fine_tune(
 class Steps:
     """Cuts on the way: at each iteration of ``when``, to that share of the first network's MACs.
 
-    ``kept`` are, per group, the channels of that first network that are left.
+    ``left`` is what is left of that network, if its groups are known; ``kept`` are, per group, the
+    first network's channels in it.
     """
 
     parent: Parent
     images: Images
     when: Mapping[int, float]
     rng: np.random.Generator
+    left: Parent | None = None
     kept: dict[str, NDArray[np.int64]] = field(default_factory=dict)
 
     def __call__(self, number: int, model: MultiTaskModel) -> MultiTaskModel | None:
         """Return the network cut further, by its own scores, if one is due."""
         if number not in self.when:
             return None
-        now = Parent.of(self.parent.network, model.eval())
+        model.eval()
+        now = (
+            replace(self.left, model=model) if self.left else Parent.of(self.parent.network, model)
+        )
         plan = now.plan(taylor(now, self.images, self.rng), self.when[number],
                         whole=self.parent.macs)  # fmt: skip
         for cut in plan.cuts:
             before = self.kept.get(cut.name, np.arange(cut.width))
             self.kept[cut.name] = before[list(cut.kept)]
+        self.left = replace(now, groups=groups_after(now.groups, plan))
         return now.cut(plan)
 
     def plan(self) -> PrunePlan:

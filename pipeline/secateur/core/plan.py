@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from secateur.core.channels import Axis, ChannelGroup
@@ -98,3 +99,37 @@ def dropped_of_parameters(groups: Sequence[ChannelGroup], plan: PrunePlan) -> di
             gone.update(place for number, place in enumerate(group.channels)
                         if number not in kept[group.name])  # fmt: skip
     return dropped
+
+
+def groups_after(groups: Sequence[ChannelGroup], plan: PrunePlan) -> tuple[ChannelGroup, ...]:
+    """Return the groups of the network that ``plan`` leaves, without looking for them again."""
+    kept = {cut.name: cut.kept for cut in plan.cuts}
+    gone = {at: sorted(places) for at, places in dropped_indices(groups, plan).items()}
+    of_root: dict[str, set[int]] = {}
+    for group in groups:
+        stay = {group.channels[channel] for channel in kept[group.name]}
+        of_root.setdefault(group.root, set()).update({*group.channels} - stay)
+
+    def moved(places: Iterable[int], dropped: Sequence[int]) -> tuple[int, ...]:
+        return tuple(place - bisect_left(dropped, place) for place in places)
+
+    return tuple(
+        replace(
+            group,
+            channels=moved(
+                (group.channels[channel] for channel in kept[group.name]),
+                sorted(of_root[group.root]),
+            ),
+            members=tuple(
+                replace(
+                    member,
+                    indices=tuple(
+                        moved(member.indices[channel], gone[member.layer, member.axis])
+                        for channel in kept[group.name]
+                    ),
+                )
+                for member in group.members
+            ),
+        )
+        for group in groups
+    )
