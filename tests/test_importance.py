@@ -19,7 +19,7 @@ from secateur.core.task import Task
 from secateur.data.loading import batches, open_reader
 from secateur.importance.agreement import agreement
 from secateur.importance.bank import score_tasks, task_data
-from secateur.importance.criterion import TaskBatch, TaskData, criterion_of
+from secateur.importance.criterion import TaskBatch, TaskData, criterion_of, goes_by_scale
 from secateur.importance.passes import gate_pass, weight_pass
 from secateur.importance.places import gates
 from secateur.prune import find_groups
@@ -286,6 +286,11 @@ def test_random_takes_its_seed_from_the_name() -> None:
                           ("tailor", "not a criterion")):  # fmt: skip
         with pytest.raises(RecipeError, match=message):
             criterion_of(name)
+
+
+def test_criteria_that_only_look_at_weights_go_by_their_size() -> None:
+    assert {name for name in CRITERIA if goes_by_scale(name)} == DATA_FREE - {"random"}
+    assert not goes_by_scale("random:3")
 
 
 def test_scores_that_are_not_finite_name_the_task() -> None:

@@ -138,6 +138,11 @@ def test_leep(one, two) -> None:
         assert leep.similarity(a, b) == pytest.approx(1.0)
 
 
+def test_leep_of_nothing_is_no_likeness() -> None:
+    own, nothing = leep.sketch(np.eye(4), np.arange(4)), np.zeros((4, 4))
+    assert leep.similarity(own, nothing) == leep.similarity(nothing, own) == 0
+
+
 def test_leep_knows_which_labels_tell_of_which() -> None:
     sure = np.eye(4)
     fine = leep.sketch(sure, np.array([0, 1, 2, 3]))

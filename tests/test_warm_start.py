@@ -11,6 +11,7 @@ import pytest
 import torch
 from cli_run import RECIPE, make_project, run
 from safetensors.torch import save_file
+from secateur.core.errors import RecipeError
 from secateur.core.model import evaluating, model_fingerprint
 from secateur.flow.axes import fit, turn_axes
 from secateur.flow.cache import StageCache
@@ -26,6 +27,7 @@ from secateur.prune import find_groups
 from secateur.prune.axes import linear_groups
 from secateur.vote.entry import Entry
 from secateur.vote.library import add_entry, find_entries, load_entry, open_library
+from secateur.vote.store import connect
 from test_axes import bottlenecks
 
 TARGET = "raspberry-pi-5"  # no latency is measured for it here
@@ -80,7 +82,8 @@ def build(capsys, project: Path, recipe: str, out: str) -> dict:
 def plan(capsys, project: Path, recipe: str) -> dict:
     path = project / "plan.yaml"
     path.write_text(recipe)
-    code, stdout, stderr = run(capsys, "plan", path, "--cache", project / "cache", "--json")
+    code, stdout, stderr = run(capsys, "plan", path, "--cache", project / "cache", "--target",
+                               TARGET, "--json")  # fmt: skip
     assert code == 0, stderr
     return json.loads(stdout)
 
@@ -265,6 +268,33 @@ def test_a_cut_of_the_same_channels_inherits_the_whole_network(
     assert key in ("", model_fingerprint(started))
 
 
+def test_axes_follow_the_criterion_where_the_recipe_does_not_say(project: Path) -> None:
+    def axes(**keys: str) -> str:
+        said = "".join(f", {key}: {value}" for key, value in keys.items())
+        return parse_recipe(ROOM.replace("grid: 2", f"grid: 2{said}"), project / "r.yaml").axes()
+
+    assert axes() == axes(criterion="fisher") == "balanced"
+    assert axes(criterion="lamp") == axes(criterion="taylor", axes="original") == "original"
+    with pytest.raises(RecipeError, match="which 'l1' goes by"):
+        axes(criterion="l1", axes="balanced")
+
+
+def test_the_same_recipe_for_another_device_hears_what_the_first_one_cut(
+    project: Path, first: Entry
+) -> None:
+    recipe = ROOM.replace("grid: 2}", "grid: 2, warm_start: library}")
+    assert first.facts.device == TARGET
+    own = replace(first, facts=replace(first.facts, recipe=recipe))
+    recipe = recipe.replace("{path: lib}", copied(project, "devices", own))
+    loaded = parse_recipe(recipe, project / "recipe.yaml")
+    loaded = loaded.model_copy(update={"source": own.facts.recipe})
+    job = turn_axes(open_job(loaded, StageCache(project / "cache")))
+    heard = {device: plan_job(job, 2, device).vote for device in (TARGET, "another device")}
+    assert heard[TARGET] and heard[TARGET].cold
+    again = heard["another device"]
+    assert again and [voter.similarity for voter in again.voters] == [pytest.approx(1)]
+
+
 def test_tasks_that_no_neighbour_has_are_merged_from_the_parent(project: Path, first) -> None:
     """The room alone was cut: for both tasks its network is merged with the parent's for depth."""
     job, made = planned(project, asking(library=copied(project, "merged", first)))
@@ -327,6 +357,15 @@ def test_a_cut_brings_its_axes_to_other_images_and_another_machine(
     assert job.axes.keys() == first.axes.keys() and len(first.axes) > 0
     vote = plan_job(job, 2).vote
     assert vote and not vote.cold and len(vote.voters) == 1
+
+    damaged = replace(stranger(first), facts=replace(first.facts, recipe="yet another"))
+    copied(project, "carried", damaged)
+    library = open_library(project / "carried")
+    (bad, good) = sorted(each.id for each in find_entries(library))
+    with connect(library.index) as index:
+        index.execute("UPDATE entries SET axes = ? WHERE id = ?", ("0" * 64, bad))
+    job = open_job(parse_recipe(other, project / "recipe.yaml"), StageCache(project / "third"))
+    assert turn_axes(job).basis == load_entry(library, good).facts.basis
     with evaluating(job.parent), evaluating(job.scored):
         before, after = job.parent(job.example), job.scored(job.example)
     assert all(torch.allclose(before[name], after[name], atol=1e-3) for name in after)

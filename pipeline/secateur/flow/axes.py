@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from secateur.core.channels import ChannelGroup
+from secateur.core.errors import SecateurError
 from secateur.core.files import value_digest
 from secateur.core.model import MultiTaskModel
 from secateur.core.task import Task
@@ -26,6 +28,7 @@ from secateur.tasks import select_tasks
 from secateur.vote.library import find_axes, load_entry, open_library
 
 NORM_IMAGES = 64  # tell batch norms what their turned channels hold
+BUDGET_FACTOR = 2.0  # cuts to between half and twice the new budget may vote
 WORST_CONDITION, ROTATION = 1e8, 1e-4  # of axes that another machine made
 
 
@@ -35,10 +38,13 @@ def turn_axes(job: Job) -> Job:
     The axes are those of all tasks of ``job.scored``, so that one score bank serves every subset.
     Where an unwanted task alone fixed some channels, they have scores in the selected model only,
     and that is what is scored.
+
+    Raises:
+        RecipeError: the recipe asks for axes that its criterion cannot be used in.
     """
     if job.scored is not job.selected and _frees_channels(job):
         job = replace(job, scored=job.selected)
-    if job.recipe.prune.axes == "original":
+    if job.recipe.axes() == "original":
         return job
     every = find_groups(job.scored, job.example)
     model = fold_layer_norms(job.scored, every, job.example)
@@ -103,17 +109,25 @@ def _axes_of_library(
     """Return axes in which the library has cuts of this parent: ``own`` if these are among them.
 
     Axes are found by gradients, which differ with the machine and the images. Only in the very same
-    ones does an earlier cut's channel mean anything, so it brings its axes along.
+    ones does an earlier cut's channel mean anything, so it brings its axes along. A damaged entry,
+    or one that somebody removes meanwhile, is passed over.
     """
     library = open_library(job.recipe.library_root())
-    known = find_axes(library, job.parent_key)
+    known = find_axes(library, job.parent_key, votable(job.kept_share))
     if own is not None and _basis(job, own) in known:
         return own
-    for basis, entry in known.items():
-        axes = load_entry(library, entry).axes
-        if _basis(job, axes) == basis and fit(model, groups, axes):
-            return axes
+    for basis, entries in known.items():
+        for entry in entries:
+            with suppress(SecateurError):
+                axes = load_entry(library, entry).axes
+                if _basis(job, axes) == basis and fit(model, groups, axes):
+                    return axes
     return None
+
+
+def votable(budget: float) -> tuple[float, float]:
+    """Return the shares of the MACs between which an earlier cut may vote on one to ``budget``."""
+    return budget / BUDGET_FACTOR, min(1.0, budget * BUDGET_FACTOR)
 
 
 def fit(

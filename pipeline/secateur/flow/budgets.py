@@ -85,7 +85,7 @@ def plan_within(
     wanted, blocks = job.recipe.prune.budget, job.recipe.prune.blocks
     tables = _tables(job, target, table_file)
     if set(wanted.given()) == {"macs"} and not blocks:
-        planned = plan_job(job, job.grid(target))
+        planned = plan_job(job, job.grid(target), target.name)
         limit = macs_limit(planned.scored.cost, planned.plan.budget_macs)
         return _with_records(job, planned, {"macs": [limit]})
     if blocks:
@@ -191,7 +191,7 @@ def _planned(job: Job, target: Target, basis: Basis, tables: Tables) -> Planned:
     share = min((limit.most / limit.total(basis.full) for limit in flat), default=1.0)
     limited = replace(job, limits=flat, kept_share=min(1.0, share))
     table = next(iter(tables.values()), None)
-    return _with_records(job, plan_job(limited, job.grid(target, table)), limits)
+    return _with_records(job, plan_job(limited, job.grid(target, table), target.name), limits)
 
 
 def _with_records(job: Job, planned: Planned, limits: Limits) -> Planned:

@@ -101,7 +101,7 @@ def build(
                 zeros)  # fmt: skip
     folder = out / target.name / lowered.precision
     manifest = pack(job, made, folder)
-    return BuildResult(folder, manifest, add_build(job, planned, cut, evidence))
+    return BuildResult(folder, manifest, add_build(job, target.name, planned, cut, evidence))
 
 
 class _Clock:

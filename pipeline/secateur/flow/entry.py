@@ -21,7 +21,7 @@ from secateur.vote.library import add_entry, open_library
 UNSTATED = "unstated"  # axes that the bundle does not name: its keep-sets are shown, never compared
 
 
-def add_build(job: Job, planned: Planned, cut: Cut, evidence: Evidence) -> str:
+def add_build(job: Job, device: str, planned: Planned, cut: Cut, evidence: Evidence) -> str:
     """Add a build to the library unless the recipe says no; return a sentence on what was done.
 
     What keeps it from being added does not undo a build: the sentence says so. The same build made
@@ -33,13 +33,13 @@ def add_build(job: Job, planned: Planned, cut: Cut, evidence: Evidence) -> str:
         return f"not added: {', '.join(evidence.accuracy.too_low)} lost more than max_drop allows"
     try:
         library = open_library(job.recipe.library_root())
-        name = add_entry(library, _entry_of_build(job, planned, cut, evidence))
+        name = add_entry(library, _entry_of_build(job, device, planned, cut, evidence))
     except SecateurError as error:
         return f"not added: {error}"
     return f"entry {name} in {library.root}"
 
 
-def _entry_of_build(job: Job, planned: Planned, cut: Cut, evidence: Evidence) -> Entry:
+def _entry_of_build(job: Job, device: str, planned: Planned, cut: Cut, evidence: Evidence) -> Entry:
     plan = planned.plan
     facts = Facts(
         parent=job.parent_key,
@@ -52,6 +52,7 @@ def _entry_of_build(job: Job, planned: Planned, cut: Cut, evidence: Evidence) ->
         delta_t=evidence.accuracy.delta_t,
         steps=cut.steps,
         recipe=job.recipe.source,
+        device=device,
     )
     state = cut.recovered.state_dict()
     return Entry(
@@ -101,6 +102,7 @@ def entry_of_bundle(folder: Path) -> Entry:
         delta_t=manifest.accuracy.delta_t,
         steps=steps,
         recipe=manifest.recipe,
+        device=manifest.device,
         created=manifest.created,
         version=manifest.versions.get("secateur", ""),
     )

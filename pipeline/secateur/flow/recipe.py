@@ -17,6 +17,7 @@ from secateur.core.task import Task
 from secateur.flow.precision_spec import PrecisionSpec
 from secateur.flow.precision_spec import Strict as _Strict
 from secateur.flow.recipe_errors import recipe_error
+from secateur.importance.criterion import goes_by_scale
 
 VARIABLE = re.compile(r"\$\{(\w+)\}")
 
@@ -97,7 +98,7 @@ class PruneSpec(_Strict):
     floor: float | None = Field(default=None, ge=0, lt=1)
     balance: float = Field(default=0.65, ge=0, le=1)
     images: int = Field(default=128, ge=1)
-    axes: Literal["balanced", "original"] = "balanced"
+    axes: Literal["balanced", "original"] | None = None
     blocks: bool = False
     search: SearchSpec | Literal[False] | None = None
     warm_start: Literal["none", "library"] = "none"
@@ -234,6 +235,21 @@ class Recipe(_Strict):
         """Return the kept tasks' floors, where they have one."""
         found = {name: self.tasks[name].floor for name in self.kept_names()}
         return {name: floor for name, floor in found.items() if floor is not None}
+
+    def axes(self) -> Literal["balanced", "original"]:
+        """Return the axes to cut in: balanced by default, but where that would blind the criterion.
+
+        Raises:
+            RecipeError: the recipe asks for balanced axes and a criterion that they blind.
+        """
+        wanted, criterion = self.prune.axes, self.prune.criterion
+        blind = goes_by_scale(criterion)
+        if wanted == "balanced" and blind:
+            raise RecipeError(
+                f"prune.axes: balanced axes level the size of weights, which '{criterion}' goes by",
+                hint="leave prune.axes out, or choose a criterion of gradients such as taylor",
+            )
+        return wanted or ("original" if blind else "balanced")
 
     def searched(self) -> SearchSpec | Literal[False]:
         """Return the allocation search: by default only where no recovery follows.

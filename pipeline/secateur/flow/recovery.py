@@ -74,7 +74,7 @@ def recovered(
         return model, 0
     freeze = freeze_norms(job, plan, wanted)
     key = (job.parent_key, asdict(plan)["cuts"], str(job.recipe.compensate),
-           job.recipe.prune.axes, job.basis, plan.removed, freeze, job.train.fingerprint,
+           job.recipe.axes(), job.basis, plan.removed, freeze, job.train.fingerprint,
            wanted.model_dump(), asdict(job.spec),
            [{**asdict(task), "max_drop": None} for task in job.tasks],
            *([origin] if origin else []))  # fmt: skip

@@ -127,12 +127,11 @@ def scores_for(
         makers = [member for member in group.members if member.axis == "out"]
         values = np.zeros(group.width)
         for channel in range(group.width):
-            place = makers[0].layer, makers[0].indices[channel][0]
-            if missing is not None and place not in where:
-                values[channel] = missing
-                continue
-            name, at = where[place]
-            values[channel] = scores[name][at]
+            places = [(maker.layer, maker.indices[channel][0]) for maker in makers]
+            found = next((where[place] for place in places if place in where), None)
+            if found is None and missing is None:
+                raise KeyError(places)
+            values[channel] = scores[found[0]][found[1]] if found else missing
         carried[group.name] = values
     return carried
 

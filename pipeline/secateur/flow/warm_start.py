@@ -18,6 +18,7 @@ from secateur.bundle.manifest import BudgetRecord
 from secateur.core.channels import ChannelGroup
 from secateur.core.errors import SecateurError
 from secateur.core.plan import PrunePlan, dropped_indices, dropped_of_parameters
+from secateur.flow.axes import votable
 from secateur.flow.job import Job
 from secateur.flow.sketches import sketch_tasks
 from secateur.flow.stages import Scored, plan_scored, score_channels, scores_for
@@ -41,8 +42,6 @@ from secateur.vote.nearest import Nearest, Neighbour, Sketches, nearest
 from secateur.vote.similarity.measure import measure_of
 
 SPARE = 8  # entries looked at per neighbour wanted: some cannot be used
-
-BUDGET_FACTOR = 2.0  # cuts to between half and twice the new budget may vote
 
 
 @dataclass(frozen=True)
@@ -122,8 +121,10 @@ class _Witness:
     scores: Opinion
 
 
-def plan_job(job: Job, grid: int) -> Planned:
+def plan_job(job: Job, grid: int, device: str = "") -> Planned:
     """Score and plan the cut of the selected model, from the library if the recipe says so.
+
+    ``device`` is what is built for, by name: what the same recipe made for another may vote.
 
     Raises:
         LibraryError: the library or the measure of similarity cannot be used.
@@ -137,7 +138,7 @@ def plan_job(job: Job, grid: int) -> Planned:
     scored = score_channels(job, grid)
     sketches = sketch_tasks(job)
     comparable = wanted.similarity in sketches
-    found = _nearest(job, library, sketches) if comparable else Nearest((), ())
+    found = _nearest(job, device, library, sketches) if comparable else Nearest((), ())
     witnesses, refused = _witnesses(job, library, scored.groups, found)
     cold = _why_cold(job, witnesses) if comparable else (
         f"these tasks have nothing that '{wanted.similarity}' could compare; they have "
@@ -164,15 +165,19 @@ def plan_job(job: Job, grid: int) -> Planned:
     return Planned(scored, plan, vote, _donors(witnesses, weights))
 
 
-def _nearest(job: Job, library: Library, sketches: Sketches) -> Nearest:
-    """Return the nearest entries of about this budget, this recipe's own left out.
+def _nearest(job: Job, device: str, library: Library, sketches: Sketches) -> Nearest:
+    """Return the nearest entries of about this budget, this recipe's own for the device left out.
 
     A recipe that is built again finds the library as it was, as far as it changed it itself.
     """
-    wanted, budget = job.recipe.prune, job.kept_share
-    window = budget / BUDGET_FACTOR, min(1.0, budget * BUDGET_FACTOR)
+    wanted, window = job.recipe.prune, votable(job.kept_share)
     of_parent = find_entries(library, parent=job.parent_key, budget=window)
-    own = {each.id for each in of_parent if each.facts.recipe == job.recipe.source}
+    own = {
+        each.id
+        for each in of_parent
+        if each.facts.recipe == job.recipe.source
+        and (not device or each.facts.device in ("", device))
+    }
     return nearest(
         library, sketches, job.parent_key, wanted.similarity, SPARE * wanted.neighbours,
         basis=job.basis, budget=window, skip=own, data=job.train.fingerprint,
@@ -263,8 +268,7 @@ def _why_cold(job: Job, witnesses: Sequence[_Witness]) -> str:
     """Return why the library is of no use, or "" where it is."""
     if witnesses:
         return ""
-    budget = job.kept_share
-    least, most = budget / BUDGET_FACTOR, min(1.0, budget * BUDGET_FACTOR)
+    least, most = votable(job.kept_share)
     return (
         "the library has no useful cut of this parent, in these axes, to between "
         f"{least:.3g} and {most:.3g} of its MACs"

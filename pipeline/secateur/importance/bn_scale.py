@@ -18,6 +18,8 @@ from secateur.importance.criterion import Scores, TaskData, same_for_all
 from secateur.importance.magnitude import norms
 from secateur.importance.places import Place, batch_norms
 
+BY_SCALE = True
+
 
 def score(
     model: MultiTaskModel, groups: Sequence[ChannelGroup], data: TaskData

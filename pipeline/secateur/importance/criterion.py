@@ -80,6 +80,18 @@ def criterion_of(name: str) -> Criterion:
     return configured
 
 
+def goes_by_scale(name: str) -> bool:
+    """Say whether a criterion goes by how large numbers are that a network may scale freely.
+
+    Its file says so with ``BY_SCALE``; gradients times weights do not change with such a scale.
+
+    Raises:
+        RecipeError: there is no such criterion.
+    """
+    criterion_of(name)
+    return getattr(registry.load("secateur.importance", name.partition(":")[0]), "BY_SCALE", False)
+
+
 def same_for_all(data: TaskData, scores: Scores) -> dict[str, Scores]:
     """Return ``scores`` for every task: what a criterion does that no task has a say in."""
     return {task: dict(scores) for task in data.tasks}

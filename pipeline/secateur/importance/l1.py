@@ -12,6 +12,8 @@ from secateur.core.model import MultiTaskModel
 from secateur.importance.criterion import Scores, TaskData, same_for_all
 from secateur.importance.magnitude import norms
 
+BY_SCALE = True
+
 
 def score(
     model: MultiTaskModel, groups: Sequence[ChannelGroup], data: TaskData

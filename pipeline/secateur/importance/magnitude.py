@@ -15,6 +15,8 @@ from secateur.core.model import MultiTaskModel
 from secateur.importance.criterion import Scores, TaskData, same_for_all
 from secateur.importance.places import Place, producers
 
+BY_SCALE = True
+
 
 def score(
     model: MultiTaskModel, groups: Sequence[ChannelGroup], data: TaskData

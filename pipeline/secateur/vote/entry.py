@@ -51,7 +51,8 @@ class Facts:
     same channels only where both agree. ``data`` is the fingerprint of the training data,
     ``budget`` the share of MACs that may stay (0..1], ``accuracy`` each task's metrics as shipped,
     ``delta_t`` ΔT in % against the parent (None: not measured), ``steps`` recovery's optimiser
-    steps, ``recipe`` its text, ``created`` ISO 8601 in UTC.
+    steps, ``recipe`` its text, ``device`` what it was built for ("" where that is not known),
+    ``created`` ISO 8601 in UTC.
 
     Raises:
         LibraryError: no task, two of one name, or a number out of its range.
@@ -68,6 +69,7 @@ class Facts:
     delta_t: float | None = None
     steps: int = 0
     recipe: str = ""
+    device: str = ""
     created: str = field(default_factory=utc_now)
     version: str = secateur.__version__
 
@@ -152,6 +154,8 @@ def pack(entry: Entry) -> Packed:
     """Return the entry as it is stored; equal entries give equal bytes."""
     facts, plan = asdict(entry.facts), entry.plan.to_json()
     content = {key: value for key, value in facts.items() if key not in NOT_CONTENT}
+    if not content["device"]:  # entries from before there was one keep their ids
+        del content["device"]
     scores = tensors(
         {
             json.dumps([task, group]): values.astype(np.float32)

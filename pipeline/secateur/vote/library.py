@@ -188,19 +188,23 @@ def load_entry(library: Library, entry: str) -> Entry:
     return unpack(Packed(entry, row[0], row[1], scores, weights, axes, sketches))
 
 
-def find_axes(library: Library, parent: str) -> dict[str, str]:
-    """Return, per basis of a parent's entries that hold its axes, one such entry's id.
+def find_axes(
+    library: Library, parent: str, budget: tuple[float, float] = (0.0, 1.0)
+) -> dict[str, list[str]]:
+    """Return, per basis of a parent's entries that hold its axes, these entries' ids.
 
-    The basis of the most entries comes first.
+    The basis of the most entries comes first; ``budget`` is between which shares of the MACs the
+    entries were cut to.
     """
+    found: dict[str, list[str]] = {}
     with connect(library.index) as connection:
-        return dict(
-            connection.execute(
-                "SELECT basis, min(id) FROM entries WHERE parent = ? AND axes IS NOT NULL "
-                "GROUP BY basis ORDER BY count(*) DESC, basis",
-                (parent,),
-            )
-        )
+        for basis, entry in connection.execute(
+            "SELECT basis, id FROM entries WHERE parent = ? AND axes IS NOT NULL "
+            "AND budget BETWEEN ? AND ? ORDER BY basis, id",
+            (parent, *budget),
+        ):
+            found.setdefault(basis, []).append(entry)
+    return dict(sorted(found.items(), key=lambda one: -len(one[1])))
 
 
 def find_id(library: Library, start: str) -> str:

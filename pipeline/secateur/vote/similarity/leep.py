@@ -62,6 +62,8 @@ def similarity(own: Array, other: Array) -> float:
         raise wrong(
             f"its sketch has shape {theirs.shape}, yours {mine.shape}: other source classes"
         )
+    if not mine.any() or not theirs.any():
+        return 0.0  # of nothing, nothing can be told
     joint = mine / mine.sum()
     unseen = theirs.sum(axis=0) == 0  # source classes of which the other task has no image
     theirs[:, unseen] = theirs.sum(axis=1, keepdims=True)
