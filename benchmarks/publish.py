@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -162,8 +163,23 @@ def training_free_table(suite: dict[str, Any]) -> str:
         "",
         "ΔT in % on the test images. Importance and axes read 128 labelled images, and a search",
         "96; the refit reads 256, no labels, in one pass layer by layer.",
+        "Seconds, on one core of a busy machine:",
+        _seconds_without_training(suite["rows"]) + ".",
     ]
     return "\n".join([*lines, ""])
+
+
+def _seconds_without_training(rows: Sequence[dict[str, Any]]) -> str:
+    """Return how long refits, and searches of widths, took on each parent."""
+    told = []
+    for parent in (name for name in PARENT_NAMES if any(r["parent"] == name for r in rows)):
+        own = [r for r in rows if r["parent"] == parent and r["what"] == "axes and refit"]
+        refits = [row["seconds"] for row in own]
+        searches = [row["plan_seconds"] for row in own if row["allocation"] == "search"]
+        images = PARENT_NAMES[parent].rpartition("(")[2].rstrip(")")
+        found = f"{images} {min(refits):.0f} to {max(refits):.0f} to refit"
+        told.append(found + (f", {max(searches):.0f} to search" if searches else ""))
+    return ";\n".join(told)
 
 
 def merging_table(suite: dict[str, Any]) -> str:
