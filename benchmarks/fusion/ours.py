@@ -5,18 +5,15 @@ How the refit samples and how recovery trains was chosen on ``val``; the search'
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from fusion.bench import GRID, Bench, Scores
-from secateur.compensate import RefitSettings, refit
-from secateur.core.channels import ChannelGroup
+from secateur.compensate import refit
 from secateur.core.model import MultiTaskModel
 from secateur.core.plan import PrunePlan
-from secateur.flow.rescoring import scores_after
 from secateur.fusion.scores import NEEDS_AGREEMENT, fuse
 from secateur.importance.agreement import agreement
 from secateur.importance.bank import load_scores, save_scores, score_tasks, task_data
@@ -34,8 +31,8 @@ class Recipe:
 
     With ``axes`` the parent is first rewritten in balanced axes. Without ``labels`` importance is
     read from targets sampled from the parent's outputs, and the search is judged by the distance
-    to them. ``stages``: how many cuts, refitted and scored anew, the channels are chosen by.
-    ``freeze_norms``: see ``TrainSettings``; by default as recipes choose.
+    to them. ``freeze_norms``: see ``TrainSettings``; by
+    default as recipes choose.
     """
 
     criterion: str = "taylor"
@@ -44,7 +41,6 @@ class Recipe:
     refit: bool = True
     labels: bool = True
     axes: bool = True
-    stages: int = 1
     freeze_norms: float | None = None
 
     def bench(self, bench: Bench) -> Bench:
@@ -62,27 +58,11 @@ class Recipe:
     def plan(self, bench: Bench, share: float, seed: int) -> PrunePlan:
         """Decide the cut of what ``bench`` gave (see above)."""
         fused = fused_scores(bench, self.criterion, self.rule, share, seed, labels=self.labels)
-        for number in range(1, self.stages):
-            milder = ranked_plan(bench, fused, share ** (number / self.stages), self.allocation)
-            fused = self._scored_after(bench, milder, seed)
         if self.allocation == "search":
             from fusion.allocation import searched_plan
 
             return searched_plan(bench, fused, share, seed, labels=self.labels)
         return ranked_plan(bench, fused, share, self.allocation)
-
-    def _scored_after(self, bench: Bench, plan: PrunePlan, seed: int) -> Scores:
-        """Return the tasks' scores on what a plan leaves, their mean; 0 for what it drops."""
-        tasks = bench.parent.tasks
-
-        def score(model: MultiTaskModel, left: Sequence[ChannelGroup]) -> dict[str, Scores]:
-            stream = partial(bench.stream, SCORING_IMAGES, seed, BATCH, labels=self.labels)
-            count = SCORING_IMAGES // BATCH
-            return {**score_tasks(model, left, tasks, self.criterion, stream, count)}
-
-        images = bench.images(REFIT_IMAGES, seed)
-        found = scores_after(bench.parent, bench.groups, plan, images, RefitSettings(), score)
-        return fuse(found, {task.name: 1.0 for task in tasks}, "mean")
 
 
 def ranked_plan(bench: Bench, fused: Scores, share: float, allocation: str) -> PrunePlan:
@@ -156,8 +136,6 @@ OURS: dict[str, Recipe] = {
     "cut, trained norms": replace(CUT, freeze_norms=1.0),
     "cut, no refit": replace(CUT, refit=False, freeze_norms=1.0),
     "cut, label-free": replace(CUT, labels=False),
-    "cut, in two stages": replace(CUT, stages=2),
-    "cut, in four stages": replace(CUT, stages=4),
     "cut, searched": replace(CUT, allocation="search"),
     "cut, global ranking": replace(CUT, allocation="global"),
     **{f"rule {rule}": Recipe(rule=rule) for rule in RULES if rule != "mean"},

@@ -8,9 +8,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from secateur.bench.pictures import contact_sheet, savings_chart
 from secateur.bundle.manifest import (
@@ -33,7 +31,7 @@ from secateur.bundle.write import (
     write_runner,
 )
 from secateur.core.files import atomic_path, write_json, write_text
-from secateur.core.model import ModelInput, MultiTaskModel, evaluating
+from secateur.core.model import MultiTaskModel, evaluating
 from secateur.data.loading import image_batch, spread
 from secateur.data.transforms import image_tensor
 from secateur.devices.host import host_facts, library_versions
@@ -42,7 +40,7 @@ from secateur.flow.evidence import Evidence
 from secateur.flow.inherited import Origin
 from secateur.flow.job import Job
 from secateur.flow.lowering import Lowered
-from secateur.flow.stages import Cut
+from secateur.flow.stages import Cut, plain_image
 from secateur.flow.warm_start import Planned
 from secateur.lower.export import INPUT_NAME
 from secateur.lower.ncnn import weights_file
@@ -168,7 +166,7 @@ def _task_contracts(job: Job, model: MultiTaskModel) -> tuple[TaskContract, ...]
 
 def _write_check(job: Job, model: MultiTaskModel, folder: Path) -> None:
     """Write one image and the torch model's outputs for it, for `verify` on any machine."""
-    image = _plain_image(job, 0)
+    image = plain_image(job, 0)
     with evaluating(model):
         outputs = model(image_tensor(image, job.spec)[None])
     write_check(folder, image, {name: tensor.numpy() for name, tensor in outputs.items()})
@@ -196,10 +194,3 @@ def _write_pictures(job: Job, made: Made, folder: Path) -> None:
         for name, cost in costs.items()
     )
     savings_chart(folder / "savings.png", before, after)
-
-
-def _plain_image(job: Job, index: int) -> NDArray[np.uint8]:
-    """Return an evaluation image at the input's size as (H, W, 3) uint8 RGB."""
-    spec = ModelInput(3, job.spec.height, job.spec.width, (0, 0, 0), (1 / 255,) * 3)
-    pixels = image_tensor(job.eval[index].image, spec).numpy().transpose(1, 2, 0)
-    return np.ascontiguousarray(pixels.round().astype(np.uint8))

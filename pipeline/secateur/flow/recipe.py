@@ -100,7 +100,6 @@ class PruneSpec(_Strict):
     images: int = Field(default=128, ge=1)
     axes: Literal["balanced", "original"] | None = None
     blocks: bool = False
-    stages: int = Field(default=1, ge=1, le=8)
     search: SearchSpec | Literal[False] | None = None
     warm_start: Literal["none", "library"] = "none"
     neighbours: int = Field(default=5, ge=1)

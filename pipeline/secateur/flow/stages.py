@@ -19,6 +19,7 @@ from secateur.core.model import ModelInput, MultiTaskModel, evaluating, model_fi
 from secateur.core.plan import PrunePlan
 from secateur.core.task import Task
 from secateur.data.loading import Batch, Subset, batches, has_labels, image_batch, spread
+from secateur.data.transforms import image_tensor
 from secateur.flow.allocation import SUMS, best_judged, searched_plan
 from secateur.flow.cache import StageCache
 from secateur.flow.job import Job
@@ -168,6 +169,9 @@ def score_channels(job: Job, grid: int) -> Scored:
         said = "no channel of this model can go: all are fixed by operators or outputs"
         raise PlanError(said, hint="convolutions and linear layers can be cut")
     per_task = {name: scores_for(groups, parent_groups, scores) for name, scores in bank.items()}
+    agree = None
+    if wanted.fusion in NEEDS_AGREEMENT:
+        agree = scores_for(groups, parent_groups, task_agreement(job, parent_groups))
     cost = macs_model(job.outline, groups, job.example)
     budget = default_budget(
         groups, cost, wanted.budget.macs or 1.0, grid, wanted.balance, job.limits
@@ -177,24 +181,16 @@ def score_channels(job: Job, grid: int) -> Scored:
 
     totals = {name: sum(float(own.sum()) for own in scores.values())
               for name, scores in bank.items()}  # fmt: skip
-    return with_fused(job, Scored(groups, cost, budget, per_task, {}, totals))
-
-
-def with_fused(job: Job, scored: Scored) -> Scored:
-    """Fuse the tasks' scores by the recipe's rule."""
-    agree, rule = None, job.recipe.prune.fusion
-    if rule in NEEDS_AGREEMENT:
-        parent_groups = find_groups(job.scored, job.example)
-        agree = scores_for(scored.groups, parent_groups, task_agreement(job, parent_groups))
+    empty = Scored(groups, cost, budget, per_task, {}, totals)
     fused = fuse(
-        scored.per_task,
+        per_task,
         {task.name: task.weight for task in job.tasks},
-        rule,
+        wanted.fusion,
         agreement=agree,
-        oracle=lambda trial: _removed(ranked_plan(job, replace(scored, fused=trial))),
+        oracle=lambda trial: _removed(_ranked(job, replace(empty, fused=trial))),
         keep_share=job.kept_share**0.5,  # MACs go with the square of the widths
     )
-    return replace(scored, fused=fused)
+    return replace(empty, fused=fused)
 
 
 def plan_scored(job: Job, scored: Scored) -> PrunePlan:
@@ -206,22 +202,21 @@ def plan_scored(job: Job, scored: Scored) -> PrunePlan:
     other = bool(job.limits or floors)
     search = job.recipe.judged() if other else job.recipe.searched()
     if search is False:
-        return ranked_plan(job, scored, floors, bounded=True)
+        return _ranked(job, scored, floors, bounded=True)
     if other:
         budgets = [replace(scored.budget, sharpness=power) for power in SUMS]
-        summed = [ranked_plan(job, replace(scored, budget=budget), floors) for budget in budgets]
+        summed = [_ranked(job, replace(scored, budget=budget), floors) for budget in budgets]
         return best_judged(job, search, scored.groups, summed)
-    ranked = ranked_plan(job, scored)
+    ranked = _ranked(job, scored)
     return searched_plan(
         job, search, scored.groups, scored.cost, scored.fused, ranked, scored.budget,
         scored.per_task,
     )  # fmt: skip
 
 
-def ranked_plan(
+def _ranked(
     job: Job, scored: Scored, floors: Mapping[str, float] | None = None, *, bounded: bool = False
 ) -> PrunePlan:
-    """Return the cut by the fused scores, without a search."""
     if job.removed:
         floors = {task: floor / _left(scored, task) for task, floor in (floors or {}).items()}
     plan = plan_prune(
@@ -394,3 +389,10 @@ def check_evaluable(job: Job) -> None:
                 f"{', '.join(sorted(job.eval.label_names)) or 'none'}",
                 hint="evaluation needs labels; a few dozen labelled images are enough",
             )
+
+
+def plain_image(job: Job, index: int) -> NDArray[np.uint8]:
+    """Return an evaluation image at the input's size as (H, W, 3) uint8 RGB."""
+    spec = ModelInput(3, job.spec.height, job.spec.width, (0, 0, 0), (1 / 255,) * 3)
+    pixels = image_tensor(job.eval[index].image, spec).numpy().transpose(1, 2, 0)
+    return np.ascontiguousarray(pixels.round().astype(np.uint8))

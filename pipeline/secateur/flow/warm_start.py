@@ -20,7 +20,6 @@ from secateur.core.errors import SecateurError
 from secateur.core.plan import PrunePlan, dropped_indices, dropped_of_parameters
 from secateur.flow.axes import votable
 from secateur.flow.job import Job
-from secateur.flow.rescoring import rescored
 from secateur.flow.sketches import sketch_tasks
 from secateur.flow.stages import Scored, plan_scored, score_channels, scores_for
 from secateur.prune import find_groups
@@ -132,11 +131,11 @@ def plan_job(job: Job, grid: int, device: str = "") -> Planned:
     """
     wanted = job.recipe.prune
     if wanted.warm_start == "none":
-        scored = rescored(job, score_channels(job, grid))
+        scored = score_channels(job, grid)
         return Planned(scored, plan_scored(job, scored))
     measure_of(wanted.similarity)  # a wrong name is told before the scoring
     library = open_library(job.recipe.library_root())
-    scored = rescored(job, score_channels(job, grid))
+    scored = score_channels(job, grid)
     sketches = sketch_tasks(job)
     comparable = wanted.similarity in sketches
     found = _nearest(job, device, library, sketches) if comparable else Nearest((), ())
