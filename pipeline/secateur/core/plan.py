@@ -102,7 +102,10 @@ def dropped_of_parameters(groups: Sequence[ChannelGroup], plan: PrunePlan) -> di
 
 
 def groups_after(groups: Sequence[ChannelGroup], plan: PrunePlan) -> tuple[ChannelGroup, ...]:
-    """Return the groups of the network that ``plan`` leaves, without looking for them again."""
+    """Return the groups of the network that ``plan`` leaves, without looking for them again.
+
+    Those that one channel is left of are among them.
+    """
     kept = {cut.name: cut.kept for cut in plan.cuts}
     gone = {at: sorted(places) for at, places in dropped_indices(groups, plan).items()}
     of_root: dict[str, set[int]] = {}
