@@ -113,7 +113,8 @@ def _axes_of_library(
     or one that somebody removes meanwhile, is passed over.
     """
     library = open_library(job.recipe.library_root())
-    known = find_axes(library, job.parent_key, votable(job.kept_share))
+    macs = job.recipe.prune.budget.macs  # what other budgets leave is known after the scoring
+    known = find_axes(library, job.parent_key, votable(macs) if macs else (0.0, 1.0))
     if own is not None and _basis(job, own) in known:
         return own
     for basis, entries in known.items():
