@@ -154,7 +154,9 @@ def test_missing_and_altered_arrays_are_told(library: Library) -> None:
     scores.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(LibraryError, match="was altered"):
         load_entry(library, entry.id)
+    assert collect_garbage(library).altered == ((entry.id, scores.stem),)
     add_entry(library, entry)  # mends it
+    assert not collect_garbage(library).altered
     assert load_entry(library, entry.id).id == entry.id
     scores.unlink()
     with pytest.raises(LibraryError, match="lacks its array file"):
@@ -583,6 +585,23 @@ def test_mistakes_are_one_sentence_and_a_hint(capsys, words, says: str) -> None:
     code, out, err = run(capsys, "library", *words)
     assert code == 2 and says in err.replace("\n", " ") and "hint:" in err
     assert "Traceback" not in out + err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("list",),
+        ("show", "abc"),
+        ("nearest", "abc"),
+        ("export", "a.zip"),
+        ("remove", "abc"),
+        ("gc",),
+    ],
+)
+def test_a_mistyped_folder_is_told_and_not_made(capsys, tmp_path: Path, words) -> None:
+    folder = tmp_path / "mistyped"
+    code, _, err = run(capsys, "library", *words, "--library", folder)
+    assert code == 2 and f"no library in {folder}" in err.replace("\n", "") and not folder.exists()
 
 
 def make_bundle(folder: Path, recipe: str) -> Path:

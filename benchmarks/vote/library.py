@@ -96,12 +96,13 @@ def under_load(root: Path, widths: Widths, seconds: float) -> dict[str, Any]:
     added = [line for path in said for line in path.read_text().splitlines()]
     there = {listed.id for listed in find_entries(library)}
     torn = sum(not _whole(library, entry) for entry in there)
+    damage = collect_garbage(library, older_than_s=0)
     with connect(library.index) as index:
         sound = index.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     return {
         "what": "eight processes, one killed", "seconds": seconds, "added": len(added),
         "loaded by readers": found.value, "lost": len({*added} - there),
-        "torn": torn + (not sound) + len(collect_garbage(library, older_than_s=0).missing),
+        "torn": torn + (not sound) + len(damage.missing) + len(damage.altered),
     }  # fmt: skip
 
 

@@ -15,9 +15,11 @@ from rich.table import Column, Table
 
 from secateur.cli.options import JsonOption
 from secateur.cli.verify import BundleArgument
+from secateur.core.errors import LibraryError
 
 if TYPE_CHECKING:
     from secateur.vote.entry import Facts
+    from secateur.vote.library import Library
 
 BUDGET_SLACK = 0.02  # plans end a little under what they may keep
 SHORT = 8  # characters of an id or fingerprint that a table shows; commands take the beginning
@@ -55,10 +57,10 @@ def list_entries(
 
     Example: secateur library list --task depth --budget 0.5
     """
-    from secateur.vote.library import find_entries, open_library
+    from secateur.vote.library import find_entries
 
     found = find_entries(
-        open_library(library), parent=parent, tasks=task or None, budget=_around(budget)
+        _opened(library), parent=parent, tasks=task or None, budget=_around(budget)
     )
     if as_json:
         _print_json([{"id": each.id, **asdict(each.facts), "sketches": each.sketches,
@@ -80,9 +82,9 @@ def show(entry: EntryArgument, library: LibraryOption = None, as_json: JsonOptio
 
     Example: secateur library show 3f2a
     """
-    from secateur.vote.library import find_id, load_entry, open_library
+    from secateur.vote.library import find_id, load_entry
 
-    opened = open_library(library)
+    opened = _opened(library)
     found = load_entry(opened, find_id(opened, entry))
     scored = {task: sorted(groups) for task, groups in found.scores.items()}
     sketches = {name: list(sketch.shape) for name, sketch in found.sketches.items()}
@@ -156,10 +158,10 @@ def nearest(
 
     Example: secateur library nearest 3f2a --measure score_cosine --count 3
     """
-    from secateur.vote.library import find_id, load_entry, open_library
+    from secateur.vote.library import find_id, load_entry
     from secateur.vote.nearest import nearest as find_nearest
 
-    opened = open_library(library)
+    opened = _opened(library)
     own = load_entry(opened, find_id(opened, entry))
     result = find_nearest(
         opened, own.sketches, own.facts.parent, measure, count,
@@ -191,9 +193,9 @@ def export(
     Example: secateur library export cuts.zip
     """
     from secateur.vote.archive import export_entries
-    from secateur.vote.library import find_id, open_library
+    from secateur.vote.library import find_id
 
-    opened = open_library(library)
+    opened = _opened(library)
     wanted = [find_id(opened, each) for each in entries] if entries else None
     _tell(export_entries(opened, archive, wanted), f"written to {archive}", as_json)
 
@@ -222,9 +224,9 @@ def remove(
 
     Example: secateur library remove 3f2a
     """
-    from secateur.vote.library import find_id, open_library, remove_entry
+    from secateur.vote.library import find_id, remove_entry
 
-    opened = open_library(library)
+    opened = _opened(library)
     found = find_id(opened, entry)
     remove_entry(opened, found)
     _tell([found], "removed", as_json)
@@ -238,13 +240,13 @@ def gc(
     library: LibraryOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Remove arrays that no entry names; report entries whose arrays are missing (exit 1).
+    """Remove arrays that no entry names; report missing or altered ones of entries (exit 1).
 
     Example: secateur library gc --older-than 60
     """
-    from secateur.vote.library import collect_garbage, open_library
+    from secateur.vote.library import collect_garbage
 
-    garbage = collect_garbage(open_library(library), older_than_s=60 * older_than)
+    garbage = collect_garbage(_opened(library), older_than_s=60 * older_than)
     if as_json:
         _print_json(asdict(garbage))
     else:
@@ -252,8 +254,26 @@ def gc(
         console.print(f"{len(garbage.removed)} files removed, {garbage.bytes:,} bytes")
         for entry, digest in garbage.missing:
             console.print(f"entry {entry} lacks its array file {digest}")
-    if garbage.missing:
+        for entry, digest in garbage.altered:
+            console.print(f"entry {entry} has an array file that was altered, {digest}")
+    if garbage.missing or garbage.altered:
         raise typer.Exit(1)
+
+
+def _opened(folder: Path | None) -> Library:
+    """Open a library to look into; where a folder is named it must hold one: it may be mistyped.
+
+    Raises:
+        LibraryError: it holds none, or cannot be used.
+    """
+    from secateur.vote.library import Library, open_library
+
+    if folder is not None and not Library(folder).index.is_file():
+        raise LibraryError(
+            f"there is no library in {folder}",
+            hint="check --library; builds, `secateur library add` and `import` make one",
+        )
+    return open_library(folder)
 
 
 def _around(budget: float | None) -> tuple[float, float] | None:

@@ -59,11 +59,15 @@ class Listed:
 
 @dataclass(frozen=True)
 class Garbage:
-    """``removed`` files and their ``bytes``; ``missing``: (entry id, digest) of blobs not there."""
+    """``removed`` files and their ``bytes``; what is wrong with the blobs that entries name.
+
+    ``missing`` and ``altered`` are (entry id, digest).
+    """
 
     removed: tuple[str, ...]
     bytes: int
     missing: tuple[tuple[str, str], ...]
+    altered: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -242,6 +246,7 @@ def collect_garbage(library: Library, *, older_than_s: float = GARBAGE_AGE_S) ->
     """Remove files under ``blobs`` that no entry names and that are older than so many seconds.
 
     Nothing is committed meanwhile, so no entry can come to name a file that is being removed.
+    Afterwards every other file is read: has each entry its arrays, as they were written?
     """
     removed, freed = [], 0
     with connect(library.index) as connection, transaction(connection):
@@ -263,7 +268,16 @@ def collect_garbage(library: Library, *, older_than_s: float = GARBAGE_AGE_S) ->
             removed.append(path.name)
             freed += facts.st_size
         missing = tuple(pair for pair in named if not library.blob(pair[1]).is_file())
-    return Garbage(tuple(removed), freed, missing)
+    bad = {digest for _, digest in named if _altered(library.blob(digest), digest)}
+    altered = tuple(pair for pair in named if pair[1] in bad)
+    return Garbage(tuple(removed), freed, missing, altered)
+
+
+def _altered(path: Path, digest: str) -> bool:
+    try:
+        return digest_of(path.read_bytes()) != digest
+    except FileNotFoundError:  # told as missing, or its entry is removed by now
+        return False
 
 
 def write_blob(library: Library, data: bytes) -> str:
