@@ -111,44 +111,51 @@ def cells(lab: Lab, part: str) -> Iterator[Cell]:
 
 
 def _choosing(lab: Lab) -> Iterator[Cell]:
-    """Each start on tasks of the library; where more iterations are told, the best starts again.
+    """Each start on tasks of the library, shortly; then the best ones as long as is told.
 
-    The last round needs the first one whole: what another process still runs is waited for by
-    calling again.
+    Among these is the best one staged, from the share before. The last round needs the first one
+    whole: what another process still runs is waited for by calling again.
     """
     every = lab.bank
     tasks = every[:: len(every) // CHOOSING][:CHOOSING]
-    staged = tuple(f"{STAGED}{start}" for start in CANDIDATES)  # from the share before
     first = [("choose", lab.network, task.name, 0, share, start, SHORT, "leep")
-             for share in SHARES for task in tasks
-             for start in (*CANDIDATES, *(staged if share != SHARES[0] else ()))]  # fmt: skip
+             for share in SHARES for task in tasks for start in CANDIDATES]  # fmt: skip
     yield from first
     rows = read_rows(CELLS)
-    if {*first} <= {cell_of(row) for row in rows}:
-        for share in SHARES:
-            if ITERATIONS[share] != SHORT:
-                finalists = ranking(rows, lab.network, share, SHORT)[:FINAL]
-                for task, start in product(tasks, finalists):
-                    yield ("choose", lab.network, task.name, 0, share, start, ITERATIONS[share],
-                           "leep")  # fmt: skip
+    if not {*first} <= {cell_of(row) for row in rows}:
+        return
+    whole = [row for row in rows if not row["start"].startswith(STAGED)]
+    for share in SHARES:
+        finalists = ranking(whole, lab.network, share, SHORT)[:FINAL]
+        if share != SHARES[0]:
+            finalists.append(f"{STAGED}{finalists[0]}")
+        for task, start in product(tasks, finalists):
+            yield ("choose", lab.network, task.name, 0, share, start, ITERATIONS[share],
+                   "leep")  # fmt: skip
 
 
 def _told(lab: Lab) -> Iterator[Cell]:
     """The new tasks: every row, its best start as ``choose`` found it, by seed.
 
-    Short cold schedules are told of one seed but where seconds to equal accuracy are.
+    Within a seed what starts from the library comes first. Staging is told of one seed; so are
+    short cold schedules, but where seconds to equal accuracy are.
     """
     rows = read_rows(CELLS)
     best = {share: ranking(rows, lab.network, share, ITERATIONS[share])[:1] for share in SHARES}
-    for seed, task, share in product(SEEDS, lab.data.new_tasks(), SHARES):
-        wanted = [(ITERATIVE, LONG), *((start, SHORT) for start in STARTS)]
-        wanted += [(start, ITERATIONS[share]) for start in best[share]]
-        if share != SHARES[0]:
-            wanted.append((f"{STAGED}generic weights", SHORT))
-        if seed == SEEDS[0] or share == SECONDS_AT:
-            wanted += [(ITERATIVE, SHORT), (ITERATIVE, MIDDLE), ("cold, one-shot", MIDDLE)]
-        for start, iterations in dict.fromkeys(wanted):
-            yield "new", lab.network, task.name, seed, share, start, iterations, "leep"
+    tasks = lab.data.new_tasks()
+    for seed, from_library in product(SEEDS, (True, False)):
+        for task, share in product(tasks, SHARES):
+            if from_library:
+                wanted = [(start, SHORT) for start in STARTS]
+                wanted += [(start, ITERATIONS[share]) for start in best[share]]
+                if seed == SEEDS[0] and share != SHARES[0]:
+                    wanted.append((f"{STAGED}generic weights", SHORT))
+            else:
+                wanted = [(ITERATIVE, LONG)]
+                if seed == SEEDS[0] or share == SECONDS_AT:
+                    wanted += [(ITERATIVE, SHORT), (ITERATIVE, MIDDLE), (COLD[0], MIDDLE)]
+            for start, iterations in dict.fromkeys(wanted):
+                yield "new", lab.network, task.name, seed, share, start, iterations, "leep"
 
 
 def _measuring(lab: Lab) -> Iterator[Cell]:

@@ -53,12 +53,13 @@ Row = dict[str, Any]
 class Effort:
     """What a library is made with: tasks, shares of the MACs, cuts on the way to each of these.
 
-    ``iterations`` of a task, and ``generic`` ones of all classes together, are those at each share.
+    ``iterations`` of a task, and ``generic`` ones of all classes together, taught by the parent,
+    are those at each share.
     """
 
     tasks: int = BANK
     iterations: int = 150
-    generic: int = 3000
+    generic: int = 6000
     cuts: int = 4
     shares: tuple[float, ...] = SHARES
 
@@ -92,7 +93,7 @@ class Lab:
         if name == GENERIC:
             seen = tuple(sorted(fine for one in SEEN for fine in self.data.classes_of(one)))
             images, test = (self.data.images(seen, split) for split in ("train", "test"))
-            self._cut_all(name, self.parent, images, self._effort.generic, test)
+            self._cut_all(name, self.parent, images, self._effort.generic, test, self.parent.model)
             return
         task = next(task for task in self.bank if task.name == name)
         parent, images = self._opened(task)
@@ -168,8 +169,9 @@ class Lab:
         return first, Steps(asked.parent, asked.images, {iterations // 3: share}, rng)
 
     def _cut_all(
-        self, name: str, parent: Parent, images: Images, iterations: int, test: Images
-    ) -> None:
+        self, name: str, parent: Parent, images: Images, iterations: int, test: Images,
+        teacher: MultiTaskModel | None = None,
+    ) -> None:  # fmt: skip
         """Cut to each share in turn, train at each, and keep what came out."""
         clock, rng = Clock(), np.random.default_rng(0)
         steps = Steps(parent, images, {}, rng, parent)
@@ -181,7 +183,7 @@ class Lab:
                 * (share / before) ** ((step + 1) / cuts)
                 for step in range(cuts)
             }
-            model = fine_tune(now, images, iterations, 0, clock, cut_at=steps)
+            model = fine_tune(now, images, iterations, 0, clock, cut_at=steps, teacher=teacher)
             state = {key: value.numpy() for key, value in model.state_dict().items()}
             with atomic_path(self.folder / f"{name}-{share}.safetensors") as path:
                 save_file(state, path)

@@ -42,6 +42,7 @@ GRID, BALANCE = 2, 0.65
 FLOOR = {"resnet": 0.05, "vit": 0.02}  # of a ViT's 2 %, one head in each block takes two thirds
 LOGIT = 10.0  # the closed form's targets are 0 and 1, small for logits
 CUTS = 10  # of the iterative schedule, in the first half of its iterations
+TAUGHT, TEMPERATURE = 0.9, 4.0  # of a loss with a teacher, the part that is its logits'
 
 
 @dataclass
@@ -118,11 +119,13 @@ def fine_tune(
     at: Collection[int] = (),
     judge: Callable[[int, MultiTaskModel], None] = lambda *_: None,
     cut_at: Callable[[int, MultiTaskModel], MultiTaskModel | None] = lambda *_: None,
+    teacher: MultiTaskModel | None = None,
 ) -> MultiTaskModel:
     """Train a copy; ``judge`` sees it after each number of iterations in ``at``.
 
     The rate falls along a cosine to 0. ``cut_at`` may replace the network between iterations; the
-    optimiser then starts anew, its rate goes on.
+    optimiser then starts anew, its rate goes on. A ``teacher`` of the same classes says more of an
+    image than its label does.
     """
     rng = np.random.default_rng(seed)
     model = copy.deepcopy(parent.model)
@@ -136,13 +139,25 @@ def fine_tune(
                 group["lr"] = RATE[parent.network] * (1 + np.cos(np.pi * number / iterations)) / 2
             pixels, labels = images.batch(BATCH, rng)
             model.train()
-            loss = functional.cross_entropy(said(model, pixels), labels)
+            logits = said(model, pixels)
+            loss = functional.cross_entropy(logits, labels)
+            if teacher:
+                loss = (1 - TAUGHT) * loss + TAUGHT * _distillation(logits, teacher, pixels)
             optimiser.zero_grad()
             torch.autograd.backward(loss)
             optimiser.step()
         if number + 1 in at:
             judge(number + 1, settled(model, images))
     return settled(model, images)
+
+
+def _distillation(logits: Tensor, teacher: MultiTaskModel, pixels: Tensor) -> Tensor:
+    """Return the divergence from a teacher's softened logits (arXiv 1503.02531, section 2)."""
+    with torch.no_grad():
+        taught = said(teacher, pixels)
+    own, other = ((each / TEMPERATURE).log_softmax(1) for each in (logits, taught))
+    far = functional.kl_div(own, other, log_target=True, reduction="batchmean")
+    return TEMPERATURE**2 * far
 
 
 @dataclass
