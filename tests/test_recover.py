@@ -24,7 +24,7 @@ from secateur.flow.job import Job, open_job
 from secateur.flow.recipe import parse_recipe
 from secateur.flow.recovery import check_recovery, freeze_norms
 from secateur.flow.stages import make_cut, make_plan
-from secateur.recover import TrainSettings, reinitialised, train
+from secateur.recover import TrainSettings, freeze_after, reinitialised, train
 from secateur.recover.balance import (
     BALANCES,
     Balance,
@@ -549,6 +549,11 @@ def test_norms_are_frozen_early_only_where_they_were_compensated(
     _, plan = make_plan(work, 8)
     assert settled.recover != "none"
     assert freeze_norms(replace(work, recipe=settled), plan, settled.recover) == share
+
+
+def test_norms_of_inherited_weights_are_frozen_at_once_where_recovery_is_short() -> None:
+    assert freeze_after(4.0, 0.3) == freeze_after(8.0, 0.3, inherited=True) == 0.5
+    assert freeze_after(4.0, 0.3, inherited=True) == 0.0
 
 
 @pytest.mark.parametrize(

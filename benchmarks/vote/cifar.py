@@ -35,7 +35,7 @@ CELLS = RESULTS / "vote_cifar.cells.jsonl"
 CLAIMS = LIBRARIES / "claims"
 NETWORKS = ("resnet", "vit")
 SEEDS = (0, 1, 2)
-CHOOSING, FINAL = 6, 4  # tasks of the library to choose the best start on; starts in the last round
+CHOOSING, FINAL = 6, 2  # tasks of the library to choose the best start on; starts in the last round
 SHORT, MIDDLE, LONG = 100, 300, 1000
 CANDIDATES = tuple(start for start in STARTS if start not in COLD)
 MEASURED_SHARE, MEASURED_ITERATIONS = 0.2, 30
@@ -64,8 +64,8 @@ def main() -> None:
             if options.part in (None, "bank"):
                 make_library(lab, end)
             if lab.missing():
-                print(f"{network}: the library still lacks {', '.join(lab.missing())}")
-                continue
+                print(f"{network}: cold starts alone, for the library still lacks "
+                      f"{', '.join(lab.missing())}")  # fmt: skip
             for part in ("choose", "new", "measures"):
                 if options.part in (None, part):
                     fill(lab, part, end)
@@ -90,14 +90,17 @@ def make_library(lab: Lab, end: float) -> None:
 def fill(lab: Lab, part: str, end: float) -> None:
     """Run the part's cells that nobody has run or begun."""
     tasks = {task.name: task for task in (*lab.bank, *lab.data.new_tasks())}
+    whole = not lab.missing()
     done = {cell_of(row) for row in read_rows(CELLS)}
     for cell in cells(lab, part):
         if time.monotonic() > end:
             return
-        claim = CLAIMS / "_".join(str(word).replace(" ", "-").replace("'", "") for word in cell)
-        if cell in done or not claimed(claim):
-            continue
         _, _, task, seed, share, start, iterations, measure = cell
+        if cell in done or not (whole or start in (ITERATIVE, *COLD)):
+            continue
+        claim = CLAIMS / "_".join(str(word).replace(" ", "-").replace("'", "") for word in cell)
+        if not claimed(claim):
+            continue
         with released(claim):
             row = lab.run(tasks[task], share, seed, start, iterations, measure)
         append_row(CELLS, {"part": part, **row})
@@ -113,7 +116,7 @@ def cells(lab: Lab, part: str) -> Iterator[Cell]:
 def _choosing(lab: Lab) -> Iterator[Cell]:
     """Each start on tasks of the library, shortly; then the best ones as long as is told.
 
-    Among these is the best one staged, from the share before. The last round needs the first one
+    Among these is the best one of the share before, staged. The last round needs the first one
     whole: what another process still runs is waited for by calling again.
     """
     every = lab.bank
@@ -125,10 +128,9 @@ def _choosing(lab: Lab) -> Iterator[Cell]:
     if not {*first} <= {cell_of(row) for row in rows}:
         return
     whole = [row for row in rows if not row["start"].startswith(STAGED)]
-    for share in SHARES:
-        finalists = ranking(whole, lab.network, share, SHORT)[:FINAL]
-        if share != SHARES[0]:
-            finalists.append(f"{STAGED}{finalists[0]}")
+    best = {share: ranking(whole, lab.network, share, SHORT)[:FINAL] for share in SHARES}
+    for before, share in zip((None, *SHARES), SHARES, strict=False):
+        finalists = best[share] + ([f"{STAGED}{best[before][0]}"] if before else [])
         for task, start in product(tasks, finalists):
             yield ("choose", lab.network, task.name, 0, share, start, ITERATIONS[share],
                    "leep")  # fmt: skip

@@ -46,6 +46,7 @@ ITERATIVE, STAGED = "cold, iterative", "staged from "
 COLD = ("cold, one-shot", "cold, one-shot, refitted")
 GENERIC, SCORE = "generic", "score "
 NOBODY_NEAR = (*COLD, "votes of random tasks", "votes of all", "generic weights")
+NO_LIBRARY = "none"
 Row = dict[str, Any]
 
 
@@ -104,9 +105,12 @@ class Lab:
     def ask(self, task: FiveWay, share: float, seed: int, measure: str) -> Asked:
         """Return what a start for the task is made from; the task itself is not in the library.
 
-        Without a ``measure`` it is not asked who is near: all are alike.
+        Without a ``measure`` it is not asked who is near: all are alike. With NO_LIBRARY, it is
+        made from the task alone.
         """
         parent, images = self._opened(task)
+        if measure == NO_LIBRARY:
+            return Asked(task.name, parent, images, share, (), (), None, seed)
         if measure:
             own = self._sketch_by(measure, parent, images)
             similar = self._similar(own, measure, task.name)
@@ -162,11 +166,14 @@ class Lab:
             return parent, Steps(parent, images, in_steps(share, iterations), rng, parent)
         staged, start = start.startswith(STAGED), start.removeprefix(STAGED)
         first_share = SHARES[SHARES.index(share) - 1] if staged else share
-        asked = self.ask(task, first_share, seed, "" if start in NOBODY_NEAR else measure)
+        if start in NOBODY_NEAR:
+            measure = NO_LIBRARY if start in COLD else ""
+        asked = self.ask(task, first_share, seed, measure)
         first = headed(begin(asked, STARTS[start]), asked.images)
         if not staged:
             return first, lambda *_: None
-        return first, Steps(asked.parent, asked.images, {iterations // 3: share}, rng)
+        when = in_steps(share, iterations, first_share, self._effort.cuts)
+        return first, Steps(asked.parent, asked.images, when, rng)
 
     def _cut_all(
         self, name: str, parent: Parent, images: Images, iterations: int, test: Images,
@@ -176,13 +183,8 @@ class Lab:
         clock, rng = Clock(), np.random.default_rng(0)
         steps = Steps(parent, images, {}, rng, parent)
         now, before, told = parent, 1.0, []
-        cuts = self._effort.cuts
         for share in self._effort.shares:
-            steps.when = {
-                round(iterations / 2 * step / cuts): before
-                * (share / before) ** ((step + 1) / cuts)
-                for step in range(cuts)
-            }
+            steps.when = in_steps(share, iterations, before, self._effort.cuts)
             model = fine_tune(now, images, iterations, 0, clock, cut_at=steps, teacher=teacher)
             state = {key: value.numpy() for key, value in model.state_dict().items()}
             with atomic_path(self.folder / f"{name}-{share}.safetensors") as path:

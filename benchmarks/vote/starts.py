@@ -46,7 +46,8 @@ class Asked:
     """What a start is made from: the parent with the new task's head, and the library.
 
     ``earlier`` are the library's cuts to the same share, most similar task first, with their
-    ``similarities``; ``generic`` is the parent's own task, cut to that share.
+    ``similarities``; ``generic`` is the parent's own task, cut to that share. Cold starts know
+    nothing of these.
     """
 
     task: str
@@ -55,7 +56,7 @@ class Asked:
     share: float
     earlier: Sequence[Earlier]
     similarities: Sequence[float]
-    generic: Earlier
+    generic: Earlier | None
     seed: int
 
     @property
@@ -134,6 +135,7 @@ def inherited_average(asked: Asked) -> MultiTaskModel:
 
 def inherited_generic(asked: Asked) -> MultiTaskModel:
     """The parent's own task cut and recovered once, its weights included."""
+    assert asked.generic is not None
     return _as_it_was(asked.parent, asked.generic)
 
 

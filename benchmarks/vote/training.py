@@ -201,13 +201,15 @@ class Steps:
         return replace(plan, cuts=cuts)
 
 
-def in_steps(share: float, iterations: int) -> dict[int, float]:
-    """Return CUTS cuts within the first half of the iterations, shares falling geometrically.
+def in_steps(
+    share: float, iterations: int, before: float = 1.0, cuts: int = CUTS
+) -> dict[int, float]:
+    """Return cuts within the first half of the iterations, from a share to another geometrically.
 
     Molchanov et al., arXiv 1906.10771, section 3.2.
     """
-    return {round(iterations / 2 * step / CUTS): share ** ((step + 1) / CUTS)
-            for step in range(CUTS)}  # fmt: skip
+    return {round(iterations / 2 * step / cuts): before * (share / before) ** ((step + 1) / cuts)
+            for step in range(cuts)}  # fmt: skip
 
 
 def settled(model: MultiTaskModel, images: Images) -> MultiTaskModel:

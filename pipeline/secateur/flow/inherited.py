@@ -15,7 +15,7 @@ from secateur.core.plan import dropped_indices, dropped_of_parameters
 from secateur.data.loading import Subset, batches, has_labels, image_batch, spread
 from secateur.flow.allocation import RelativeLoss
 from secateur.flow.job import Job
-from secateur.flow.merged import merged_start
+from secateur.flow.merged import THE_PARENT, merged_start
 from secateur.flow.recovery import forgets_weights
 from secateur.flow.stages import compensated, refit_indices
 from secateur.flow.warm_start import Donor, Planned
@@ -42,6 +42,11 @@ class Origin:
     share: float = 0.0
     reason: str = ""
 
+    @property
+    def inherited(self) -> bool:
+        """Whether a neighbour gave weights."""
+        return self.chosen != THE_PARENT
+
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON-like data."""
         return asdict(self)
@@ -63,7 +68,7 @@ def best_start(
         return begun, None, ""
     reason = _why_not(job, planned)
     if reason:
-        return begun, Origin("parent", {}, reason=reason), ""
+        return begun, Origin(THE_PARENT, {}, reason=reason), ""
     groups, plan = planned.scored.groups, planned.plan
     donors = planned.donors[:1] if wanted == "nearest" else planned.donors
     own = {name: tensor.cpu().numpy() for name, tensor in begun.state_dict().items()}
@@ -75,7 +80,7 @@ def best_start(
     taken = copy.deepcopy(begun)
     taken.load_state_dict({name: torch.tensor(array) for name, array in result.weights.items()})
     reestimate_norms(taken, image_batch(job.train, spread(job.train, NORM_IMAGES), job.spec))
-    starts = {"parent": begun, "inherited": taken}
+    starts = {THE_PARENT: begun, "inherited": taken}
     if job.recipe.compensate is not False:
         starts["inherited and compensated"] = compensated(job, groups, plan, taken)
         starts |= _merged(job, planned, donors)
@@ -83,7 +88,7 @@ def best_start(
     losses = {name: loss(model) for name, model in starts.items()}
     chosen = min(losses, key=lambda name: losses[name])
     origin = Origin(chosen, losses, tuple(donor.id for donor in donors), result.share)
-    key = "" if chosen == "parent" else model_fingerprint(starts[chosen])
+    key = model_fingerprint(starts[chosen]) if origin.inherited else ""
     return starts[chosen], origin, key
 
 

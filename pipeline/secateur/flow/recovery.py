@@ -63,16 +63,17 @@ def check_recovery(job: Job) -> None:
 
 
 def recovered(
-    job: Job, plan: PrunePlan, model: MultiTaskModel, origin: str = ""
+    job: Job, plan: PrunePlan, model: MultiTaskModel, origin: str = "", *, inherited: bool = False
 ) -> tuple[MultiTaskModel, int]:
     """Return ``model`` trained as the recipe says, and the optimiser steps that took.
 
-    ``origin`` tells weights that the recipe and the plan do not determine from those they do.
+    ``origin`` tells weights that the recipe and the plan do not determine from those they do;
+    ``inherited``: they are a neighbour's, recovered before.
     """
     wanted = job.recipe.recover
     if wanted == "none":
         return model, 0
-    freeze = freeze_norms(job, plan, wanted)
+    freeze = freeze_norms(job, plan, wanted, inherited=inherited)
     key = (job.parent_key, asdict(plan)["cuts"], str(job.recipe.compensate),
            job.recipe.axes(), job.basis, plan.removed, freeze, job.train.fingerprint,
            wanted.model_dump(), asdict(job.spec),
@@ -126,7 +127,9 @@ def made_worse(job: Job, begun: MultiTaskModel, trained: MultiTaskModel) -> bool
     return not loss(trained) <= loss(begun)  # NaN is worse, too
 
 
-def freeze_norms(job: Job, plan: PrunePlan, wanted: RecoverSpec) -> float:
+def freeze_norms(
+    job: Job, plan: PrunePlan, wanted: RecoverSpec, *, inherited: bool = False
+) -> float:
     """Return when batch norms are frozen: as told, never unless compensation settled them."""
     if wanted.freeze_norms is not None:
         return wanted.freeze_norms
@@ -134,7 +137,7 @@ def freeze_norms(job: Job, plan: PrunePlan, wanted: RecoverSpec) -> float:
         return 1.0
     steps = wanted.steps or 0
     epochs = wanted.epochs or steps / steps_per_epoch(len(job.train), wanted.batch_size)
-    return freeze_after(epochs, plan.macs_after / plan.macs_before)
+    return freeze_after(epochs, plan.macs_after / plan.macs_before, inherited=inherited)
 
 
 def _split(job: Job, wanted: RecoverSpec) -> tuple[Reader, Reader | None]:

@@ -273,12 +273,11 @@ def begin_cut(job: Job, groups: Sequence[ChannelGroup], plan: PrunePlan) -> Mult
     return pruned if forgets_weights(job) else compensated(job, groups, plan, pruned)
 
 
-def finish_cut(job: Job, plan: PrunePlan, begun: MultiTaskModel, origin: str = "") -> Cut:
-    """Recover the cut; ``origin`` names where its weights are from, if not from the parent.
-
-    Zeros that masks hold stay, the masks go.
-    """
-    final, steps = recovered(job, plan, begun, origin)
+def finish_cut(
+    job: Job, plan: PrunePlan, begun: MultiTaskModel, origin: str = "", *, inherited: bool = False
+) -> Cut:
+    """Recover the cut; ``recovered`` says the rest. Zeros that masks hold stay, the masks go."""
+    final, steps = recovered(job, plan, begun, origin, inherited=inherited)
     worse = bool(steps) and made_worse(job, begun, final)
     begun, final = without_masks(begun), without_masks(final)
     if worse:

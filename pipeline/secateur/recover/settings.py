@@ -60,14 +60,15 @@ class TrainSettings:
         return (self.epochs or 0) * steps_per_epoch(samples, self.batch_size)
 
 
-def freeze_after(epochs: float, kept: float) -> float:
+def freeze_after(epochs: float, kept: float, *, inherited: bool = False) -> float:
     """Return after which share of a recovery to freeze norms that a refit has settled.
 
-    At once where it is short and the cut, to ``kept`` of the MACs, mild: it then never leaves the
-    function it was fitted to. Else half-way: a batch's own statistics help a network that has far
-    to go. Chosen on the validation images of NYUv2.
+    At once where it is short and the cut, to ``kept`` of the MACs, mild, or where its weights are
+    ``inherited`` from recovered ones: it then never leaves the function it was fitted to. Else
+    half-way: a batch's own statistics help a network that has far to go. Chosen on the validation
+    images of NYUv2.
     """
-    return 0.0 if epochs < SHORT and kept >= MILD else 0.5
+    return 0.0 if epochs < SHORT and (kept >= MILD or inherited) else 0.5
 
 
 @dataclass(frozen=True)

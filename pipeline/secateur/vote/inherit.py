@@ -101,13 +101,13 @@ def embed(whole: Mapping[str, Array], donor: SubNetwork) -> dict[str, Array]:
     return embedded
 
 
-def ridge_head(features: Array, targets: Array, ridge: float = 1e-2) -> tuple[Array, Array]:
+def ridge_head(features: Array, targets: Array, ridge: float = 0.3) -> tuple[Array, Array]:
     """Return the weight (K, D) and bias (K,) of a linear head in closed form.
 
     It minimises ``|features W^T + b - targets|^2 + N ridge v |W|^2`` over (N, D) features and
     (N, K) targets, with ``v`` the features' mean variance, so that ``ridge`` has no unit; the bias
-    is not shrunk. For classes give ``class_targets``; for a dense task, features and targets of
-    sampled positions.
+    is not shrunk. The default was chosen on tasks of CIFAR-100's seen classes. For classes give
+    ``class_targets``; for a dense task, features and targets of sampled positions.
 
     Raises:
         LibraryError: the arrays do not fit, or are not finite.
