@@ -137,27 +137,28 @@ def _choosing(lab: Lab) -> Iterator[Cell]:
 
 
 def _told(lab: Lab) -> Iterator[Cell]:
-    """The new tasks: every row, its best start as ``choose`` found it, by seed.
+    """The new tasks: every row, its best start as ``choose`` found it, by seed and share.
 
-    Within a seed what starts from the library comes first. Staging is told of one seed; so are
-    short cold schedules, but where seconds to equal accuracy are.
+    Staging is told of one seed; so are short cold schedules, but where seconds to equal accuracy
+    are.
     """
     rows = read_rows(CELLS)
     best = {share: ranking(rows, lab.network, share, ITERATIONS[share])[:1] for share in SHARES}
-    tasks = lab.data.new_tasks()
-    for seed, from_library in product(SEEDS, (True, False)):
-        for task, share in product(tasks, SHARES):
-            if from_library:
-                wanted = [(start, SHORT) for start in STARTS]
-                wanted += [(start, ITERATIONS[share]) for start in best[share]]
-                if seed == SEEDS[0] and share != SHARES[0]:
-                    wanted.append((f"{STAGED}generic weights", SHORT))
-            else:
-                wanted = [(ITERATIVE, LONG)]
-                if seed == SEEDS[0] or share == SECONDS_AT:
-                    wanted += [(ITERATIVE, SHORT), (ITERATIVE, MIDDLE), (COLD[0], MIDDLE)]
-            for start, iterations in dict.fromkeys(wanted):
-                yield "new", lab.network, task.name, seed, share, start, iterations, "leep"
+    short = [(ITERATIVE, SHORT), (ITERATIVE, MIDDLE), (COLD[0], MIDDLE)]
+    rounds: list[tuple[int, float, list[tuple[str, int]]]] = []
+    for seed in SEEDS:
+        for share in SHARES:
+            wanted = [(start, SHORT) for start in STARTS]
+            wanted += [(start, ITERATIONS[share]) for start in best[share]]
+            if seed == SEEDS[0] and share != SHARES[0]:
+                wanted.append((f"{STAGED}generic weights", SHORT))
+            wanted += [(ITERATIVE, LONG), *(short if share == SECONDS_AT else ())]
+            rounds.append((seed, share, wanted))
+        if seed == SEEDS[0]:
+            rounds += [(seed, share, short) for share in SHARES if share != SECONDS_AT]
+    for seed, share, wanted in rounds:
+        for (start, iterations), task in product(dict.fromkeys(wanted), lab.data.new_tasks()):
+            yield "new", lab.network, task.name, seed, share, start, iterations, "leep"
 
 
 def _measuring(lab: Lab) -> Iterator[Cell]:
