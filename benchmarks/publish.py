@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from starts_table import starts_table
+
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
 INDEX = HERE / "README.md"
@@ -392,6 +394,11 @@ def index(suites: dict[str, Any]) -> str:
         ),
         "## How many channels, and which",
         allocation_table(suites["compensation"]),
+        *(
+            ["## Starts from earlier cuts", starts_table(suites["vote_cifar"])]
+            if "vote_cifar" in suites
+            else []
+        ),
         "## Engines of cut networks",
         engines_table(suites["tensorrt"]),
         "",

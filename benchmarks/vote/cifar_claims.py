@@ -128,7 +128,8 @@ def _of_measures(rows: Sequence[Row], network: str) -> list[Row]:
             pairs = [(by[start, measure, task], by[start, measures[0], task])
                      for task in tasks if (start, measures[0], task) in by]  # fmt: skip
             mean, error = _difference(pairs)
-            found.append({"network": network, "start": f"{start}, by {measure}",
+            found.append({"network": network, "share": rows[0]["share"],
+                          "start": f"{start}, by {measure}",
                           "against": f"by {measures[0]}", "runs": len(pairs),
                           "points": round(mean, 2), "standard_error": round(error, 2)})  # fmt: skip
     return found

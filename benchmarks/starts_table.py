@@ -1,0 +1,59 @@
+"""The CIFAR suite of starts from earlier cuts, as tables of the index."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+Row = dict[str, Any]
+NAMES = {"resnet": "a ResNet-18 of a quarter of the width", "vit": "a ViT, six blocks of 96"}
+
+
+def starts_table(suite: dict[str, Any]) -> str:
+    """Return accuracy on new tasks per start and share, then what that answers, by network."""
+    told = [row for row in suite["rows"] if row.get("part") == "new"]
+    lines: list[str] = []
+    for network in sorted({row["network"] for row in told}):
+        own = [row for row in told if row["network"] == network]
+        lines += ["", f"CIFAR-100, {NAMES[network]}:", *_accuracies(own)]
+        lines += _answers([row for row in suite["rows"] if row["network"] == network])
+    lines += [
+        "",
+        "Five-way tasks of 20 classes that neither parent nor library has seen: accuracy in %,",
+        "mean ± standard deviation over tasks and seeds, and process seconds, the start's included.",
+        "Points: ahead of the other, mean over tasks ± its standard error, both in 100 iterations.",
+    ]
+    return "\n".join([*lines, ""])
+
+
+def _accuracies(rows: Sequence[Row]) -> list[str]:
+    shares = sorted({row["share"] for row in rows}, reverse=True)
+    cells = {(row["start"], row["iterations"], row["share"]): row for row in rows}
+    starts = dict.fromkeys((row["start"], row["iterations"]) for row in rows)
+    head = [f"{1 - share:.0%} removed" for share in shares]
+    lines = ["", f"| start | iterations | {' | '.join(head)} | runs |",
+             f"|---|---|{'---|' * len(head)}---|"]  # fmt: skip
+    for start, iterations in sorted(starts, key=lambda one: (one[1], one[0])):
+        found = [cells.get((start, iterations, share)) for share in shares]
+        values = [f"{row['accuracy_mean']:.1f} ± {row['accuracy_std']:.1f}, "
+                  f"{row['seconds_mean']:.0f} s" if row else "" for row in found]  # fmt: skip
+        counts = dict.fromkeys(str(row["runs"]) for row in found if row)
+        lines.append(f"| {start} | {iterations} | {' | '.join(values)} | {', '.join(counts)} |")
+    return lines
+
+
+def _answers(rows: Sequence[Row]) -> list[str]:
+    """Return who is ahead of whom, a column per share."""
+    asked = [row for row in rows if "points" in row]
+    shares = sorted({row["share"] for row in asked}, reverse=True)
+    cells = {(row["start"], row["against"], row["share"]): row for row in asked}
+    head = [f"{1 - share:.0%} removed" for share in shares]
+    lines = ["", f"| points ahead | of | {' | '.join(head)} |", f"|---|---|{'---|' * len(head)}"]
+    for start, against in dict.fromkeys((row["start"], row["against"]) for row in asked):
+        values = [_points(cells.get((start, against, share))) for share in shares]
+        lines.append(f"| {start} | {against} | {' | '.join(values)} |")
+    return lines
+
+
+def _points(row: Row | None) -> str:
+    return f"{row['points']:+.1f} ± {row['standard_error']:.1f}" if row else ""
