@@ -20,7 +20,7 @@ def starts_table(suite: dict[str, Any]) -> str:
     lines += [
         "",
         "Five-way tasks of 20 classes that neither parent nor library has seen: accuracy in %,",
-        "mean ± standard deviation over tasks and seeds, and process seconds, the start's included.",
+        "mean ± standard deviation over tasks and seeds, and process seconds, the start included.",
         "Points: ahead of the other, mean over tasks ± its standard error, both in 100 iterations.",
     ]
     return "\n".join([*lines, ""])
