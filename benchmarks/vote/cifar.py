@@ -137,10 +137,10 @@ def _choosing(lab: Lab) -> Iterator[Cell]:
 
 
 def _told(lab: Lab) -> Iterator[Cell]:
-    """The new tasks: every row, its best start as ``choose`` found it, by seed and share.
+    """The new tasks, by seed: first what the targets are of, then every other start.
 
-    Staging is told of one seed; so are short cold schedules, but where seconds to equal accuracy
-    are.
+    The best starts are those that ``choose`` found. Staging is told of one seed; so are short cold
+    schedules, but where seconds to equal accuracy are.
     """
     rows = read_rows(CELLS)
     best = {share: ranking(rows, lab.network, share, ITERATIONS[share])[:1] for share in SHARES}
@@ -148,17 +148,19 @@ def _told(lab: Lab) -> Iterator[Cell]:
     rounds: list[tuple[int, float, list[tuple[str, int]]]] = []
     for seed in SEEDS:
         for share in SHARES:
-            wanted = [(start, SHORT) for start in STARTS]
-            wanted += [(start, ITERATIONS[share]) for start in best[share]]
+            rounds.append((seed, share, [*((start, ITERATIONS[share]) for start in best[share]),
+                                         (ITERATIVE, LONG)]))  # fmt: skip
+        rounds.append((seed, SECONDS_AT, short))
+        for share in SHARES:
+            rounds.append((seed, share, [(start, SHORT) for start in STARTS]))
             if seed == SEEDS[0] and share != SHARES[0]:
-                wanted.append((f"{STAGED}generic weights", SHORT))
-            wanted += [(ITERATIVE, LONG), *(short if share == SECONDS_AT else ())]
-            rounds.append((seed, share, wanted))
+                rounds.append((seed, share, [(f"{STAGED}generic weights", SHORT)]))
         if seed == SEEDS[0]:
             rounds += [(seed, share, short) for share in SHARES if share != SECONDS_AT]
-    for seed, share, wanted in rounds:
-        for (start, iterations), task in product(dict.fromkeys(wanted), lab.data.new_tasks()):
-            yield "new", lab.network, task.name, seed, share, start, iterations, "leep"
+    told = ((seed, task.name, share, start, iterations) for seed, share, wanted in rounds
+            for start, iterations in wanted for task in lab.data.new_tasks())  # fmt: skip
+    for seed, name, share, start, iterations in dict.fromkeys(told):
+        yield "new", lab.network, name, seed, share, start, iterations, "leep"
 
 
 def _measuring(lab: Lab) -> Iterator[Cell]:
