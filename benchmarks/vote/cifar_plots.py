@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ def draw_curves(rows: Sequence[Row], path: Path) -> None:
     networks = sorted({row["network"] for row in told})
     if not networks:
         return
+    palette, starts = mpl.colormaps["tab20"], dict.fromkeys(row["start"] for row in told)
+    colours = {start: palette(number) for number, start in enumerate(starts)}  # alike everywhere
     height = 2 * len(networks)
     figure, panels = pyplot.subplots(height, len(TARGETS), figsize=(20, 4.5 * height), sharey="row")
     for place, network in enumerate(networks):
@@ -32,7 +34,7 @@ def draw_curves(rows: Sequence[Row], path: Path) -> None:
             best = ranking(rows, network, share, ITERATIONS[share])[:1]
             for row, (column, unit) in enumerate(((0, "iterations"), (1, "process seconds"))):
                 panel = panels[2 * place + row][number]
-                _draw(panel, own, best, column)
+                _draw(panel, own, best, column, colours)
                 panel.set_xlabel(unit)
                 panel.set_title(f"{network}, {1 - share:.0%} of the MACs removed")
                 panel.grid(alpha=0.3)
@@ -44,7 +46,9 @@ def draw_curves(rows: Sequence[Row], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _draw(panel: Any, rows: Sequence[Row], best: Sequence[str], column: int) -> None:
+def _draw(
+    panel: Any, rows: Sequence[Row], best: Sequence[str], column: int, colours: Mapping[str, Any]
+) -> None:
     """Draw cold schedules of each length by how they end, and every other start on its way."""
     for start in dict.fromkeys(row["start"] for row in rows):
         own = [row for row in rows if row["start"] == start]
@@ -52,7 +56,7 @@ def _draw(panel: Any, rows: Sequence[Row], best: Sequence[str], column: int) -> 
         points = _ends(own) if start == COLD else _way([r for r in own if r["iterations"] == most])
         bold = 3.0 if start in best or start == COLD else 1.0
         panel.errorbar(points[:, column], points[:, 2], yerr=points[:, 3], label=start, marker="o",
-                       markersize=3, capsize=2, linewidth=bold)  # fmt: skip
+                       markersize=3, capsize=2, linewidth=bold, color=colours[start])  # fmt: skip
     panel.set_xscale("symlog", linthresh=10 if column == 0 else 1)
 
 
