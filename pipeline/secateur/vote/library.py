@@ -268,16 +268,29 @@ def collect_garbage(library: Library, *, older_than_s: float = GARBAGE_AGE_S) ->
             removed.append(path.name)
             freed += facts.st_size
         missing = tuple(pair for pair in named if not library.blob(pair[1]).is_file())
-    bad = {digest for _, digest in named if _altered(library.blob(digest), digest)}
+    bad = {digest for digest in {digest for _, digest in named} if _altered(library, digest)}
     altered = tuple(pair for pair in named if pair[1] in bad)
     return Garbage(tuple(removed), freed, missing, altered)
 
 
-def _altered(path: Path, digest: str) -> bool:
+def _altered(library: Library, digest: str) -> bool:
+    """Say whether a blob is there and other than it was written.
+
+    Raises:
+        LibraryError: it cannot be read.
+    """
+    path = library.blob(digest)
     try:
         return digest_of(path.read_bytes()) != digest
-    except FileNotFoundError:  # told as missing, or its entry is removed by now
+    except (
+        FileNotFoundError,
+        IsADirectoryError,
+    ):  # told as missing, or its entry is removed by now
         return False
+    except OSError as error:
+        raise LibraryError(
+            f"cannot read {path}: {error.strerror}", hint="make the file readable again"
+        ) from error
 
 
 def write_blob(library: Library, data: bytes) -> str:
