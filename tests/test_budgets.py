@@ -22,7 +22,7 @@ from secateur.core.plan import PrunePlan
 from secateur.devices.host import host_facts
 from secateur.devices.latency_table import LatencyTable, Point, Run, save_table
 from secateur.devices.target import Target, load_target
-from secateur.flow import budgets, stages, verify
+from secateur.flow import budgets, planning, verify
 from secateur.flow.cache import StageCache
 from secateur.flow.job import Job, open_job
 from secateur.flow.recipe import load_recipe
@@ -143,7 +143,7 @@ def test_plans_within_other_budgets_are_judged_unless_told_not_to(
         seen.extend(plans)
         return plans[0]
 
-    monkeypatch.setattr(stages, "best_judged", choose)
+    monkeypatch.setattr(planning, "best_judged", choose)
     planned = budgets.plan_within(job, X86)
     assert planned.plan.solver == "exact" and len(seen) == judged
     assert planned.budgets["params"].planned <= 0.6
@@ -184,7 +184,7 @@ def test_a_floor_that_narrow_budgets_leave_room_under_is_chosen_by_latency(
     save_table(tmp_path / "table.json", table)
     floors = {}
     for share in (0.9, 0.45):
-        prune = {"budget": {"latency_ms": share * full}, "grid": 1, "images": 16}
+        prune = {"budget": {"latency_ms": share * full}, "grid": 1, "images": 16, "rescore": False}
         spec = type(job.recipe.prune).model_validate(prune)
         asked = replace(job, recipe=job.recipe.model_copy(update={"prune": spec}))
         planned = budgets.plan_within(asked, X86, table_file=tmp_path / "table.json")
@@ -300,7 +300,7 @@ def test_a_budget_is_a_finite_number(tmp_path, monkeypatch, capsys, budget: str)
 
 def test_a_model_that_nothing_can_be_cut_of_is_told(tmp_path, monkeypatch, capsys) -> None:
     job_with(tmp_path, monkeypatch)
-    monkeypatch.setattr("secateur.flow.stages.find_groups", lambda model, example: ())
+    monkeypatch.setattr("secateur.flow.planning.find_groups", lambda model, example: ())
     code, said = plan(capsys, tmp_path)
     assert code == 2 and "no channel of this model can go" in said
 

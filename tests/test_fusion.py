@@ -10,7 +10,7 @@ from cli_run import make_project
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from secateur.core.errors import RecipeError
-from secateur.flow import stages
+from secateur.flow import channel_scores, planning
 from secateur.flow.cache import StageCache
 from secateur.flow.job import open_job
 from secateur.flow.recipe import load_recipe
@@ -187,22 +187,22 @@ def test_every_rule_plans_from_one_bank_without_another_pass(
         scored.append([task.name for task in tasks])
         return score_tasks(model, groups, tasks, *rest)
 
-    score_tasks = stages.score_tasks
-    monkeypatch.setattr(stages, "score_tasks", counted)
+    score_tasks = channel_scores.score_tasks
+    monkeypatch.setattr(channel_scores, "score_tasks", counted)
     plans = {}
     for rule in RULES:
-        prune = recipe.prune.model_copy(update={"fusion": rule})
+        prune = recipe.prune.model_copy(update={"fusion": rule, "rescore": False})
         job = open_job(recipe.model_copy(update={"prune": prune}), StageCache(tmp_path / "cache"))
-        _, plans[rule] = stages.make_plan(job, 4)
+        _, plans[rule] = planning.make_plan(job, 4)
     assert scored == [["segmentation", "depth"]]  # together, and once
     assert all(0 < plan.macs_after <= plan.budget_macs for plan in plans.values())
     assert plans["cut"].cuts == plans["mean"].cuts
     assert max(plans["guarded"].lost.values()) <= max(plans["mean"].lost.values())
-    assert len({plan.cuts for plan in plans.values()}) >= len(plans) - 2
-    stages.score_bank(job, ["segmentation", "depth", "room"])
+    assert len({plan.cuts for plan in plans.values()}) > len(plans) / 2  # they decide differently
+    channel_scores.score_bank(job, ["segmentation", "depth", "room"])
     assert scored[1:] == [["room"]]  # only what the bank lacks
     with pytest.raises(RecipeError, match="not a fusion rule"):
         prune = recipe.prune.model_copy(update={"fusion": "cutt", "criterion": "random:5"})
         job = open_job(recipe.model_copy(update={"prune": prune}), StageCache(tmp_path / "cache"))
-        stages.make_plan(job, 4)
+        planning.make_plan(job, 4)
     assert len(scored) == 2  # told before any scoring

@@ -21,9 +21,10 @@ from secateur.data.sample import Reader, Sample
 from secateur.data.transforms import Augment
 from secateur.flow.cache import StageCache
 from secateur.flow.job import Job, open_job
+from secateur.flow.planning import make_plan
 from secateur.flow.recipe import parse_recipe
 from secateur.flow.recovery import check_recovery, freeze_norms
-from secateur.flow.stages import make_cut, make_plan
+from secateur.flow.stages import make_cut
 from secateur.recover import TrainSettings, freeze_after, reinitialised, train
 from secateur.recover.balance import (
     BALANCES,

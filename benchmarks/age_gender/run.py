@@ -30,7 +30,7 @@ from secateur.core.progress import shown
 from secateur.core.task import Task
 from secateur.data.loading import InMemory, batches, image_batch, open_reader, spread
 from secateur.data.sample import Reader
-from secateur.flow.stages import scores_for
+from secateur.flow.channel_scores import scores_for
 from secateur.fusion.scores import fuse
 from secateur.importance.bank import score_tasks
 from secateur.importance.criterion import Scores

@@ -25,7 +25,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from fusion.bench import GRID, PARENT, Bench, Scores
-from fusion.ours import CUT, REFIT_IMAGES, fused_scores, ranked_plan
+from fusion.ours import CUT, REFIT_IMAGES, budget_of, fused_scores, ranked_plan
 from fusion.rivals import RIVALS
 from fusion.run import Cell, freeze_norms, measure, recover
 from secateur.bench.estimate import table_estimate
@@ -44,8 +44,8 @@ from secateur.devices.operators import Operators
 from secateur.devices.target import load_target
 from secateur.flow.allocation import judge_of
 from secateur.flow.blocks import Outline, best_removal
+from secateur.flow.channel_scores import scores_for
 from secateur.flow.latency import latency_limit, narrowed
-from secateur.flow.stages import scores_for
 from secateur.lower import export_onnx
 from secateur.lower.operators import list_operators, placed_as
 from secateur.prune import (
@@ -161,7 +161,7 @@ class Race:
             groups = outline.groups
             plan = outline.at(scores, how["counts"])
         else:
-            plan = ranked_plan(self.turned, scores, how["keep"], "balanced")
+            plan = ranked_plan(self.turned, scores, budget_of(self.turned, how["keep"], "balanced"))
         pruned = apply_plan(parent, groups, plan)
         if not refitted:
             return pruned

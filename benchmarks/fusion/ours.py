@@ -13,12 +13,13 @@ import numpy as np
 from fusion.bench import GRID, Bench, Scores
 from secateur.compensate import refit
 from secateur.core.model import MultiTaskModel
-from secateur.core.plan import PrunePlan
+from secateur.core.plan import PrunePlan, groups_after
 from secateur.fusion.scores import NEEDS_AGREEMENT, fuse
 from secateur.importance.agreement import agreement
 from secateur.importance.bank import load_scores, save_scores, score_tasks, task_data
 from secateur.prune import plan_prune
-from secateur.prune.plan import default_budget
+from secateur.prune.halfway import HALF, balanced_whole, plan_halfway, scores_of_whole
+from secateur.prune.plan import Budget, default_budget
 
 SCORING_IMAGES = 128
 REFIT_IMAGES = 256
@@ -31,8 +32,8 @@ class Recipe:
 
     With ``axes`` the parent is first rewritten in balanced axes. Without ``labels`` importance is
     read from targets sampled from the parent's outputs, and the search is judged by the distance
-    to them. ``freeze_norms``: see ``TrainSettings``; by
-    default as recipes choose.
+    to them. With ``rescore`` channels are scored again after half of the cut. ``freeze_norms``: see
+    ``TrainSettings``; by default as recipes choose.
     """
 
     criterion: str = "taylor"
@@ -41,6 +42,7 @@ class Recipe:
     refit: bool = True
     labels: bool = True
     axes: bool = True
+    rescore: bool = False
     freeze_norms: float | None = None
 
     def bench(self, bench: Bench) -> Bench:
@@ -58,17 +60,42 @@ class Recipe:
     def plan(self, bench: Bench, share: float, seed: int) -> PrunePlan:
         """Decide the cut of what ``bench`` gave (see above)."""
         fused = fused_scores(bench, self.criterion, self.rule, share, seed, labels=self.labels)
-        if self.allocation == "search":
-            from fusion.allocation import searched_plan
+        budget = budget_of(bench, share, self.allocation)
+        if self.rescore:
+            fused, budget = self._rescored(bench, fused, budget, share, seed)
+        if self.allocation != "search":
+            return ranked_plan(bench, fused, budget)
+        from fusion.allocation import searched_plan
 
-            return searched_plan(bench, fused, share, seed, labels=self.labels)
-        return ranked_plan(bench, fused, share, self.allocation)
+        kind = f"search{'' if self.labels else '-label-free'}{'-rescored' * self.rescore}"
+        return searched_plan(bench, fused, budget, seed, kind, labels=self.labels)
+
+    def _rescored(
+        self, bench: Bench, fused: Scores, budget: Budget, share: float, seed: int
+    ) -> tuple[Scores, Budget]:
+        """Return the scores after half of the cut, and the budget to rank them in."""
+        first, both = plan_halfway(bench.groups, bench.cost, fused, budget, share)
+        draft = refit(bench.parent, bench.apply(first), bench.groups, first,
+                      bench.images(REFIT_IMAGES, seed))  # fmt: skip
+        stream = partial(bench.stream, SCORING_IMAGES, seed, BATCH, labels=self.labels)
+        made = score_tasks(
+            draft, groups_after(bench.groups, first), bench.parent.tasks, self.criterion, stream,
+            SCORING_IMAGES // BATCH,
+        )  # fmt: skip
+        whole = {task: scores_of_whole(bench.groups, first, own) for task, own in made.items()}
+        again = fuse(whole, dict.fromkeys(whole, 1.0), self.rule, keep_share=share ** (HALF / 2))
+        return balanced_whole(first, again, budget.balance), both
 
 
-def ranked_plan(bench: Bench, fused: Scores, share: float, allocation: str) -> PrunePlan:
+def budget_of(bench: Bench, share: float, allocation: str) -> Budget:
+    """Return the budget of a ranking: balanced by group, or of all channels together."""
+    if allocation == "search":
+        return Budget(share, GRID)
     budget = default_budget(bench.groups, bench.cost, share, GRID)
-    if allocation == "global":
-        budget = replace(budget, floor=0.0, balance=0.0)
+    return replace(budget, floor=0.0, balance=0.0) if allocation == "global" else budget
+
+
+def ranked_plan(bench: Bench, fused: Scores, budget: Budget) -> PrunePlan:
     return plan_prune(bench.groups, bench.cost, fused, {}, budget, criterion="-", fusion="-")
 
 
@@ -78,7 +105,7 @@ def fused_scores(
     """Return the fused scores; for ``guarded`` by what a balanced cut to ``share`` removes."""
 
     def removed(trial: Scores) -> dict[str, np.ndarray]:
-        plan = ranked_plan(bench, trial, share, "balanced")
+        plan = ranked_plan(bench, trial, budget_of(bench, share, "balanced"))
         gone = {cut.name: np.ones(cut.width, bool) for cut in plan.cuts}
         for cut in plan.cuts:
             gone[cut.name][list(cut.kept)] = False
@@ -128,9 +155,10 @@ def _path(bench: Bench, what: str, seed: int) -> Path:
 
 
 RULES = ("mean", "max", "unanimous", "vote", "rank_mean", "cosine", "cosine_magnitude", "guarded")
-CUT = Recipe()
+CUT = Recipe()  # without what is told by itself: a second scoring
 OURS: dict[str, Recipe] = {
-    "cut": CUT,
+    "cut": replace(CUT, rescore=True),
+    "cut, scored once": CUT,
     "cut, original axes": replace(CUT, axes=False),
     "cut, frozen norms": replace(CUT, freeze_norms=0.0),
     "cut, trained norms": replace(CUT, freeze_norms=1.0),

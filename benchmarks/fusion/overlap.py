@@ -21,7 +21,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from fusion.bench import PARENT, Bench
-from fusion.ours import ranked_plan, task_scores
+from fusion.ours import budget_of, ranked_plan, task_scores
 from secateur.core.channels import ChannelGroup
 from secateur.core.progress import shown
 from secateur.fusion.scores import fuse
@@ -54,7 +54,8 @@ def overlaps(bench: Bench, seed: int) -> list[dict[str, Any]]:
     """Return one row per shared group that is cut, in order of depth."""
     bank = task_scores(bench, "taylor", seed)
     together = fuse(bank, dict.fromkeys(bank, 1.0), "mean")
-    counts = [len(cut.kept) for cut in ranked_plan(bench, together, SHARE, "balanced").cuts]
+    budget = budget_of(bench, SHARE, "balanced")
+    counts = [len(cut.kept) for cut in ranked_plan(bench, together, budget).cuts]
     kept = {
         task: plan_widths(
             bench.groups, bench.cost, scores, counts, Budget(SHARE), per_task={},

@@ -37,8 +37,9 @@ from secateur.devices.target import load_target
 from secateur.flow.cache import StageCache
 from secateur.flow.job import Job, open_job
 from secateur.flow.lowering import Lowering
+from secateur.flow.planning import make_plan
 from secateur.flow.recipe import parse_recipe
-from secateur.flow.stages import Cut, begin_cut, change, finish_cut, make_plan, session_accuracy
+from secateur.flow.stages import Cut, begin_cut, change, finish_cut, session_accuracy
 from secateur.lower.quant.calibrators import CALIBRATORS
 from secateur.runtimes.base import runtime_of
 from suite import RESULTS, Show, append_row, exit_status, read_rows, write_suite

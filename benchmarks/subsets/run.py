@@ -29,7 +29,7 @@ from secateur.compensate import refit
 from secateur.core.channels import ChannelGroup
 from secateur.core.model import MultiTaskModel
 from secateur.core.progress import shown
-from secateur.flow.stages import scores_for
+from secateur.flow.channel_scores import scores_for
 from secateur.fusion.scores import fuse
 from secateur.metrics.delta import delta
 from secateur.metrics.kind import kind_of

@@ -140,8 +140,8 @@ def _choosing(lab: Lab) -> Iterator[Cell]:
 def _told(lab: Lab) -> Iterator[Cell]:
     """The new tasks, by seed: first what the targets are of, then every other start.
 
-    The best starts are those that ``choose`` found. Staging is told of one seed; so are short cold
-    schedules, but where seconds to equal accuracy are.
+    The best starts are those that ``choose`` found. Staging is told of one seed; so are, at the
+    end, short cold schedules, but where seconds to equal accuracy are.
     """
     rows = read_rows(CELLS)
     best = {share: ranking(rows, lab.network, share, ITERATIONS[share])[:1] for share in SHARES}
@@ -156,8 +156,7 @@ def _told(lab: Lab) -> Iterator[Cell]:
             rounds.append((seed, share, [(start, SHORT) for start in STARTS]))
             if seed == SEEDS[0] and share != SHARES[0]:
                 rounds.append((seed, share, [(f"{STAGED}generic weights", SHORT)]))
-        if seed == SEEDS[0]:
-            rounds += [(seed, share, short) for share in SHARES if share != SECONDS_AT]
+    rounds += [(SEEDS[0], share, short) for share in SHARES if share != SECONDS_AT]
     told = ((seed, task.name, share, start, iterations) for seed, share, wanted in rounds
             for start, iterations in wanted for task in lab.data.new_tasks())  # fmt: skip
     for seed, name, share, start, iterations in dict.fromkeys(told):

@@ -145,9 +145,9 @@ def score(recipe: RecipeArgument, cache: CacheOption = None, as_json: JsonOption
     """
     from secateur.flow.axes import turn_axes
     from secateur.flow.cache import StageCache
+    from secateur.flow.channel_scores import score_bank
     from secateur.flow.job import open_job
     from secateur.flow.recipe import load_recipe
-    from secateur.flow.stages import score_bank
 
     with shown(quiet=as_json):
         job = turn_axes(open_job(load_recipe(recipe), StageCache(cache)))

@@ -35,8 +35,8 @@ from secateur.prune.macs import MacsModel
 from secateur.prune.plan import Budget
 from secateur.prune.search import search_counts
 
-# (floor, balance) of the rankings that the search starts from
-STARTS = ((0.3, 0.65), (0.2, 0.8), (0.1, 0.9), (0.1, 0.5))
+# (floor, balance beyond the budget's) of the rankings that the search starts from
+STARTS = ((0.3, 0.0), (0.2, 0.15), (0.1, 0.25), (0.1, -0.15))
 # Powers of the exact planner's sums: a plain one suits rotated streams of transformers best, a
 # sharp one convolutions (benchmarks/budget/objective.py).
 SUMS = (1.0, 8.0)
@@ -108,25 +108,26 @@ def _starts(
     No group keeps less than the share ``least`` in them.
     """
     limit = macs_limit(cost, int(budget.macs * cost.macs([group.width for group in groups])))
-    ways = dict.fromkeys((max(floor, least), balance) for floor, balance in STARTS)
-    if least < STARTS[-1][0]:
-        ways[least, STARTS[-1][1]] = None
+    starts = [(floor, min(max(budget.balance + more, 0.0), 1.0)) for floor, more in STARTS]
+    ways = dict.fromkeys((max(floor, least), balance) for floor, balance in starts)
+    if least < starts[-1][0]:
+        ways[least, starts[-1][1]] = None
     ranked = [replace(budget, floor=floor, balance=balance) for floor, balance in ways]
     held = max(budget.floor, least)
     summed = [replace(budget, floor=held, sharpness=power) for power in SUMS]
-    starts: list[list[int]] = []
+    found: list[list[int]] = []
     for way, limits in [*((way, ()) for way in ranked), *((way, (limit,)) for way in summed)]:
         try:
             plan = plan_prune(groups, cost, fused, {}, way, criterion="-", fusion="-",
                               limits=limits)  # fmt: skip
         except PlanError:
-            if way is ranked[-1] and not starts:  # the lowest floor: no ranking fits
+            if way is ranked[-1] and not found:  # the lowest floor: no ranking fits
                 raise
             continue
         counts = [len(cut.kept) for cut in plan.cuts]
-        if counts not in starts:
-            starts.append(counts)
-    return starts
+        if counts not in found:
+            found.append(counts)
+    return found
 
 
 def searched_plan(

@@ -16,8 +16,8 @@ from secateur.core.files import value_digest
 from secateur.core.model import MultiTaskModel
 from secateur.core.task import Task
 from secateur.data.loading import image_batch, spread
+from secateur.flow.channel_scores import score_key, score_stream
 from secateur.flow.job import Job
-from secateur.flow.stages import score_key, score_stream
 from secateur.fusion.directions import fuse_gradients
 from secateur.importance.bank import Stream, load_scores, save_scores, task_data
 from secateur.importance.directions import measure_directions

@@ -115,7 +115,12 @@ def _tables(job: Job, target: Target, table_file: Path | None) -> Tables:
 
 
 def _outlined(job: Job, target: Target, tables: Tables) -> Outline:
-    """Return the plan for what the job leaves of its model, and how far that is from fitting."""
+    """Return the plan for what the job leaves of its model, and how far that is from fitting.
+
+    Its channels are scored once: many such plans are made, and each is judged.
+    """
+    prune = job.recipe.prune.model_copy(update={"rescore": False})
+    job = replace(job, recipe=job.recipe.model_copy(update={"prune": prune}))
     basis = basis_of(job, target)
     limits = [limit for own in limits_of(job, target, basis, tables).values() for limit in own]
     over = max(limit.total(basis.full) / limit.most for limit in limits)

@@ -98,6 +98,7 @@ class PruneSpec(_Strict):
     floor: float | None = Field(default=None, ge=0, lt=1)
     balance: float = Field(default=0.65, ge=0, le=1)
     images: int = Field(default=128, ge=1)
+    rescore: bool = True
     axes: Literal["balanced", "original"] | None = None
     blocks: bool = False
     search: SearchSpec | Literal[False] | None = None

@@ -14,8 +14,8 @@ from secateur.core.model import MultiTaskModel, evaluating
 from secateur.core.task import Task
 from secateur.data.loading import Batch, Subset, batches, has_labels, spread
 from secateur.data.transforms import DENSE
+from secateur.flow.channel_scores import score_bank, score_key
 from secateur.flow.job import Job
-from secateur.flow.stages import score_bank, score_key
 from secateur.importance.bank import load_scores, save_scores
 from secateur.metrics.kind import resized
 from secateur.prune.groups import output_layers

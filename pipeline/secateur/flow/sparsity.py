@@ -18,10 +18,11 @@ from secateur.core.files import atomic_path, value_digest, write_json
 from secateur.core.model import MultiTaskModel
 from secateur.core.plan import PrunePlan
 from secateur.devices.target import Target
+from secateur.flow.channel_scores import score_stream
 from secateur.flow.inherited import best_start
 from secateur.flow.job import Job
 from secateur.flow.scoring import meaning
-from secateur.flow.stages import begin_cut, refit_images, score_stream
+from secateur.flow.stages import begin_cut, refit_images
 from secateur.flow.warm_start import Planned
 from secateur.fusion.scores import NEEDS_AGREEMENT, fuse
 from secateur.importance.bank import task_data

@@ -19,9 +19,10 @@ from secateur.core.channels import ChannelGroup
 from secateur.core.errors import SecateurError
 from secateur.core.plan import PrunePlan, dropped_indices, dropped_of_parameters
 from secateur.flow.axes import votable
+from secateur.flow.channel_scores import scores_for
 from secateur.flow.job import Job
+from secateur.flow.planning import Scored, plan_scored, score_channels
 from secateur.flow.sketches import sketch_tasks
-from secateur.flow.stages import Scored, plan_scored, score_channels, scores_for
 from secateur.prune import find_groups
 from secateur.tasks import select_tasks
 from secateur.vote.ballot import (

@@ -83,7 +83,8 @@ def plan_prune(
         PlanError: the budget is below what the grid and the floor allow.
     """
     full = cost.macs([group.width for group in groups])
-    scores = [_balanced(fused[group.name], budget.balance) for group in groups]
+    raw = [fused[group.name] for group in groups]
+    scores = [own * balancing(own, budget.balance) for own in raw]
     grids = [group.step(budget.grid) for group in groups]
     within = limits or [macs_limit(cost, int(budget.macs * full))]
     if limits or floors:
@@ -142,14 +143,14 @@ def plan_widths(
     )
 
 
-def _balanced(scores: NDArray[np.float64], balance: float) -> NDArray[np.float64]:
-    """Divide a group's scores by their mean to the power ``balance``.
+def balancing(scores: NDArray[np.float64], balance: float) -> float:
+    """Return what to multiply a group's scores by: 1 over their mean to the power ``balance``.
 
     First-order scores of deep, wide groups are small per channel although losing many of them at
     once is not; a purely global ranking starves those groups.
     """
     mean = float(scores.mean())
-    return scores / mean**balance if mean > 0 else scores
+    return 1 / mean**balance if mean > 0 else 1.0
 
 
 def _sharpened(
