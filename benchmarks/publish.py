@@ -142,7 +142,9 @@ TREATMENTS = {
     ("balanced", "refit"): "refitted",
     ("balanced", "axes and refit"): "axes rewritten, refitted",
     ("balanced", "axes and refit, no labels"): "... without any label",
+    ("balanced", "axes and refit, scored again"): "... scored again after half of the cut",
     ("search", "axes and refit"): "... and widths searched",
+    ("search", "axes and refit, scored again"): "... both",
 }
 
 

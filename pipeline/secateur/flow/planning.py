@@ -89,7 +89,7 @@ def score_channels(job: Job, grid: int) -> Scored:
               for name, scores in bank.items()}  # fmt: skip
     empty = Scored(groups, cost, budget, per_task, {}, totals)
     scored = replace(empty, fused=_fused(job, empty, per_task, agree, job.kept_share))
-    return _rescored(job, scored) if wanted.rescore else scored
+    return _rescored(job, scored) if wanted.rescore and job.kept_share < 1 else scored
 
 
 def _fused(
