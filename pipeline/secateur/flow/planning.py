@@ -44,7 +44,8 @@ class Scored:
     """What a cut is planned from, by ``groups`` of the job's outline.
 
     ``per_task`` and ``fused`` are (width,) scores per group; ``totals`` is per task the sum of its
-    scores over the whole parent.
+    scores over the whole parent. Where ``fused`` was read after half of the cut, it is balanced
+    between groups already, and ``budget`` does not balance it again.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -56,7 +57,7 @@ class Scored:
 
 
 def make_plan(job: Job, grid: int) -> tuple[tuple[ChannelGroup, ...], PrunePlan]:
-    """Score, fuse and plan the cut of the selected model; touches no weight."""
+    """Score, fuse and plan the cut of the selected model, which stays as it is."""
     scored = score_channels(job, grid)
     return scored.groups, plan_scored(job, scored)
 
