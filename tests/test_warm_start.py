@@ -18,7 +18,7 @@ from secateur.flow.cache import StageCache
 from secateur.flow.entry import _share_of_macs
 from secateur.flow.inherited import best_start
 from secateur.flow.job import Job, open_job
-from secateur.flow.merged import merged_start
+from secateur.flow.merged import merged_network
 from secateur.flow.recipe import parse_recipe
 from secateur.flow.sketches import sketch_tasks
 from secateur.flow.stages import begin_cut
@@ -298,19 +298,41 @@ def test_the_same_recipe_for_another_device_hears_what_the_first_one_cut(
 def test_tasks_that_no_neighbour_has_are_merged_from_the_parent(project: Path, first) -> None:
     """The room alone was cut: for both tasks its network is merged with the parent's for depth."""
     job, made = planned(project, asking(library=copied(project, "merged", first)))
-    merged = merged_start(job, made, made.donors)
+    merged = merged_network(job, made.donors)
     assert merged is not None and [donor.tasks for donor in made.donors] == [("room",)]
+    shapes = [tensor.shape for tensor in job.selected.parameters()]
+    assert [tensor.shape for tensor in merged.parameters()] == shapes
     begun = begin_cut(job, made.scored.groups, made.plan)
-    assert [t.shape for t in merged.parameters()] == [t.shape for t in begun.parameters()]
     _, origin, _ = best_start(job, made, begun)
     assert origin and origin.losses.keys() == STARTS
     assert origin.chosen == min(origin.losses, key=lambda name: origin.losses[name])
 
 
+def test_channels_are_scored_where_their_merged_weights_are(project: Path, first: Entry) -> None:
+    _, made = planned(project, asking(library=copied(project, "where", first)))
+    assert made.merged is not None and made.vote and made.vote.of_merged
+    _, own = planned(project, asking(library=copied(project, "where", first), inherit="none"))
+    assert own.merged is None and own.vote and not own.vote.of_merged
+    differs = [not np.allclose(made.scored.fused[name], own.scored.fused[name])
+               for name in own.scored.fused]  # fmt: skip
+    assert any(differs)
+
+
+def test_a_merged_network_worse_than_the_parents_cut_is_not_planned_from(
+    project: Path, first: Entry
+) -> None:
+    worse = {name: -3 * array if array.ndim > 1 else array for name, array in first.weights.items()}
+    line = copied(project, "worse", replace(stranger(first), weights=worse))
+    job, made = planned(project, asking(library=line))
+    assert made.donors and made.merged is None and made.vote and not made.vote.of_merged
+    _, origin, _ = best_start(job, made, begin_cut(job, made.scored.groups, made.plan))
+    assert origin and origin.losses.keys() == STARTS - {"merged"}
+
+
 def test_nothing_is_merged_where_no_neighbour_has_a_kept_task(project: Path, first) -> None:
     job, made = planned(project, asking(library=copied(project, "other", first)))
     others = [replace(donor, tasks=("another",)) for donor in made.donors]
-    assert merged_start(job, made, others) is None
+    assert merged_network(job, others) is None
 
 
 def test_weights_come_from_the_parent_where_the_recipe_says_so(project: Path, first) -> None:

@@ -272,6 +272,8 @@ def _print_vote(vote: Vote, console: Console) -> None:
         console.print(table)
         for each in vote.voters:
             console.print(f"{each.id[:8]}: {each.why}", markup=False, soft_wrap=True)
-        console.print(f"IoU of what is kept with own scores' choice: {vote.iou_of_all:.3f}")
+        if vote.of_merged:
+            console.print("own scores: of the voters' networks, merged into one")
+        console.print(f"IoU of what is kept with the parent's scores' choice: {vote.iou_of_all:.3f}")
     for why, count in vote.refused.items():
         console.print(f"{count} refused: {why}", markup=False, soft_wrap=True)

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from secateur.core.errors import ModelError
 from secateur.core.model import MultiTaskModel, model_fingerprint
 from secateur.core.plan import dropped_indices, dropped_of_parameters
-from secateur.data.loading import Subset, batches, has_labels, image_batch, spread
-from secateur.flow.allocation import RelativeLoss
+from secateur.data.loading import image_batch, spread
 from secateur.flow.job import Job
-from secateur.flow.merged import THE_PARENT, merged_start
+from secateur.flow.merged import THE_PARENT, judge
 from secateur.flow.recovery import forgets_weights
-from secateur.flow.stages import compensated, refit_indices
-from secateur.flow.warm_start import Donor, Planned
+from secateur.flow.stages import compensated
+from secateur.flow.warm_start import Planned
 from secateur.fusion.weights import reestimate_norms
+from secateur.prune import apply_plan
 from secateur.vote.inherit import SubNetwork, inherit
 
-JUDGE_IMAGES = 64
 NORM_IMAGES = 256
 
 
@@ -59,9 +56,9 @@ def best_start(
 
     Compared are ``begun``, the cut as compensation left it; the same with the neighbours' weights
     wherever they have the channels; that compensated once more, since the channels that they lack
-    are strangers to their weights; and the cut of their merged networks. Batch norms of a mean are
-    estimated anew, since their statistics are of none of the networks. Origin is None where the
-    recipe does not ask the library.
+    are strangers to their weights; and the cut of their merged network, where the plan is of that.
+    Batch norms of a mean are estimated anew, since their statistics are of none of the networks.
+    Origin is None where the recipe does not ask the library.
     """
     wanted = job.recipe.prune.inherit
     if planned.vote is None:
@@ -83,22 +80,15 @@ def best_start(
     starts = {THE_PARENT: begun, "inherited": taken}
     if job.recipe.compensate is not False:
         starts["inherited and compensated"] = compensated(job, groups, plan, taken)
-        starts |= _merged(job, planned, donors)
-    loss = _judge(job)
+    if planned.merged is not None:
+        cut = apply_plan(planned.merged, groups, plan)
+        starts["merged"] = compensated(job, groups, plan, cut, planned.merged)
+    loss = judge(job)
     losses = {name: loss(model) for name, model in starts.items()}
     chosen = min(losses, key=lambda name: losses[name])
     origin = Origin(chosen, losses, tuple(donor.id for donor in donors), result.share)
     key = model_fingerprint(starts[chosen]) if origin.inherited else ""
     return starts[chosen], origin, key
-
-
-def _merged(job: Job, planned: Planned, donors: Sequence[Donor]) -> dict[str, MultiTaskModel]:
-    """Return the merged start under its name, nothing where these networks cannot be merged."""
-    try:
-        found = merged_start(job, planned, donors)
-    except ModelError:  # a layer that more than its norm reads, say; the other starts remain
-        return {}
-    return {} if found is None else {"merged": found}
 
 
 def _why_not(job: Job, planned: Planned) -> str:
@@ -109,12 +99,3 @@ def _why_not(job: Job, planned: Planned) -> str:
     if not planned.donors:
         return "no voter holds weights"
     return ""
-
-
-def _judge(job: Job) -> RelativeLoss:
-    seen = {*refit_indices(job)}
-    fresh = [index for index in range(len(job.train)) if index not in seen]
-    pool = Subset(job.train, fresh or range(len(job.train)))
-    chosen = Subset(pool, spread(pool, JUDGE_IMAGES))
-    labelled = [task for task in job.tasks if has_labels(job.train, [task])]
-    return RelativeLoss(job.selected, next(batches(chosen, labelled, job.spec, len(chosen))))

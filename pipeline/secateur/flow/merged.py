@@ -1,45 +1,76 @@
-"""A start that several neighbours share: their networks merged into one, and that cut."""
+"""One network of what several neighbours recovered: what a cut from the library is a cut of."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
-from secateur.core.model import MultiTaskModel
+from secateur.core.errors import ModelError
+from secateur.core.model import MultiTaskModel, model_fingerprint
+from secateur.data.loading import Subset, batches, has_labels, spread
+from secateur.flow.allocation import RelativeLoss
+from secateur.flow.cache import load_weights, save_weights
 from secateur.flow.job import Job
-from secateur.flow.stages import compensated, refit_images
-from secateur.flow.warm_start import Donor, Planned
+from secateur.flow.recovery import forgets_weights
+from secateur.flow.stages import refit_images, refit_indices
 from secateur.fusion.weights import MergeSettings, merge_networks
-from secateur.prune import apply_plan
 from secateur.tasks import select_tasks
-from secateur.vote.inherit import embed
+from secateur.vote.inherit import Donor, embed
 
 THE_PARENT = "parent"
+JUDGE_IMAGES = 64
 
 
-def merged_start(job: Job, planned: Planned, donors: Sequence[Donor]) -> MultiTaskModel | None:
-    """Return the cut of the neighbours' networks in one, None where none has a kept task.
+def merged_network(job: Job, donors: Sequence[Donor]) -> MultiTaskModel | None:
+    """Return the neighbours' networks merged, in the parent's shape; None where there is none.
 
     Each task's expert is the nearest neighbour that has it, or else the parent. A neighbour did
-    not keep what the others did: in the parent's shape, with zeros for what it dropped, it
-    computes what it did, so that all can be merged (``fusion.weights``, rule ``cut``) before the
-    plan is carried out. Both steps are fitted to features, on unlabelled training images.
-
-    Raises:
-        ModelError: the experts cannot be merged (``fit_to_experts``).
+    not keep what the others did: with zeros for what it dropped it computes what it did, so that
+    all can be merged (``fusion.weights``, rule ``cut``), on unlabelled training images. There is
+    none where the recipe inherits or compensates nothing, where no neighbour has a kept task, and
+    where the networks cannot be merged.
     """
-    experts = _experts(job, donors)
+    prune = job.recipe.prune
+    if prune.inherit == "none" or forgets_weights(job) or job.recipe.compensate is False:
+        return None
+    experts = _experts(job, donors[:1] if prune.inherit == "nearest" else donors)
     if not experts.keys() - {THE_PARENT}:
         return None
     if len(experts) == 1:
         [whole] = experts.values()
-    else:
-        whole = merge_networks(job.selected, job.selected.state_dict(), experts,
-                               refit_images(job), MergeSettings())  # fmt: skip
-    groups, plan = planned.scored.groups, planned.plan
-    return compensated(job, groups, plan, apply_plan(whole, groups, plan), whole)
+        return whole
+    key = [(name, [task.name for task in own.tasks]) for name, own in experts.items()]
+    path = job.cache.folder("merged", job.selected_key, key, job.train.fingerprint,
+                            refit_indices(job)) / "weights.safetensors"  # fmt: skip
+    merged = copy.deepcopy(job.selected)
+    if load_weights(path, merged):
+        return merged
+    try:
+        merged = merge_networks(job.selected, job.selected.state_dict(), experts,
+                                refit_images(job), MergeSettings())  # fmt: skip
+    except ModelError:  # a layer that more than its norm reads, say
+        return None
+    save_weights(path, merged)
+    return merged
+
+
+def of_merged(job: Job, merged: MultiTaskModel) -> Job:
+    """Return the job of cutting the merged network in the parent's place."""
+    basis = f"{job.basis}, merged {model_fingerprint(merged)}"
+    return replace(job, selected=merged, scored=merged, basis=basis)
+
+
+def judge(job: Job) -> RelativeLoss:
+    """Return what judges starts: the loss on training images that compensation did not see."""
+    seen = {*refit_indices(job)}
+    fresh = [index for index in range(len(job.train)) if index not in seen]
+    pool = Subset(job.train, fresh or range(len(job.train)))
+    chosen = Subset(pool, spread(pool, JUDGE_IMAGES))
+    labelled = [task for task in job.tasks if has_labels(job.train, [task])]
+    return RelativeLoss(job.selected, next(batches(chosen, labelled, job.spec, len(chosen))))
 
 
 def _experts(job: Job, donors: Sequence[Donor]) -> dict[str, MultiTaskModel]:

@@ -17,12 +17,15 @@ from numpy.typing import NDArray
 from secateur.bundle.manifest import BudgetRecord
 from secateur.core.channels import ChannelGroup
 from secateur.core.errors import SecateurError
+from secateur.core.model import MultiTaskModel
 from secateur.core.plan import PrunePlan, dropped_indices, dropped_of_parameters
 from secateur.flow.axes import votable
 from secateur.flow.channel_scores import scores_for
 from secateur.flow.job import Job
+from secateur.flow.merged import judge, merged_network, of_merged
 from secateur.flow.planning import Scored, plan_scored, score_channels
 from secateur.flow.sketches import sketch_tasks
+from secateur.flow.stages import begin_cut
 from secateur.prune import find_groups
 from secateur.tasks import select_tasks
 from secateur.vote.ballot import (
@@ -37,7 +40,7 @@ from secateur.vote.ballot import (
     vote_weights,
 )
 from secateur.vote.entry import Entry
-from secateur.vote.inherit import SubNetwork
+from secateur.vote.inherit import Donor, SubNetwork
 from secateur.vote.library import Library, find_entries, load_entry, open_library
 from secateur.vote.nearest import Nearest, Neighbour, Sketches, nearest
 from secateur.vote.similarity.measure import measure_of
@@ -63,8 +66,8 @@ class Vote:
 
     ``refused`` counts the entries by the reason they could not vote for. ``confidence`` and
     ``iou`` are per group, in 0..1: how far the voters agree beyond chance, and the overlap of what
-    the plan keeps with as many channels chosen by own scores alone; ``iou_of_all`` is that over
-    all groups.
+    the plan keeps with as many channels chosen by the parent's scores alone; ``iou_of_all`` is that
+    over all groups. ``of_merged``: own scores are those of the voters' networks merged into one.
     """
 
     library: str
@@ -77,6 +80,7 @@ class Vote:
     confidence: Mapping[str, float] = field(default_factory=dict)
     iou: Mapping[str, float] = field(default_factory=dict)
     iou_of_all: float = 1.0
+    of_merged: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON-like data."""
@@ -84,26 +88,18 @@ class Vote:
 
 
 @dataclass(frozen=True, eq=False)
-class Donor:
-    """A voter that holds recovered weights, its tasks and its say."""
-
-    id: str
-    tasks: tuple[str, ...]
-    network: SubNetwork
-    weight: float
-
-
-@dataclass(frozen=True, eq=False)
 class Planned:
     """A plan, what it was made from, and, where the recipe asks the library, what that said.
 
-    ``budgets``: what it spends of each budget of the recipe.
+    ``merged`` is the voters' networks in one, if own scores were read from that and not from the
+    parent. ``budgets``: what it spends of each budget of the recipe.
     """
 
     scored: Scored
     plan: PrunePlan
     vote: Vote | None = None
     donors: tuple[Donor, ...] = ()
+    merged: MultiTaskModel | None = None
     budgets: Mapping[str, BudgetRecord] = field(default_factory=dict)
 
 
@@ -153,8 +149,12 @@ def plan_job(job: Job, grid: int, device: str = "") -> Planned:
         return Planned(scored, plan_scored(job, scored), vote)
     weights = vote_weights([each.neighbour.similarity for each in witnesses])
     opinions = [each.keeps if wanted.votes == "keeps" else each.scores for each in witnesses]
-    fused = blend(tally(opinions, weights), scored.fused, wanted.vote_weight)
-    plan = plan_scored(job, replace(scored, fused=fused))
+    votes = tally(opinions, weights)
+    donors = _donors(witnesses, weights)
+    merged = _useful_merged(job, scored, votes, donors)
+    cutting = job if merged is None else of_merged(job, merged)
+    own = scored if merged is None else score_channels(cutting, grid)
+    plan = _voted(cutting, own, votes)
     iou, of_all = _changed(plan, scored.fused)
     vote = replace(
         vote,
@@ -162,8 +162,31 @@ def plan_job(job: Job, grid: int, device: str = "") -> Planned:
         confidence=confidence([each.keeps for each in witnesses], weights),
         iou=iou,
         iou_of_all=of_all,
+        of_merged=merged is not None,
     )
-    return Planned(scored, plan, vote, _donors(witnesses, weights))
+    return Planned(own, plan, vote, donors, merged)
+
+
+def _voted(job: Job, scored: Scored, votes: Opinion) -> PrunePlan:
+    fused = blend(votes, scored.fused, job.recipe.prune.vote_weight)
+    return plan_scored(job, replace(scored, fused=fused))
+
+
+def _useful_merged(
+    job: Job, scored: Scored, votes: Opinion, donors: Sequence[Donor]
+) -> MultiTaskModel | None:
+    """Return the voters' networks in one, if that, whole, does better than the parent's cut.
+
+    A start of their weights keeps what they recovered together, so that is where its channels show
+    their worth.
+    """
+    merged = merged_network(job, donors)
+    if merged is None:
+        return None
+    prune = job.recipe.prune.model_copy(update={"search": False})
+    quick = replace(job, recipe=job.recipe.model_copy(update={"prune": prune}))
+    loss, plan = judge(job), _voted(quick, scored, votes)
+    return merged if loss(merged) < loss(begin_cut(job, scored.groups, plan)) else None
 
 
 def _nearest(job: Job, device: str, library: Library, sketches: Sketches) -> Nearest:

@@ -43,6 +43,16 @@ class SubNetwork:
 
 
 @dataclass(frozen=True, eq=False)
+class Donor:
+    """A neighbour's recovered network: its entry's ``id``, its tasks and its say (> 0)."""
+
+    id: str
+    tasks: tuple[str, ...]
+    network: SubNetwork
+    weight: float
+
+
+@dataclass(frozen=True, eq=False)
 class Inherited:
     """``weights`` of the start's names and shapes; ``share`` (0..1) of them came from donors."""
 
