@@ -274,6 +274,6 @@ def _print_vote(vote: Vote, console: Console) -> None:
             console.print(f"{each.id[:8]}: {each.why}", markup=False, soft_wrap=True)
         if vote.of_merged:
             console.print("own scores: of the voters' networks, merged into one")
-        console.print(f"IoU of what is kept with the parent's scores' choice: {vote.iou_of_all:.3f}")
+        console.print(f"IoU of what is kept with the parent's own choice: {vote.iou_of_all:.3f}")
     for why, count in vote.refused.items():
         console.print(f"{count} refused: {why}", markup=False, soft_wrap=True)
