@@ -308,14 +308,17 @@ def test_tasks_that_no_neighbour_has_are_merged_from_the_parent(project: Path, f
     assert origin.chosen == min(origin.losses, key=lambda name: origin.losses[name])
 
 
-def test_channels_are_scored_where_their_merged_weights_are(project: Path, first: Entry) -> None:
-    _, made = planned(project, asking(library=copied(project, "where", first)))
+def test_a_plan_of_merged_weights_goes_by_what_channels_are_worth_there(
+    project: Path, first: Entry
+) -> None:
+    line = copied(project, "where", first)
+    _, made = planned(project, asking(library=line))
     assert made.merged is not None and made.vote and made.vote.of_merged
-    _, own = planned(project, asking(library=copied(project, "where", first), inherit="none"))
+    _, own = planned(project, asking(library=line, inherit="none"))
     assert own.merged is None and own.vote and not own.vote.of_merged
-    differs = [not np.allclose(made.scored.fused[name], own.scored.fused[name])
-               for name in own.scored.fused]  # fmt: skip
-    assert any(differs)
+    assert made.plan.cuts != own.plan.cuts
+    for name, scores in own.scored.per_task["room"].items():  # what its entry will hold
+        np.testing.assert_array_equal(made.scored.per_task["room"][name], scores)
 
 
 def test_a_merged_network_worse_than_the_parents_cut_is_not_planned_from(

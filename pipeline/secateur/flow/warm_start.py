@@ -91,8 +91,8 @@ class Vote:
 class Planned:
     """A plan, what it was made from, and, where the recipe asks the library, what that said.
 
-    ``merged`` is the voters' networks in one, if own scores were read from that and not from the
-    parent. ``budgets``: what it spends of each budget of the recipe.
+    ``scored`` is of the parent, so that entries of the library compare; ``merged`` is the voters'
+    networks in one, if the plan is of that. ``budgets``: what it spends of each of the recipe's.
     """
 
     scored: Scored
@@ -164,7 +164,7 @@ def plan_job(job: Job, grid: int, device: str = "") -> Planned:
         iou_of_all=of_all,
         of_merged=merged is not None,
     )
-    return Planned(own, plan, vote, donors, merged)
+    return Planned(scored, plan, vote, donors, merged)
 
 
 def _voted(job: Job, scored: Scored, votes: Opinion) -> PrunePlan:
