@@ -25,7 +25,7 @@ from secateur.flow.planning import make_plan
 from secateur.flow.recipe import parse_recipe
 from secateur.flow.recovery import check_recovery, freeze_norms
 from secateur.flow.stages import make_cut
-from secateur.recover import TrainSettings, freeze_after, reinitialised, train
+from secateur.recover import TrainSettings, freeze_after, reinitialised, train, usual_rate
 from secateur.recover.balance import (
     BALANCES,
     Balance,
@@ -555,6 +555,11 @@ def test_norms_are_frozen_early_only_where_they_were_compensated(
 def test_norms_of_inherited_weights_are_frozen_at_once_where_recovery_is_short() -> None:
     assert freeze_after(4.0, 0.3) == freeze_after(8.0, 0.3, inherited=True) == 0.5
     assert freeze_after(4.0, 0.3, inherited=True) == 0.0
+
+
+def test_a_short_recovery_of_inherited_weights_is_gentle() -> None:
+    assert usual_rate(4.0) == usual_rate(8.0, inherited=True) == 3e-3
+    assert usual_rate(4.0, inherited=True) == 1e-3
 
 
 @pytest.mark.parametrize(

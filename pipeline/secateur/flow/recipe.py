@@ -137,7 +137,7 @@ class RecoverSpec(_Strict):
     epochs: int | None = Field(default=None, ge=1)
     steps: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=8, ge=2)
-    learning_rate: float = Field(default=3e-3, gt=0)
+    learning_rate: float | None = Field(default=None, gt=0)
     labels: bool = True
     balance: Literal["fixed", "uncertainty", "dwa", "pcgrad"] = "fixed"
     distill: float = Field(default=1.0, ge=0)

@@ -27,6 +27,7 @@ from secateur.recover import (
     reinitialised,
     steps_per_epoch,
     train,
+    usual_rate,
 )
 
 JUDGE_IMAGES = 64
@@ -74,6 +75,9 @@ def recovered(
     if wanted == "none":
         return model, 0
     freeze = freeze_norms(job, plan, wanted, inherited=inherited)
+    if wanted.learning_rate is None:
+        rate = usual_rate(_epochs(job, wanted), inherited=inherited)
+        wanted = wanted.model_copy(update={"learning_rate": rate})
     key = (job.parent_key, asdict(plan)["cuts"], str(job.recipe.compensate),
            job.recipe.axes(), job.basis, plan.removed, freeze, job.train.fingerprint,
            wanted.model_dump(), asdict(job.spec),
@@ -135,9 +139,13 @@ def freeze_norms(
         return wanted.freeze_norms
     if job.recipe.compensate is False or wanted.reinit:
         return 1.0
+    kept = plan.macs_after / plan.macs_before
+    return freeze_after(_epochs(job, wanted), kept, inherited=inherited)
+
+
+def _epochs(job: Job, wanted: RecoverSpec) -> float:
     steps = wanted.steps or 0
-    epochs = wanted.epochs or steps / steps_per_epoch(len(job.train), wanted.batch_size)
-    return freeze_after(epochs, plan.macs_after / plan.macs_before, inherited=inherited)
+    return wanted.epochs or steps / steps_per_epoch(len(job.train), wanted.batch_size)
 
 
 def _split(job: Job, wanted: RecoverSpec) -> tuple[Reader, Reader | None]:

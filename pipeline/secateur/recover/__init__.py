@@ -1,7 +1,13 @@
 """Win back what a cut lost: fine-tuning on labels, distillation from the parent, or both."""
 
 from secateur.recover.reinit import reinitialised
-from secateur.recover.settings import TrainResult, TrainSettings, freeze_after, steps_per_epoch
+from secateur.recover.settings import (
+    TrainResult,
+    TrainSettings,
+    freeze_after,
+    steps_per_epoch,
+    usual_rate,
+)
 from secateur.recover.training import train
 
 __all__ = [
@@ -11,4 +17,5 @@ __all__ = [
     "reinitialised",
     "steps_per_epoch",
     "train",
+    "usual_rate",
 ]

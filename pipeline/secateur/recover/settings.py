@@ -8,6 +8,7 @@ from typing import Literal
 from secateur.core.errors import RecipeError
 from secateur.core.model import MultiTaskModel
 
+RATE, GENTLE_RATE = 3e-3, 1e-3
 SHORT = 5  # epochs
 MILD = 0.4  # of the MACs
 
@@ -69,6 +70,16 @@ def freeze_after(epochs: float, kept: float, *, inherited: bool = False) -> floa
     images of NYUv2.
     """
     return 0.0 if epochs < SHORT and (kept >= MILD or inherited) else 0.5
+
+
+def usual_rate(epochs: float, *, inherited: bool = False) -> float:
+    """Return the learning rate of a recovery that is told none.
+
+    A third of the usual where it is short and its weights are ``inherited`` from recovered ones: a
+    high rate undoes what these learnt, and a short run ends before it has learnt that again. Chosen
+    on the validation images of NYUv2.
+    """
+    return GENTLE_RATE if epochs < SHORT and inherited else RATE
 
 
 @dataclass(frozen=True)
