@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,8 +25,8 @@ from secateur.flow.job import Job, open_job
 from secateur.flow.planning import make_plan
 from secateur.flow.recipe import parse_recipe
 from secateur.flow.recovery import check_recovery, freeze_norms
-from secateur.flow.stages import make_cut
-from secateur.recover import TrainSettings, freeze_after, reinitialised, train, usual_rate
+from secateur.flow.stages import begin_cut, finish_cut, make_cut
+from secateur.recover import TrainSettings, freeze_after, reinitialised, train
 from secateur.recover.balance import (
     BALANCES,
     Balance,
@@ -557,9 +558,29 @@ def test_norms_of_inherited_weights_are_frozen_at_once_where_recovery_is_short()
     assert freeze_after(4.0, 0.3, inherited=True) == 0.0
 
 
-def test_a_short_recovery_of_inherited_weights_is_gentle() -> None:
-    assert usual_rate(4.0) == usual_rate(8.0, inherited=True) == 3e-3
-    assert usual_rate(4.0, inherited=True) == 1e-3
+@pytest.mark.parametrize(
+    ("recover", "inherited", "rate"),
+    [
+        ("steps: 2", False, 3e-3),
+        ("steps: 2", True, 1e-3),
+        ("steps: 20", True, 3e-3),  # five epochs
+        ("steps: 2, learning_rate: 0.002", True, 2e-3),
+    ],
+)
+def test_a_short_recovery_of_inherited_weights_is_gentle(
+    recover: str, inherited: bool, rate: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = []
+
+    def watched(*args: Any, **options: Any) -> Any:
+        rates.append(args[3].learning_rate)
+        return train(*args, **options)
+
+    monkeypatch.setattr("secateur.flow.recovery.train", watched)
+    work = job(recover, tmp_path)
+    groups, plan = make_plan(work, 8)
+    finish_cut(work, plan, begin_cut(work, groups, plan), inherited=inherited)
+    assert rates == [rate]
 
 
 @pytest.mark.parametrize(

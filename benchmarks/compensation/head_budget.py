@@ -86,7 +86,10 @@ def kept_share(plan: PrunePlan, names: set[str]) -> float:
 
 
 def claims(rows: list[dict[str, Any]]) -> list[Show]:
-    """Return what the best other factor adds at each share of MACs, means over the seeds."""
+    """Return what the best other factor adds at each share of MACs, means over the seeds.
+
+    It is the best of six on the very images that judge, which is kind to it.
+    """
     shows = []
     for keep in KEEP:
         found = {factor: [row["delta_t"] for row in rows

@@ -3,12 +3,12 @@
     SECATEUR_DATA=... python benchmarks/compensation/redundancy.py [--seeds 0 1 2] [--quick]
 
 Compensation rebuilds what a dropped channel gave from those that stay, so a channel that others
-predict well should be cheap to drop, whatever it is worth: its score may be lowered by the share of
-its variance that no other channel explains (optimal brain surgeon's 1 / [H^-1]_ii, Hassibi and
-Stork 1993, on a reader's inputs). Either all others may stand in (``all``), or only those not yet
-dropped, the cheapest going first (``left``). ``choice`` changes which channels a group keeps and
-not how much the group counts beside others. Cuts are refitted, nothing is trained, and the
-validation images judge.
+predict well should be cheap to drop, whatever it is worth: its score may be lowered by the root of
+the share of its variance that no other channel explains (optimal brain surgeon's 1 / [H^-1]_ii,
+Hassibi and Stork 1993, on a reader's inputs). Either all others may stand in (``all``), or only
+those not yet dropped, the cheapest going first (``left``). ``choice`` changes which channels a
+group keeps and not how much the group counts beside others. Cuts are refitted, nothing is trained,
+and the validation images judge.
 """
 
 from __future__ import annotations
@@ -67,7 +67,10 @@ def main() -> None:
 
 
 def claims(rows: list[dict[str, Any]]) -> list[Show]:
-    """Return what the best way adds to plain scores at each share of MACs, means over the seeds."""
+    """Return what the best way adds to plain scores at each share of MACs, means over the seeds.
+
+    It is the best of four on the very images that judge, which is kind to it.
+    """
     shows = []
     for keep in KEEP:
         found = {way: [row["delta_t"] for row in rows if (row["way"], row["keep"]) == (way, keep)]

@@ -219,7 +219,7 @@ def _print_plan(
     decided, vote = planned.plan, planned.vote
     voted = {}
     if vote is not None and not vote.cold:
-        voted = {"confidence": vote.confidence, "IoU with own": vote.iou}
+        voted = {"confidence": vote.confidence, "IoU with parent's": vote.iou}
     rows = Table("group", "kept", "of", *voted)
     for cut in decided.cuts:
         said = [f"{numbers.get(cut.name, 0.0):.2f}" for numbers in voted.values()]

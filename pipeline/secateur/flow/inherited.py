@@ -12,12 +12,11 @@ from secateur.core.model import MultiTaskModel, model_fingerprint
 from secateur.core.plan import dropped_indices, dropped_of_parameters
 from secateur.data.loading import image_batch, spread
 from secateur.flow.job import Job
-from secateur.flow.merged import THE_PARENT, judge
+from secateur.flow.merged import THE_PARENT, of_merged, start_loss
 from secateur.flow.recovery import forgets_weights
-from secateur.flow.stages import compensated
+from secateur.flow.stages import begin_cut, compensated
 from secateur.flow.warm_start import Planned
 from secateur.fusion.weights import reestimate_norms
-from secateur.prune import apply_plan
 from secateur.vote.inherit import SubNetwork, inherit
 
 NORM_IMAGES = 256
@@ -81,9 +80,8 @@ def best_start(
     if job.recipe.compensate is not False:
         starts["inherited and compensated"] = compensated(job, groups, plan, taken)
     if planned.merged is not None:
-        cut = apply_plan(planned.merged, groups, plan)
-        starts["merged"] = compensated(job, groups, plan, cut, planned.merged)
-    loss = judge(job)
+        starts["merged"] = begin_cut(of_merged(job, planned.merged), groups, plan)
+    loss = start_loss(job)
     losses = {name: loss(model) for name, model in starts.items()}
     chosen = min(losses, key=lambda name: losses[name])
     origin = Origin(chosen, losses, tuple(donor.id for donor in donors), result.share)

@@ -34,8 +34,10 @@ class Job:
     ``scored`` is the model whose channels are scored: the parent, so that its scores serve every
     subset of tasks, without outputs that no task names; or ``selected`` where folding made layers
     that the parent does not have.
-    ``basis`` names what its channels are counted in: ``original`` as in the parent, else a digest
-    of the folded layers or of the axes that it was turned to; ``axes`` are these, (W, W) by group.
+    ``weights`` names those of ``selected`` and ``scored`` where they are not the parent's but what
+    neighbours recovered (``flow.merged``). ``basis`` names what channels are counted in:
+    ``original`` as in the parent, else a digest of the folded layers or of the axes that it was
+    turned to; ``axes`` are these, (W, W) by group.
     ``limits`` are the budgets where there are others than MACs (``flow.budgets``), and
     ``kept_share`` about how much of the parent the budgets leave. ``removed`` are residual blocks
     of ``selected`` that go whole.
@@ -56,6 +58,7 @@ class Job:
     limits: tuple[Limit, ...] = ()
     kept_share: float = 1.0
     removed: tuple[str, ...] = ()
+    weights: str = ""
 
     @property
     def tasks(self) -> tuple[Task, ...]:
@@ -69,8 +72,8 @@ class Job:
 
     @property
     def selected_key(self) -> str:
-        """What names the weights of ``selected``: the parent's, in axes that may be others."""
-        return f"{self.parent_key} in {self.basis}"
+        """What names the weights of ``selected``, in axes that may be others than the parent's."""
+        return f"{self.weights or self.parent_key} in {self.basis}"
 
     @property
     def outline_key(self) -> str:

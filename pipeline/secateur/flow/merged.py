@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 
 import torch
 
@@ -15,6 +15,7 @@ from secateur.flow.allocation import RelativeLoss
 from secateur.flow.cache import load_weights, save_weights
 from secateur.flow.job import Job
 from secateur.flow.recovery import forgets_weights
+from secateur.flow.scoring import meaning
 from secateur.flow.stages import refit_images, refit_indices
 from secateur.fusion.weights import MergeSettings, merge_networks
 from secateur.tasks import select_tasks
@@ -30,40 +31,31 @@ def merged_network(job: Job, donors: Sequence[Donor]) -> MultiTaskModel | None:
     Each task's expert is the nearest neighbour that has it, or else the parent. A neighbour did
     not keep what the others did: with zeros for what it dropped it computes what it did, so that
     all can be merged (``fusion.weights``, rule ``cut``), on unlabelled training images. There is
-    none where the recipe inherits or compensates nothing, where no neighbour has a kept task, and
-    where the networks cannot be merged.
+    none where the recipe inherits or compensates nothing or starts from random weights, where no
+    neighbour has a kept task, and where the networks cannot be parted or merged.
     """
     prune = job.recipe.prune
     if prune.inherit == "none" or forgets_weights(job) or job.recipe.compensate is False:
         return None
-    experts = _experts(job, donors[:1] if prune.inherit == "nearest" else donors)
-    if not experts.keys() - {THE_PARENT}:
-        return None
-    if len(experts) == 1:
-        [whole] = experts.values()
-        return whole
-    key = [(name, [task.name for task in own.tasks]) for name, own in experts.items()]
-    path = job.cache.folder("merged", job.selected_key, key, job.train.fingerprint,
-                            refit_indices(job)) / "weights.safetensors"  # fmt: skip
-    merged = copy.deepcopy(job.selected)
-    if load_weights(path, merged):
-        return merged
     try:
-        merged = merge_networks(job.selected, job.selected.state_dict(), experts,
-                                refit_images(job), MergeSettings())  # fmt: skip
+        experts = _experts(job, donors[:1] if prune.inherit == "nearest" else donors)
+        if not experts.keys() - {THE_PARENT}:
+            return None
+        if len(experts) == 1:
+            [whole] = experts.values()
+            return whole
+        return _merged(job, experts)
     except ModelError:  # a layer that more than its norm reads, say
         return None
-    save_weights(path, merged)
-    return merged
 
 
 def of_merged(job: Job, merged: MultiTaskModel) -> Job:
     """Return the job of cutting the merged network in the parent's place."""
-    basis = f"{job.basis}, merged {model_fingerprint(merged)}"
-    return replace(job, selected=merged, scored=merged, basis=basis)
+    weights = f"merged {model_fingerprint(merged)}"
+    return replace(job, selected=merged, scored=merged, weights=weights)
 
 
-def judge(job: Job) -> RelativeLoss:
+def start_loss(job: Job) -> RelativeLoss:
     """Return what judges starts: the loss on training images that compensation did not see."""
     seen = {*refit_indices(job)}
     fresh = [index for index in range(len(job.train)) if index not in seen]
@@ -71,6 +63,20 @@ def judge(job: Job) -> RelativeLoss:
     chosen = Subset(pool, spread(pool, JUDGE_IMAGES))
     labelled = [task for task in job.tasks if has_labels(job.train, [task])]
     return RelativeLoss(job.selected, next(batches(chosen, labelled, job.spec, len(chosen))))
+
+
+def _merged(job: Job, experts: Mapping[str, MultiTaskModel]) -> MultiTaskModel:
+    key = [(name, [(meaning(task), task.weight) for task in own.tasks])
+           for name, own in experts.items()]  # fmt: skip
+    folder = job.cache.folder("merged", job.selected_key, key, job.train.fingerprint,
+                              refit_indices(job), asdict(job.spec))  # fmt: skip
+    merged = copy.deepcopy(job.selected)
+    if load_weights(folder / "weights.safetensors", merged):
+        return merged
+    merged = merge_networks(job.selected, job.selected.state_dict(), experts, refit_images(job),
+                            MergeSettings())  # fmt: skip
+    save_weights(folder / "weights.safetensors", merged)
+    return merged
 
 
 def _experts(job: Job, donors: Sequence[Donor]) -> dict[str, MultiTaskModel]:

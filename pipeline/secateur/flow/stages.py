@@ -101,15 +101,14 @@ def _check_surgery(job: Job, pruned: MultiTaskModel, plan: PrunePlan) -> None:
 
 
 def compensated(
-    job: Job, groups: Sequence[ChannelGroup], plan: PrunePlan, pruned: MultiTaskModel,
-    whole: MultiTaskModel | None = None,
-) -> MultiTaskModel:  # fmt: skip
-    """Return ``pruned``, cut from ``whole`` (``job.selected``), refitted if the recipe says so."""
+    job: Job, groups: Sequence[ChannelGroup], plan: PrunePlan, pruned: MultiTaskModel
+) -> MultiTaskModel:
+    """Return ``pruned``, cut from ``job.selected``, refitted if the recipe says so."""
     wanted = job.recipe.compensate
     if wanted is False:
         return pruned
     settings = RefitSettings(ridge=wanted.ridge)
-    return refit(whole or job.selected, pruned, groups, plan, refit_images(job), settings)
+    return refit(job.selected, pruned, groups, plan, refit_images(job), settings)
 
 
 def refit_images(job: Job) -> Tensor:

@@ -22,7 +22,7 @@ from secateur.core.plan import PrunePlan, dropped_indices, dropped_of_parameters
 from secateur.flow.axes import votable
 from secateur.flow.channel_scores import scores_for
 from secateur.flow.job import Job
-from secateur.flow.merged import judge, merged_network, of_merged
+from secateur.flow.merged import merged_network, of_merged, start_loss
 from secateur.flow.planning import Scored, plan_scored, score_channels
 from secateur.flow.sketches import sketch_tasks
 from secateur.flow.stages import begin_cut
@@ -151,10 +151,7 @@ def plan_job(job: Job, grid: int, device: str = "") -> Planned:
     opinions = [each.keeps if wanted.votes == "keeps" else each.scores for each in witnesses]
     votes = tally(opinions, weights)
     donors = _donors(witnesses, weights)
-    merged = _useful_merged(job, scored, votes, donors)
-    cutting = job if merged is None else of_merged(job, merged)
-    own = scored if merged is None else score_channels(cutting, grid)
-    plan = _voted(cutting, own, votes)
+    plan, merged = _better_plan(job, scored, votes, donors, grid)
     iou, of_all = _changed(plan, scored.fused)
     vote = replace(
         vote,
@@ -172,21 +169,37 @@ def _voted(job: Job, scored: Scored, votes: Opinion) -> PrunePlan:
     return plan_scored(job, replace(scored, fused=fused))
 
 
-def _useful_merged(
-    job: Job, scored: Scored, votes: Opinion, donors: Sequence[Donor]
-) -> MultiTaskModel | None:
-    """Return the voters' networks in one, if that, whole, does better than the parent's cut.
+def _better_plan(
+    job: Job, scored: Scored, votes: Opinion, donors: Sequence[Donor], grid: int
+) -> tuple[PrunePlan, MultiTaskModel | None]:
+    """Return the plan, and the voters' networks in one where the plan is of that.
 
     A start of their weights keeps what they recovered together, so that is where its channels show
-    their worth.
+    their worth; but only where its cut does better than the parent's.
     """
     merged = merged_network(job, donors)
-    if merged is None:
-        return None
+    # Zeros may hide a coupling that the parent has, or show one: channels would not be the same.
+    if merged is None or find_groups(merged, job.example) != scored.groups:
+        return _voted(job, scored, votes), None
+    there = of_merged(job, merged)
+    # What a task loses is told of the parent, where no channel is gone yet.
+    scored_there = replace(
+        score_channels(there, grid), per_task=scored.per_task, totals=scored.totals
+    )
+    loss = start_loss(job)
+
+    def lost(each: Job, scores: Scored) -> float:
+        trial = _unsearched(each)  # a search takes minutes, and one of the two would be in vain
+        return loss(begin_cut(trial, scored.groups, _voted(trial, scores, votes)))
+
+    if lost(there, scored_there) < lost(job, scored):
+        return _voted(there, scored_there, votes), merged
+    return _voted(job, scored, votes), None
+
+
+def _unsearched(job: Job) -> Job:
     prune = job.recipe.prune.model_copy(update={"search": False})
-    quick = replace(job, recipe=job.recipe.model_copy(update={"prune": prune}))
-    loss, plan = judge(job), _voted(quick, scored, votes)
-    return merged if loss(merged) < loss(begin_cut(job, scored.groups, plan)) else None
+    return replace(job, recipe=job.recipe.model_copy(update={"prune": prune}))
 
 
 def _nearest(job: Job, device: str, library: Library, sketches: Sketches) -> Nearest:
@@ -307,10 +320,10 @@ def _voter(witness: _Witness, weight: float) -> Voter:
     )  # fmt: skip
 
 
-def _changed(plan: PrunePlan, own: Mapping[str, Any]) -> tuple[dict[str, float], float]:
-    """Return the overlap of the plan with the best channels by own scores, per group and of all."""
+def _changed(plan: PrunePlan, of_parent: Mapping[str, Any]) -> tuple[dict[str, float], float]:
+    """Return the overlap of the plan with the parent's best channels, per group and of all."""
     voted = {cut.name: cut.kept for cut in plan.cuts}
-    alone = keep_top(own, {name: len(kept) for name, kept in voted.items()})
+    alone = keep_top(of_parent, {name: len(kept) for name, kept in voted.items()})
     return {name: overlap({name: voted[name]}, alone) for name in voted}, overlap(voted, alone)
 
 
