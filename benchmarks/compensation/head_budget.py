@@ -18,11 +18,9 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from compensation.redundancy import KEEP
+from compensation.redundancy import KEEP, cut
 from fusion.bench import PARENT, Bench
-from fusion.ours import CUT, REFIT_IMAGES, budget_of, fused_scores, ranked_plan
-from fusion.run import measure
-from secateur.compensate import refit
+from fusion.ours import CUT, REFIT_IMAGES, budget_of, fused_scores
 from secateur.core.plan import PrunePlan
 from secateur.core.progress import shown
 from secateur.tasks.decompose import decompose
@@ -43,7 +41,7 @@ def main() -> None:
             for keep in KEEP[:1] if options.quick else KEEP:
                 for factor in FACTORS:
                     key = {"factor": factor, "keep": keep, "seed": seed}
-                    row = {**key, **cut(bench, factor, keep, seed)}
+                    row = {**key, **row_of(bench, factor, keep, seed)}
                     rows.append(row)
                     kept = f"heads {row['heads_kept']:.2f} trunk {row['trunk_kept']:.2f}"
                     print(*key.values(), kept, f"{row['delta_t']:.2f}", flush=True)
@@ -53,18 +51,16 @@ def main() -> None:
         exit_status(claims(rows))
 
 
-def cut(bench: Bench, factor: float, keep: float, seed: int) -> dict[str, Any]:
+def row_of(bench: Bench, factor: float, keep: float, seed: int) -> dict[str, Any]:
     """Cut with the heads' scores changed, refit, and measure on the validation images."""
     heads, budget = of_heads(bench), budget_of(bench, keep, CUT.allocation)
     # Balancing divides a group by its mean to a power; the rest of a factor is what ranks it.
     worth = factor ** (1 / (1 - budget.balance))
     fused = fused_scores(bench, CUT.criterion, CUT.rule, keep, seed)
     scores = {name: own * (worth if name in heads else 1.0) for name, own in fused.items()}
-    plan = ranked_plan(bench, scores, budget)
-    images = bench.images(REFIT_IMAGES, seed)
-    model = refit(bench.parent, bench.apply(plan), bench.groups, plan, images)
+    plan, metrics = cut(bench, scores, keep, bench.images(REFIT_IMAGES, seed))
     trunk = {group.name for group in bench.groups} - heads
-    return {**measure(bench, model, "val"), "heads_kept": kept_share(plan, heads),
+    return {**metrics, "heads_kept": kept_share(plan, heads),
             "trunk_kept": kept_share(plan, trunk)}  # fmt: skip
 
 

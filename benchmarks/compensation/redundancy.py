@@ -30,6 +30,7 @@ from fusion.bench import PARENT, Bench, Scores
 from fusion.ours import CUT, REFIT_IMAGES, budget_of, fused_scores, ranked_plan
 from fusion.run import measure
 from secateur.compensate import refit
+from secateur.core.plan import PrunePlan
 from secateur.core.progress import shown
 from suite import Show, exit_status, write_suite
 
@@ -57,7 +58,8 @@ def main() -> None:
                 for way in WAYS:
                     told = {name: judged(own, read.get(name, []), way)
                             for name, own in scores.items()}  # fmt: skip
-                    row = {"way": way, "keep": keep, "seed": seed, **cut(bench, told, keep, images)}
+                    _, metrics = cut(bench, told, keep, images)
+                    row = {"way": way, "keep": keep, "seed": seed, **metrics}
                     rows.append(row)
                     print(way, keep, seed, f"{row['delta_t']:.2f}", flush=True)
     if not options.quick:
@@ -83,10 +85,13 @@ def claims(rows: list[dict[str, Any]]) -> list[Show]:
     return shows
 
 
-def cut(bench: Bench, scores: Scores, keep: float, images: Tensor) -> dict[str, Any]:
-    """Cut by the scores, refit, and measure on the validation images."""
+def cut(
+    bench: Bench, scores: Scores, keep: float, images: Tensor
+) -> tuple[PrunePlan, dict[str, Any]]:
+    """Cut by the scores and refit; return the plan and the metrics on the validation images."""
     plan = ranked_plan(bench, scores, budget_of(bench, keep, CUT.allocation))
-    return measure(bench, refit(bench.parent, bench.apply(plan), bench.groups, plan, images), "val")
+    model = refit(bench.parent, bench.apply(plan), bench.groups, plan, images)
+    return plan, measure(bench, model, "val")
 
 
 def covariances(bench: Bench, images: Tensor) -> dict[str, list[Array]]:
