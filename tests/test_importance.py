@@ -106,7 +106,7 @@ def test_tasks_differ_and_a_loss_times_ten_gives_the_same_shares(criterion: str)
     model = tiny_model()
     plain = task_data(model, TASKS, scenes, 2)
 
-    def louder():
+    def louder(_skipped: int):
         for batch in plain:
             losses = {
                 task: (lambda out, loss=loss: 10 * loss(out)) for task, loss in batch.losses.items()
@@ -184,7 +184,7 @@ def linear_model() -> MultiTaskModel:
 def test_a_case_by_hand(criterion: str, expected: list[float]) -> None:
     model = linear_model()
     images = torch.tensor([1.0, 3.0])[:, None, None, None].expand(2, 1, 2, 2)
-    data = TaskData(("y",), lambda: [TaskBatch(images, {"y": lambda y: y.mean()})])
+    data = TaskData(("y",), lambda _: [TaskBatch(images, {"y": lambda y: y.mean()})])
     groups = find_groups(model, images)
     (values,) = criterion_of(criterion)(model, groups, data)["y"].values()
     assert values.tolist() == pytest.approx(expected, rel=1e-5)
@@ -196,7 +196,7 @@ def test_movement_follows_weights_away_from_zero() -> None:
     model.network.make.weight.data[:] = 1
     model.network.read.weight.data[:] = torch.tensor([-1.0, 1.0])[None, :, None, None]
     images = torch.ones(2, 1, 2, 2)
-    data = TaskData(("y",), lambda: [TaskBatch(images, {"y": lambda y: y.mean()})] * 3)
+    data = TaskData(("y",), lambda _: [TaskBatch(images, {"y": lambda y: y.mean()})] * 3)
     (values,) = criterion_of("movement")(model, find_groups(model, images), data)["y"].values()
     assert values[0] > 0 == values[1]
 
@@ -208,7 +208,7 @@ def test_gates_per_sample_add_up_to_the_gates_of_the_batch(seed: int) -> None:
     model = tiny_model(seed=seed)
     found = gates(model, GROUPS)
     images = SPEC.example(3, seed=seed)
-    data = TaskData(("room",), lambda: [TaskBatch(images, {"room": lambda y: y.square().mean()})])
+    data = TaskData(("room",), lambda _: [TaskBatch(images, {"room": lambda y: y.square().mean()})])
     by_weights = weight_pass(model, found, data, lambda w, gradient: (w * gradient).sum(1))
     by_gates = gate_pass(model, found, data, lambda gradient, _: gradient.sum(0))
     assert close(by_weights["room"], by_gates["room"])
@@ -223,7 +223,7 @@ def test_equal_to_torch_pruning(name: str, theirs) -> None:
     """On groups without batch norm and depth-wise layers, which torch-pruning 1.6.1 passes over."""
     model = tiny_model()
     losses = {task.name: lambda y: y.square().mean() for task in TASKS}
-    data = TaskData(tuple(losses), lambda: [TaskBatch(EXAMPLE, losses)])
+    data = TaskData(tuple(losses), lambda _: [TaskBatch(EXAMPLE, losses)])
     ours = criterion_of(name)(model, GROUPS, data)
     graph = dependency_graph(model, EXAMPLE)
     sum(output.square().mean() for output in model(EXAMPLE).values()).backward()
@@ -311,7 +311,7 @@ def test_per_sample_gates_refuse_layers_that_mix_images() -> None:
             return {"y": self.read(self.make(image.mean((2, 3))[:1])).expand(len(image), 1)}
 
     model = MultiTaskModel(Mixing(), [Task("y", "y", "regression", "y")]).eval()
-    data = TaskData(("y",), lambda: [TaskBatch(EXAMPLE, {"y": lambda y: y.mean()})])
+    data = TaskData(("y",), lambda _: [TaskBatch(EXAMPLE, {"y": lambda y: y.mean()})])
     with pytest.raises(ModelError, match=r"'network.make' gives \(1, 8\) for 2 images"):
         criterion_of("fisher")(model, find_groups(model, EXAMPLE), data)
     assert not model.network.make._forward_hooks
@@ -326,7 +326,7 @@ def test_agreement_is_the_cosine_of_the_tasks_gradients() -> None:
     def agree(**factors):
         losses = {name: (lambda y, f=factor: f * y.mean()) for name, factor in factors.items()}
         outputs = MultiTaskModel(model.network, [Task(n, "y", "regression", "y") for n in factors])
-        data = TaskData(tuple(factors), lambda: [TaskBatch(images, losses)] * 2)
+        data = TaskData(tuple(factors), lambda _: [TaskBatch(images, losses)] * 2)
         (values,) = agreement(outputs, groups, data).values()
         return values.tolist()
 

@@ -179,7 +179,7 @@ def test_a_weights_score_is_its_size_times_its_gradient_for_each_task() -> None:
     model = linear_model()
     images = [torch.tensor([[1.0, -3.0]]), torch.tensor([[2.0, 1.0]])]
     losses = {"one": Tensor.sum, "two": lambda out: 10 * out.sum()}
-    data = TaskData(("one", "two"), lambda: [TaskBatch(batch, losses) for batch in images])
+    data = TaskData(("one", "two"), lambda _: [TaskBatch(batch, losses) for batch in images])
     before = copy.deepcopy(model.state_dict())
     names = ["network.one.weight", "network.two.weight"]
     found = score_weights(model, names, data)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -263,13 +263,8 @@ def accuracy(model: MultiTaskModel, images: Images) -> float:
 
 
 def _quickly(module: nn.Module, pixels: Tensor) -> Any:
-    """Run a network in what it is quickest in on a CPU.
-
-    For convolutions that is bfloat16 with channels last, twice as quick as without; for attention
-    it is float32.
-    """
-    convolutions = any(isinstance(each, nn.BatchNorm2d) for each in module.modules())
-    with torch.autocast("cpu", torch.bfloat16) if convolutions else nullcontext():
+    """Run a network in bfloat16 with channels last: twice as quick on a CPU as without."""
+    with torch.autocast("cpu", torch.bfloat16):
         return module(pixels.contiguous(memory_format=torch.channels_last))
 
 

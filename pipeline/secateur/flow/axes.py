@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,7 @@ from secateur.core.files import value_digest
 from secateur.core.model import MultiTaskModel
 from secateur.core.task import Task
 from secateur.data.loading import image_batch, spread
-from secateur.flow.channel_scores import score_key, score_stream
+from secateur.flow.channel_scores import STOPPED, score_key, score_stream
 from secateur.flow.job import Job
 from secateur.fusion.directions import fuse_gradients
 from secateur.importance.bank import Stream, load_scores, save_scores, task_data
@@ -84,12 +85,14 @@ def plan_axes(
     tasks: Sequence[Task],
     stream: Stream,
     batch_count: int,
+    kept: Path | None = None,
 ) -> dict[str, NDArray[np.float64]]:
     """Return the axes (W, W) of each linear group, all tasks having their say.
 
     They are balanced, or where layer norms stand before readers the rotation that comes nearest.
+    For ``kept``, see ``task_data``.
     """
-    data = task_data(model, tasks, stream, batch_count)
+    data = task_data(model, tasks, stream, batch_count, kept)
     weights = {task.name: task.weight for task in tasks}
     measured = measure_directions(model, groups, data)
     axes = {}
@@ -167,6 +170,6 @@ def _axes(
         if taken is not None:
             return taken
     if found is None:
-        found = plan_axes(model, groups, tasks, *score_stream(job, tasks))
+        found = plan_axes(model, groups, tasks, *score_stream(job, tasks), path.parent / STOPPED)
         save_scores(path, found)
     return found

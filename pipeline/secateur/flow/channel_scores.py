@@ -22,6 +22,7 @@ from secateur.importance.bank import load_scores, save_scores, score_tasks, task
 from secateur.prune import find_groups
 
 SCORE_BATCH = 8
+STOPPED = "sums.safetensors"  # of a pass over the images that was stopped
 Scores = dict[str, NDArray[np.float64]]
 
 
@@ -41,7 +42,10 @@ def score_bank(job: Job, tasks: Sequence[str], criterion: str | None = None) -> 
     missing = [task for task in paths if bank[task.name] is None]
     if missing:
         groups = find_groups(job.scored, job.example)
-        made = score_tasks(job.scored, groups, missing, criterion, *score_stream(job, missing))
+        stopped = job.cache.folder("scores", *score_key(job, missing), criterion, "stopped")
+        made = score_tasks(
+            job.scored, groups, missing, criterion, *score_stream(job, missing), stopped / STOPPED
+        )
         for task in missing:
             save_scores(paths[task], made[task.name])
             bank[task.name] = made[task.name]
@@ -68,7 +72,7 @@ def task_agreement(job: Job, groups: Sequence[ChannelGroup]) -> Scores:
     folder = job.cache.folder("agreement", *score_key(job, job.tasks))
     found = load_scores(folder / "scores.safetensors")
     if found is None:
-        data = task_data(job.scored, job.tasks, *score_stream(job, job.tasks))
+        data = task_data(job.scored, job.tasks, *score_stream(job, job.tasks), folder / STOPPED)
         found = agreement(job.scored, groups, data)
         save_scores(folder / "scores.safetensors", found)
     return found

@@ -13,6 +13,7 @@ from secateur.core.errors import PlanError
 from secateur.core.plan import PrunePlan, groups_after
 from secateur.flow.allocation import SUMS, best_judged, searched_plan
 from secateur.flow.channel_scores import (
+    STOPPED,
     Scores,
     score_bank,
     score_key,
@@ -173,9 +174,11 @@ def _scores_halfway(
     if any(scores is None for scores in found.values()):
         draft = compensated(job, groups, first, apply_plan(job.selected, groups, first))
         left, stream = groups_after(groups, first), score_stream(job, job.tasks)
-        made = score_tasks(draft, left, job.tasks, wanted.criterion, *stream)
+        sums = folder / wanted.criterion / STOPPED
+        made = score_tasks(draft, left, job.tasks, wanted.criterion, *stream, sums)
         if AGREEMENT in paths:
-            made[AGREEMENT] = agreement(draft, left, task_data(draft, job.tasks, *stream))
+            data = task_data(draft, job.tasks, *stream, folder / STOPPED)
+            made[AGREEMENT] = agreement(draft, left, data)
         for name, path in paths.items():
             save_scores(path, made[name])
         found = dict(made)

@@ -20,6 +20,7 @@ from secateur.core.model import MultiTaskModel
 from secateur.importance.criterion import Scores, TaskData
 from secateur.importance.passes import backwards, left_as_found
 from secateur.importance.places import Gradients, Place, producers
+from secateur.importance.running_sums import batches_to_add
 
 TINY = 1e-30  # the authors' guard against 0 / 0
 
@@ -36,9 +37,10 @@ def agreement(model: MultiTaskModel, groups: Sequence[ChannelGroup], data: TaskD
     places = producers(model, groups)
     parameters = (p for found in places.values() for place in found for p in place.parameters)
     wanted = list(dict.fromkeys(parameters))
-    totals, count = {group.name: np.zeros(group.width) for group in groups}, 0
+    totals, count = {group.name: np.zeros(group.width) for group in groups}, np.zeros(1)
+    sums = {name: torch.from_numpy(values) for name, values in {**totals, "": count}.items()}
     with left_as_found(model, wanted):
-        for batch in data:
+        for batch in batches_to_add(data, sums):
             count += 1
             gradients: dict[str, Gradients] = {
                 task: dict(zip(wanted, found, strict=True))
@@ -46,7 +48,7 @@ def agreement(model: MultiTaskModel, groups: Sequence[ChannelGroup], data: TaskD
             }
             for name, found in places.items():
                 totals[name] += _mean_cosine(found, gradients, pairs)
-    return {name: (1 + total / max(count, 1)) / 2 for name, total in totals.items()}
+    return {name: (1 + total / np.maximum(count, 1)) / 2 for name, total in totals.items()}
 
 
 def _mean_cosine(

@@ -33,16 +33,17 @@ def score_tasks(
     criterion: str,
     stream: Stream,
     batch_count: int,
+    kept: Path | None = None,
 ) -> dict[str, Scores]:
     """Return (width,) scores per task and group: each task's own, made in one pass over the images.
 
-    The model is left as it was. For targets, see ``task_data``.
+    The model is left as it was. For targets and ``kept``, see ``task_data``.
 
     Raises:
         RecipeError: there is no such criterion.
         DataError: a score is not finite.
     """
-    data = task_data(model, tasks, stream, batch_count)
+    data = task_data(model, tasks, stream, batch_count, kept)
     bank = criterion_of(criterion)(model, groups, data)
     for task, scores in bank.items():
         bad = [name for name, values in scores.items() if not np.isfinite(values).all()]
@@ -55,31 +56,39 @@ def score_tasks(
 
 
 def task_data(
-    model: MultiTaskModel, tasks: Sequence[Task], stream: Stream, batch_count: int
+    model: MultiTaskModel,
+    tasks: Sequence[Task],
+    stream: Stream,
+    batch_count: int,
+    kept: Path | None = None,
 ) -> TaskData:
     """Return the batches of ``stream`` with each task's loss; one batch is held at a time.
 
     Where a batch carries no target for a task, one is drawn from the model's own output (see
-    ``TaskKind.sample_target``), the same in every pass and whatever tasks are beside it.
+    ``TaskKind.sample_target``), the same in every pass and whatever tasks are beside it. A pass
+    that is stopped goes on from what it left in the file ``kept``, whose name has to tell apart
+    all that the pass depends on.
     """
     kinds = {task.name: kind_of(task) for task in tasks}
     names = tuple(kinds)
 
-    def batches() -> Iterator[TaskBatch]:
-        generators = {name: torch.Generator().manual_seed(0) for name in names}
-        for batch in track(stream(), f"scoring {', '.join(names)}", batch_count):
+    def batches(skipped: int) -> Iterator[TaskBatch]:
+        shown = track(stream(), f"scoring {', '.join(names)}", batch_count)
+        for number, batch in enumerate(shown):
+            if number < skipped:
+                continue
             targets = {name: batch.targets[name] for name in names if name in batch.targets}
             if len(targets) < len(names):
                 with evaluating(model):
                     outputs = model(batch.images)
                 for name in names:
                     if name not in targets:
-                        kind, generator = kinds[name], generators[name]
-                        targets[name] = kind.sample_target(outputs[name], generator)
+                        generator = torch.Generator().manual_seed(number)
+                        targets[name] = kinds[name].sample_target(outputs[name], generator)
             losses = {name: partial(kinds[name].loss, target=targets[name]) for name in names}
             yield TaskBatch(batch.images, losses)
 
-    return TaskData(names, batches)
+    return TaskData(names, batches, kept)
 
 
 def save_scores(path: Path, scores: GroupScores) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -35,13 +36,18 @@ class TaskBatch:
 
 @dataclass(frozen=True)
 class TaskData:
-    """The tasks to score and the batches to score them on; iterating starts again each time."""
+    """The tasks to score and the batches to score them on; iterating starts again each time.
+
+    ``stream`` leaves out as many of the first batches as it is told to. ``kept``, if any, is the
+    file in which a pass that is stopped leaves its sums (``running_sums``).
+    """
 
     tasks: tuple[str, ...]
-    stream: Callable[[], Iterable[TaskBatch]]
+    stream: Callable[[int], Iterable[TaskBatch]]
+    kept: Path | None = None
 
     def __iter__(self) -> Iterator[TaskBatch]:
-        return iter(self.stream())
+        return iter(self.stream(0))
 
 
 class Criterion(Protocol):

@@ -20,6 +20,7 @@ from secateur.core.channels import ChannelGroup, Member
 from secateur.core.model import MultiTaskModel
 from secateur.importance.criterion import TaskBatch, TaskData
 from secateur.importance.passes import backwards, left_as_found
+from secateur.importance.running_sums import batches_to_add
 
 Matrix = NDArray[np.float64]
 
@@ -44,8 +45,9 @@ def measure_directions(
     readers = {m.layer: modules[m.layer] for g in groups for m in g.members if m.axis == "in"}
     axes = {name: -1 if isinstance(reader, nn.Linear) else 1 for name, reader in readers.items()}
     sums = {group.name: _Sums(group, data.tasks, axes) for group in groups}
+    named = {f"{i} {k}": v for i, s in enumerate(sums.values()) for k, v in s.tensors().items()}
     with left_as_found(model, ()):
-        for batch in data:
+        for batch in batches_to_add(data, named):
             images = batch.images.detach().requires_grad_()  # so that activations have gradients
             with _inputs(readers) as (names, tensors):  # both are filled by the forward pass
                 taken = TaskBatch(images, batch.losses)
@@ -86,16 +88,22 @@ class _Sums:
     group: ChannelGroup
     tasks: Sequence[str]
     axes: Mapping[str, int]  # where the channels of each reader's input are
-    count: int = 0
+    count: Tensor = field(init=False)
     first: Tensor = field(init=False)
     second: Tensor = field(init=False)
     gradients: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         width = self.group.width
+        self.count = torch.zeros(1, dtype=torch.float64)
         self.first = torch.zeros(width, dtype=torch.float64)
         self.second = torch.zeros(width, width, dtype=torch.float64)
         self.gradients = {task: torch.zeros_like(self.second) for task in self.tasks}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all that is added to, by name."""
+        named = {f"gradients {task}": total for task, total in self.gradients.items()}
+        return {"count": self.count, "first": self.first, "second": self.second, **named}
 
     def add_activity(self, inputs: Mapping[str, Tensor]) -> None:
         for columns in self._columns(inputs):
@@ -108,8 +116,9 @@ class _Sums:
             self.gradients[task] += (columns @ columns.T).cpu()
 
     def directions(self) -> Directions:
-        mean = self.first / max(self.count, 1)
-        activity = self.second / max(self.count, 1) - mean[:, None] * mean[None]
+        count = self.count.clamp(min=1)
+        mean = self.first / count
+        activity = self.second / count - mean[:, None] * mean[None]
         return Directions(activity.numpy(), {t: g.numpy() for t, g in self.gradients.items()})
 
     def _columns(self, tensors: Mapping[str, Tensor | None]) -> list[Tensor]:

@@ -19,6 +19,7 @@ from secateur.core.errors import ModelError
 from secateur.core.model import MultiTaskModel, attributes_kept
 from secateur.importance.criterion import Scores, TaskBatch, TaskData
 from secateur.importance.places import Gradients, Place, Places
+from secateur.importance.running_sums import batches_to_add
 
 Rows = dict[str, dict[str, NDArray[np.float64]]]
 """Per task and group, (places, width) numbers."""
@@ -37,9 +38,9 @@ def weight_pass(
     """
     parameters = (p for found in places.values() for place in found for p in place.parameters)
     wanted = list(dict.fromkeys(parameters))
-    totals, count = _zeros(places, data.tasks), 0
+    totals, count, sums = _start(places, data.tasks)
     with left_as_found(model, wanted):
-        for batch in data:
+        for batch in batches_to_add(data, sums):
             count += 1
             for task, gradients in backwards(model, wanted, batch, data.tasks):
                 gradient_of = dict(zip(wanted, gradients, strict=True))
@@ -69,9 +70,9 @@ def gate_pass(
         ModelError: a layer mixes the images of a batch, so that no sample has its own gradient.
     """
     layers = {place.layer: place.module for found in places.values() for place in found}
-    totals, count = _zeros(places, data.tasks), 0
+    totals, count, sums = _start(places, data.tasks)
     with left_as_found(model, ()):
-        for batch in data:
+        for batch in batches_to_add(data, sums):
             size = len(batch.images)
             count += size
             with _gated(layers, batch.images) as gates:
@@ -184,11 +185,17 @@ def scores_of(
     }
 
 
-def _zeros(places: Places, tasks: Sequence[str]) -> Rows:
-    return {
+def _start(
+    places: Places, tasks: Sequence[str]
+) -> tuple[Rows, NDArray[np.float64], dict[str, Tensor]]:
+    """Return rows and a count (1,) of zeros, and both as named tensors of the same memory."""
+    rows = {
         task: {name: np.zeros((len(found), found[0].width)) for name, found in places.items()}
         for task in tasks
     }
+    count = np.zeros(1)
+    named = {f"{task} {name}": values for task in tasks for name, values in rows[task].items()}
+    return rows, count, {k: torch.from_numpy(v) for k, v in {"count": count, **named}.items()}
 
 
 def _add(
@@ -203,8 +210,8 @@ def _add(
                 rows[name][row] += value.double().cpu().numpy()
 
 
-def _divided(rows: Rows, count: int) -> Rows:
+def _divided(rows: Rows, count: NDArray[np.float64]) -> Rows:
     return {
-        task: {name: values / max(count, 1) for name, values in found.items()}
+        task: {name: values / np.maximum(count, 1) for name, values in found.items()}
         for task, found in rows.items()
     }
