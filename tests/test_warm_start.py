@@ -13,6 +13,7 @@ from cli_run import RECIPE, make_project, run
 from safetensors.torch import save_file
 from secateur.core.errors import RecipeError
 from secateur.core.model import evaluating, model_fingerprint
+from secateur.flow import warm_start
 from secateur.flow.axes import fit, turn_axes
 from secateur.flow.cache import StageCache
 from secateur.flow.entry import _share_of_macs
@@ -309,7 +310,7 @@ def test_tasks_that_no_neighbour_has_are_merged_from_the_parent(project: Path, f
 
 
 def test_a_plan_of_merged_weights_goes_by_what_channels_are_worth_there(
-    project: Path, first: Entry
+    project: Path, first: Entry, monkeypatch
 ) -> None:
     line = copied(project, "where", first)
     _, made = planned(project, asking(library=line))
@@ -317,6 +318,8 @@ def test_a_plan_of_merged_weights_goes_by_what_channels_are_worth_there(
     _, own = planned(project, asking(library=line, inherit="none"))
     assert own.merged is None and own.vote and not own.vote.of_merged
     assert made.plan.cuts != own.plan.cuts
+    monkeypatch.setattr(warm_start, "begin_cut", None)  # both starts' losses are found again
+    assert planned(project, asking(library=line))[1].plan == made.plan
     for name, scores in own.scored.per_task["room"].items():  # what its entry will hold
         np.testing.assert_array_equal(made.scored.per_task["room"][name], scores)
 

@@ -33,6 +33,7 @@ def test_the_bundle_holds_what_the_contract_names(bundle: Path) -> None:
     assert manifest["cost"]["macs"] == manifest["plan"]["macs_after"]
     assert manifest["cost"]["macs"] <= 0.5 * manifest["cost_parent"]["macs"]
     assert set(manifest["accuracy"]["shipped"]) == {"segmentation", "depth"}
+    assert manifest["plan"]["recovery_learning_rate"] == 3e-3  # the usual one
     assert all(row["of_range"] <= 1e-4 for row in manifest["parity"].values())
     assert manifest["recipe"] == RECIPE
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 
 from secateur.core.errors import ModelError
 from secateur.core.model import MultiTaskModel, model_fingerprint
+from secateur.core.plan import PrunePlan
+from secateur.core.task import Task
 from secateur.data.loading import Subset, batches, has_labels, spread
 from secateur.flow.allocation import RelativeLoss
 from secateur.flow.cache import load_weights, save_weights
@@ -65,9 +68,18 @@ def start_loss(job: Job) -> RelativeLoss:
     return RelativeLoss(job.selected, next(batches(chosen, labelled, job.spec, len(chosen))))
 
 
+def start_key(job: Job, plan: PrunePlan) -> tuple[Any, ...]:
+    """Return what the loss of the start that ``plan`` makes depends on, but for the parent."""
+    return (job.outline_key, plan.to_json(), str(job.recipe.compensate), refit_indices(job),
+            job.train.fingerprint, _meaning(job.tasks), asdict(job.spec))  # fmt: skip
+
+
+def _meaning(tasks: Sequence[Task]) -> list[Any]:
+    return [(meaning(task), task.weight) for task in tasks]
+
+
 def _merged(job: Job, experts: Mapping[str, MultiTaskModel]) -> MultiTaskModel:
-    key = [(name, [(meaning(task), task.weight) for task in own.tasks])
-           for name, own in experts.items()]  # fmt: skip
+    key = [(name, _meaning(own.tasks)) for name, own in experts.items()]
     folder = job.cache.folder("merged", job.selected_key, key, job.train.fingerprint,
                               refit_indices(job), asdict(job.spec))  # fmt: skip
     merged = copy.deepcopy(job.selected)

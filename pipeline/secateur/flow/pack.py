@@ -40,6 +40,7 @@ from secateur.flow.evidence import Evidence
 from secateur.flow.inherited import Origin
 from secateur.flow.job import Job
 from secateur.flow.lowering import Lowered
+from secateur.flow.recovery import learning_rate
 from secateur.flow.stages import Cut, plain_image
 from secateur.flow.warm_start import Planned
 from secateur.lower.export import INPUT_NAME
@@ -123,7 +124,7 @@ def _manifest(job: Job, made: Made) -> Manifest:
             "eval": job.eval.fingerprint,
             "eval_root": str(job.recipe.data_root(job.recipe.data.eval)),
         },
-        plan={**summary, "recovery_steps": made.cut.steps, "recovery_undone": made.cut.undone},
+        plan={**summary, **_recovery(job, made)},
         cost_parent=evidence.cost_parent,
         cost=evidence.cost,
         budgets=dict(made.budgets),
@@ -141,6 +142,14 @@ def _manifest(job: Job, made: Made) -> Manifest:
         command=made.command,
         recipe=job.recipe.source,
     )
+
+
+def _recovery(job: Job, made: Made) -> dict[str, Any]:
+    wanted = job.recipe.recover
+    inherited = made.origin is not None and made.origin.inherited
+    rate = None if wanted == "none" else learning_rate(job, wanted, inherited=inherited)
+    return {"recovery_steps": made.cut.steps, "recovery_undone": made.cut.undone,
+            "recovery_learning_rate": rate}  # fmt: skip
 
 
 def _report(lowered: Lowered) -> Mapping[str, Any] | None:

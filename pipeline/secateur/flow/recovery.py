@@ -75,9 +75,8 @@ def recovered(
     if wanted == "none":
         return model, 0
     freeze = freeze_norms(job, plan, wanted, inherited=inherited)
-    if wanted.learning_rate is None:
-        rate = usual_rate(_epochs(job, wanted), inherited=inherited)
-        wanted = wanted.model_copy(update={"learning_rate": rate})
+    rate = learning_rate(job, wanted, inherited=inherited)
+    wanted = wanted.model_copy(update={"learning_rate": rate})
     key = (job.parent_key, asdict(plan)["cuts"], str(job.recipe.compensate),
            job.recipe.axes(), job.basis, plan.removed, freeze, job.train.fingerprint,
            wanted.model_dump(), asdict(job.spec),
@@ -104,6 +103,13 @@ def recovered(
     save_weights(weights, result.model)
     (folder / "state.pt").unlink(missing_ok=True)
     return result.model, result.steps
+
+
+def learning_rate(job: Job, wanted: RecoverSpec, *, inherited: bool) -> float:
+    """Return the highest learning rate of the recovery: the recipe's, or what is usual."""
+    if wanted.learning_rate is not None:
+        return wanted.learning_rate
+    return usual_rate(_epochs(job, wanted), inherited=inherited)
 
 
 def _augment(job: Job, wanted: RecoverSpec) -> Augment | None:

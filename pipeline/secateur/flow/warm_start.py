@@ -22,7 +22,7 @@ from secateur.core.plan import PrunePlan, dropped_indices, dropped_of_parameters
 from secateur.flow.axes import votable
 from secateur.flow.channel_scores import scores_for
 from secateur.flow.job import Job
-from secateur.flow.merged import merged_network, of_merged, start_loss
+from secateur.flow.merged import merged_network, of_merged, start_key, start_loss
 from secateur.flow.planning import Scored, plan_scored, score_channels
 from secateur.flow.sketches import sketch_tasks
 from secateur.flow.stages import begin_cut
@@ -190,7 +190,12 @@ def _better_plan(
 
     def lost(each: Job, scores: Scored) -> float:
         trial = _unsearched(each)  # a search takes minutes, and one of the two would be in vain
-        return loss(begin_cut(trial, scored.groups, _voted(trial, scores, votes)))
+        plan = _voted(trial, scores, votes)
+        key = (job.selected_key, *start_key(trial, plan))
+        made: float = job.cache.json(
+            "start_loss", key, lambda: loss(begin_cut(trial, scored.groups, plan))
+        )
+        return made
 
     if lost(there, scored_there) < lost(job, scored):
         return _voted(there, scored_there, votes), merged
