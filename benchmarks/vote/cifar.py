@@ -27,7 +27,7 @@ from secateur.core.progress import shown
 from suite import RESULTS, append_row, read_rows, write_suite
 from vote.cifar_claims import ITERATIONS, SECONDS_AT, answers, claims, ranking, summary
 from vote.cifar_plots import draw_curves
-from vote.lab import COLD, ITERATIVE, LIBRARIES, MEASURES, SHARES, STAGED, Effort, Lab, Row
+from vote.lab import COLD, ITERATIVE, LIBRARIES, MEASURES, SHARES, STAGED, UNCUT, Effort, Lab, Row
 from vote.starts import STARTS
 from vote.turns import claimed, released
 
@@ -97,7 +97,7 @@ def fill(lab: Lab, part: str, end: float) -> None:
         if time.monotonic() > end:
             return
         _, _, task, seed, share, start, iterations, measure = cell
-        if cell in done or not (whole or start in (ITERATIVE, *COLD)):
+        if cell in done or not (whole or start in (ITERATIVE, UNCUT, *COLD)):
             continue
         claim = CLAIMS / "_".join(str(word).replace(" ", "-").replace("'", "") for word in cell)
         if not claimed(claim):
@@ -141,7 +141,7 @@ def _told(lab: Lab) -> Iterator[Cell]:
     """The new tasks, by seed: first what the targets are of, then every other start.
 
     The best starts are those that ``choose`` found. Staging is told of one seed; so are, at the
-    end, short cold schedules, but where seconds to equal accuracy are.
+    end, short cold schedules, but where seconds to equal accuracy are. Last comes a control.
     """
     rows = read_rows(CELLS)
     best = {share: ranking(rows, lab.network, share, ITERATIONS[share])[:1] for share in SHARES}
@@ -157,6 +157,7 @@ def _told(lab: Lab) -> Iterator[Cell]:
             if seed == SEEDS[0] and share != SHARES[0]:
                 rounds.append((seed, share, [(f"{STAGED}generic weights", SHORT)]))
     rounds += [(SEEDS[0], share, short) for share in SHARES if share != SECONDS_AT]
+    rounds += [(seed, 1.0, [(UNCUT, SHORT)]) for seed in SEEDS]
     told = ((seed, task.name, share, start, iterations) for seed, share, wanted in rounds
             for start, iterations in wanted for task in lab.data.new_tasks())  # fmt: skip
     for seed, name, share, start, iterations in dict.fromkeys(told):

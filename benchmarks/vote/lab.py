@@ -43,6 +43,7 @@ MEASURES: Mapping[str, Any] = {
     "leep": leep, "mean_feature": mean_feature, "score_cosine": score_cosine, "task2vec": task2vec,
 }  # fmt: skip
 ITERATIVE, STAGED = "cold, iterative", "staged from "
+UNCUT = "the parent, uncut"  # a control: what that many iterations teach a network at all
 COLD = ("cold, one-shot", "cold, one-shot, refitted")
 GENERIC, SCORE = "generic", "score "
 NOBODY_NEAR = (*COLD, "votes of random tasks", "votes of all", "generic weights")
@@ -161,8 +162,10 @@ class Lab:
     ) -> tuple[Parent, Any]:
         """Return the network that training starts from, and the cuts that come on the way."""
         rng = np.random.default_rng(seed)
-        if start == ITERATIVE:
+        if start in (ITERATIVE, UNCUT):
             parent, images = self._opened(task)
+            if start == UNCUT:
+                return parent, lambda *_: None
             return parent, Steps(parent, images, in_steps(share, iterations), rng, parent)
         staged, start = start.startswith(STAGED), start.removeprefix(STAGED)
         first_share = SHARES[SHARES.index(share) - 1] if staged else share
