@@ -20,6 +20,7 @@ from secateur.cli import (
     doctor,
     inspect,
     library,
+    merge,
     profile,
     report,
     targets,
@@ -37,6 +38,7 @@ app = typer.Typer(
 app.command("targets")(targets.targets)
 app.command("inspect")(inspect.inspect)
 app.command("score")(inspect.score)
+app.command("merge")(merge.merge)
 app.command("plan")(inspect.plan)
 app.command("profile")(profile.profile)
 app.command("build")(build.build)

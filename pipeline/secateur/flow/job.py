@@ -105,7 +105,7 @@ def open_job(recipe: Recipe, cache: StageCache) -> Job:
     """
     for task in recipe.all_tasks():
         kind_of(task)
-    train, evaluation = _open(recipe, recipe.data.train), _open(recipe, recipe.data.eval)
+    train, evaluation = open_data(recipe, recipe.data.train), open_data(recipe, recipe.data.eval)
     if len(train) < 2:
         raise DataError(
             f"data.train has {len(train)} image(s); one says nothing of others",
@@ -145,5 +145,10 @@ def keep_tasks(recipe: Recipe, parent: MultiTaskModel) -> tuple[MultiTaskModel, 
     return selected, bool(folds.layers)
 
 
-def _open(recipe: Recipe, spec: DataSpec) -> Reader:
+def open_data(recipe: Recipe, spec: DataSpec) -> Reader:
+    """Return the reader of ``data.train`` or ``data.eval``; what it decodes it keeps.
+
+    Raises:
+        DataError: there is no such reader, or it finds no images.
+    """
     return InMemory(open_reader(spec.reader, recipe.data_root(spec), spec.split, **spec.options))

@@ -7,7 +7,7 @@ import importlib.util
 import pickle
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import ModuleType
 
@@ -30,9 +30,18 @@ def load_parent(recipe: Recipe) -> MultiTaskModel:
         ModelError: the factory fails, the checkpoint does not fit, an output is missing or not
             finite.
     """
-    network = _call_factory(recipe)
+    network = new_network(recipe)
     if recipe.model.checkpoint is not None:
-        _load_checkpoint(network, recipe.find_file(recipe.model.checkpoint))
+        load_checkpoint(network, recipe.find_file(recipe.model.checkpoint))
+    return checked_model(recipe, network)
+
+
+def checked_model(recipe: Recipe, network: nn.Module) -> MultiTaskModel:
+    """Return the network with the recipe's tasks, in eval mode, tried on noise.
+
+    Raises:
+        ModelError: forward fails, or an output is missing, not finite or of a wrong shape.
+    """
     model = MultiTaskModel(network, recipe.all_tasks()).eval()
     example = recipe.model.input.model_input().example()
     try:
@@ -66,7 +75,12 @@ def _check_channels(task: Task, output: Tensor) -> None:
         )
 
 
-def _call_factory(recipe: Recipe) -> nn.Module:
+def new_network(recipe: Recipe) -> nn.Module:
+    """Call the recipe's factory.
+
+    Raises:
+        ModelError: it cannot be imported, fails or returns no module.
+    """
     module_name, function_name = recipe.model.factory.split(":")
     try:
         module = _import_factory(module_name, recipe.path.parent.resolve())
@@ -141,7 +155,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     return loaded
 
 
-def _without_prefix(given: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+def _without_prefix(given: dict[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
     """Return weights without what a wrapper (DataParallel, Lightning) put before every name.
 
     Only where the names then are those that are wanted.
@@ -150,14 +164,20 @@ def _without_prefix(given: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict
     for prefix in (first[: dot + 1] for dot, letter in enumerate(first) if letter == "."):
         if all(key.startswith(prefix) for key in given):
             bare = {key.removeprefix(prefix): value for key, value in given.items()}
-            if bare.keys() <= wanted.keys():
+            if bare.keys() <= {*wanted}:
                 return bare
     return given
 
 
-def _load_checkpoint(network: nn.Module, path: Path) -> None:
+def load_checkpoint(network: nn.Module, path: Path, others: Collection[str] = ()) -> None:
+    """Put a file's weights into ``network``; names in ``others`` may be there too, and are left.
+
+    Raises:
+        ModelError: the file cannot be read, or its names or shapes are not the network's.
+    """
     wanted = network.state_dict()
-    given = _without_prefix(read_checkpoint(path), wanted)
+    given = _without_prefix(read_checkpoint(path), {*wanted, *others})
+    given = {key: value for key, value in given.items() if key in wanted or key not in others}
     counters = {key for key in wanted if key.endswith("num_batches_tracked")}
     missing = sorted(wanted.keys() - given.keys() - counters)
     unexpected = sorted(given.keys() - wanted.keys())
