@@ -511,3 +511,5 @@ def test_a_cut_to_another_budget_is_entered_by_what_it_kept(first: Entry) -> Non
     by_ms = replace(first.plan, budget_macs=first.plan.macs_before)
     assert _share_of_macs(by_ms) == first.plan.macs_after / first.plan.macs_before < 0.9
     assert _share_of_macs(first.plan) == first.facts.budget
+    by_params = replace(first.plan, budget_macs=first.plan.macs_before * 9 // 10)
+    assert _share_of_macs(by_params) == first.plan.macs_after / first.plan.macs_before

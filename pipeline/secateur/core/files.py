@@ -31,10 +31,17 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
+        _flush(temporary)
         temporary.chmod(0o644)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """Have a file's bytes on the disk before its name is: a power cut must not leave it empty."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
 
 
 def not_writable(path: Path, error: OSError) -> BundleError:

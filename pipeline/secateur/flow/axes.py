@@ -17,7 +17,7 @@ from secateur.core.files import value_digest
 from secateur.core.model import MultiTaskModel
 from secateur.core.task import Task
 from secateur.data.loading import image_batch, spread
-from secateur.flow.channel_scores import STOPPED, score_key, score_stream
+from secateur.flow.channel_scores import STOPPED, covers, score_key, score_stream
 from secateur.flow.job import Job
 from secateur.fusion.directions import fuse_gradients
 from secateur.importance.bank import Stream, load_scores, save_scores, task_data
@@ -43,7 +43,8 @@ def turn_axes(job: Job) -> Job:
     Raises:
         RecipeError: the recipe asks for axes that its criterion cannot be used in.
     """
-    if job.scored is not job.selected and _frees_channels(job):
+    own = find_groups(job.selected, job.example)
+    if job.scored is not job.selected and not covers(find_groups(job.scored, job.example), own):
         job = replace(job, scored=job.selected)
     if job.recipe.axes() == "original":
         return job
@@ -61,22 +62,6 @@ def turn_axes(job: Job) -> Job:
     keep = [task.name for task in job.tasks]
     selected = select_tasks(turned, keep, job.example).eval()
     return replace(job, scored=turned, selected=selected, basis=basis, axes=axes)
-
-
-def _frees_channels(job: Job) -> bool:
-    """Say whether channels can go in the selected model that the whole parent has to keep."""
-    whole, own = (
-        {
-            (member.layer, place)
-            for group in find_groups(model, job.example)
-            for member in group.members
-            if member.axis == "out"
-            for places in member.indices
-            for place in places
-        }
-        for model in (job.scored, job.selected)
-    )
-    return not own <= whole
 
 
 def plan_axes(

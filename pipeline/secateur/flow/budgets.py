@@ -89,7 +89,9 @@ def plan_within(
         limit = macs_limit(planned.scored.cost, planned.plan.budget_macs)
         return _with_records(job, planned, {"macs": [limit]})
     if blocks:
-        by = [target.name, job.grid(target), timed_precision(job),
+        precision = job.recipe.precision
+        by = [target.name, target.runtime, job.grid(target), timed_precision(job),
+              precision.mode, precision.guard,
               {key: table.to_json() for key, table in tables.items()}]  # fmt: skip
         job = without_least(job, lambda trial: _outlined(trial, target, tables), by)
     basis = basis_of(job, target)

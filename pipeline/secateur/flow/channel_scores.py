@@ -78,6 +78,22 @@ def task_agreement(job: Job, groups: Sequence[ChannelGroup]) -> Scores:
     return found
 
 
+def covers(known: Sequence[ChannelGroup], groups: Sequence[ChannelGroup]) -> bool:
+    """Say whether every channel of ``groups`` is made where one of the ``known`` groups is."""
+    made, there = (
+        {
+            (member.layer, place)
+            for group in each
+            for member in group.members
+            if member.axis == "out"
+            for places in member.indices
+            for place in places
+        }
+        for each in (groups, known)
+    )
+    return made <= there
+
+
 def scores_for(
     groups: Sequence[ChannelGroup],
     parent_groups: Sequence[ChannelGroup],

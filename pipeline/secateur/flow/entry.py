@@ -19,6 +19,7 @@ from secateur.vote.entry import Entry, Facts, TaskMark
 from secateur.vote.library import add_entry, open_library
 
 UNSTATED = "unstated"  # axes that the bundle does not name: its keep-sets are shown, never compared
+FILLED = 0.9  # a budget that the plan spends no more of was not the tightest
 
 
 def add_build(job: Job, device: str, planned: Planned, cut: Cut, evidence: Evidence) -> str:
@@ -66,8 +67,8 @@ def _entry_of_build(job: Job, device: str, planned: Planned, cut: Cut, evidence:
 
 
 def _share_of_macs(plan: PrunePlan) -> float:
-    """Return the budget in MACs, 0..1; of a plan by another budget what it came to."""
-    if plan.budget_macs < plan.macs_before:
+    """Return the budget in MACs, 0..1; where another one was the tighter, what the plan came to."""
+    if FILLED * plan.budget_macs < plan.macs_after and plan.budget_macs < plan.macs_before:
         return plan.budget_macs / plan.macs_before
     return plan.macs_after / plan.macs_before
 

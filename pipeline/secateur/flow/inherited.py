@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ from secateur.core.model import MultiTaskModel, model_fingerprint
 from secateur.core.plan import dropped_indices, dropped_of_parameters
 from secateur.data.loading import image_batch, spread
 from secateur.flow.job import Job
-from secateur.flow.merged import THE_PARENT, of_merged, start_loss
+from secateur.flow.merged import THE_PARENT, of_merged, start_loss, with_biases
 from secateur.flow.recovery import forgets_weights
 from secateur.flow.stages import begin_cut, compensated
 from secateur.flow.warm_start import Planned
@@ -67,13 +66,13 @@ def best_start(
         return begun, Origin(THE_PARENT, {}, reason=reason), ""
     groups, plan = planned.scored.groups, planned.plan
     donors = planned.donors[:1] if wanted == "nearest" else planned.donors
-    own = {name: tensor.cpu().numpy() for name, tensor in begun.state_dict().items()}
+    taken = with_biases(begun, donors)
+    own = {name: tensor.cpu().numpy() for name, tensor in taken.state_dict().items()}
     result = inherit(
         SubNetwork(own, dropped_indices(groups, plan), dropped_of_parameters(groups, plan)),
         [donor.network for donor in donors],
         [donor.weight for donor in donors],
     )
-    taken = copy.deepcopy(begun)
     taken.load_state_dict({name: torch.tensor(array) for name, array in result.weights.items()})
     reestimate_norms(taken, image_batch(job.train, spread(job.train, NORM_IMAGES), job.spec))
     starts = {THE_PARENT: begun, "inherited": taken}

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from secateur.core.errors import ModelError
 from secateur.core.model import MultiTaskModel, model_fingerprint
@@ -40,14 +41,16 @@ def merged_network(job: Job, donors: Sequence[Donor]) -> MultiTaskModel | None:
     prune = job.recipe.prune
     if prune.inherit == "none" or forgets_weights(job) or job.recipe.compensate is False:
         return None
+    donors = donors[:1] if prune.inherit == "nearest" else donors
+    base = with_biases(job.selected, donors)
     try:
-        experts = _experts(job, donors[:1] if prune.inherit == "nearest" else donors)
+        experts = _experts(job, base, donors)
         if not experts.keys() - {THE_PARENT}:
             return None
         if len(experts) == 1:
             [whole] = experts.values()
             return whole
-        return _merged(job, experts)
+        return _merged(job, base, experts)
     except ModelError:  # a layer that more than its norm reads, say
         return None
 
@@ -78,20 +81,35 @@ def _meaning(tasks: Sequence[Task]) -> list[Any]:
     return [(meaning(task), task.weight) for task in tasks]
 
 
-def _merged(job: Job, experts: Mapping[str, MultiTaskModel]) -> MultiTaskModel:
+def with_biases(model: MultiTaskModel, donors: Sequence[Donor]) -> MultiTaskModel:
+    """Return a copy whose layers have a bias, of zeros, wherever a donor's has one.
+
+    Compensation gives some layers a bias that their parent's lack.
+    """
+    wider = copy.deepcopy(model)
+    layers = dict(wider.named_modules())
+    for name in {name for donor in donors for name in donor.network.weights}:
+        layer = layers.get(name.removesuffix(".bias")) if name.endswith(".bias") else None
+        if isinstance(layer, nn.Conv2d | nn.Linear) and layer.bias is None:
+            layer.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)))
+    return wider
+
+
+def _merged(
+    job: Job, base: MultiTaskModel, experts: Mapping[str, MultiTaskModel]
+) -> MultiTaskModel:
     key = [(name, _meaning(own.tasks)) for name, own in experts.items()]
     folder = job.cache.folder("merged", job.selected_key, key, job.train.fingerprint,
                               refit_indices(job), asdict(job.spec))  # fmt: skip
-    merged = copy.deepcopy(job.selected)
+    merged = copy.deepcopy(base)
     if load_weights(folder / "weights.safetensors", merged):
         return merged
-    merged = merge_networks(job.selected, job.selected.state_dict(), experts, refit_images(job),
-                            MergeSettings())  # fmt: skip
+    merged = merge_networks(base, base.state_dict(), experts, refit_images(job), MergeSettings())
     save_weights(folder / "weights.safetensors", merged)
     return merged
 
 
-def _experts(job: Job, donors: Sequence[Donor]) -> dict[str, MultiTaskModel]:
+def _experts(job: Job, base: MultiTaskModel, donors: Sequence[Donor]) -> dict[str, MultiTaskModel]:
     """Return, by a donor's id, its network for the kept tasks that no nearer one has."""
     left = [task.name for task in job.tasks]
     experts = {}
@@ -99,14 +117,14 @@ def _experts(job: Job, donors: Sequence[Donor]) -> dict[str, MultiTaskModel]:
         own = [task for task in left if task in donor.tasks]
         if own:
             left = [task for task in left if task not in own]
-            experts[donor.id] = select_tasks(_embedded(job, donor), own, job.example).eval()
+            experts[donor.id] = select_tasks(_embedded(base, donor), own, job.example).eval()
     if left:
-        experts[THE_PARENT] = select_tasks(job.selected, left, job.example).eval()
+        experts[THE_PARENT] = select_tasks(base, left, job.example).eval()
     return experts
 
 
-def _embedded(job: Job, donor: Donor) -> MultiTaskModel:
-    model = copy.deepcopy(job.selected)
+def _embedded(base: MultiTaskModel, donor: Donor) -> MultiTaskModel:
+    model = copy.deepcopy(base)
     whole = {name: tensor.cpu().numpy() for name, tensor in model.state_dict().items()}
     state = embed(whole, donor.network)
     model.load_state_dict({name: torch.tensor(array) for name, array in state.items()})

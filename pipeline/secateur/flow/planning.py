@@ -15,6 +15,7 @@ from secateur.flow.allocation import SUMS, best_judged, searched_plan
 from secateur.flow.channel_scores import (
     STOPPED,
     Scores,
+    covers,
     score_bank,
     score_key,
     score_stream,
@@ -70,9 +71,11 @@ def score_channels(job: Job, grid: int) -> Scored:
     """
     wanted = job.recipe.prune
     rule_of(wanted.fusion)  # a wrong name is told before the scoring
-    bank = score_bank(job, [task.name for task in job.tasks])
     parent_groups = find_groups(job.scored, job.example)
     groups = find_groups(job.outline, job.example)
+    if not covers(parent_groups, groups):  # a removed block alone fixed some channels
+        job, parent_groups = replace(job, scored=job.outline), groups
+    bank = score_bank(job, [task.name for task in job.tasks])
     if not groups:
         said = "no channel of this model can go: all are fixed by operators or outputs"
         raise PlanError(said, hint="convolutions and linear layers can be cut")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, replace
 
 from secateur.bench.accuracy import evaluate_model, score_model
@@ -85,8 +86,10 @@ def recovered(
     folder = job.cache.folder("recover", *key)
     weights, steps = folder / "weights.safetensors", folder / "steps.json"
     found = copy.deepcopy(model)
-    if steps.exists() and load_weights(weights, found):
-        return found, int(json.loads(steps.read_text(encoding="utf-8")))
+    with suppress(OSError, ValueError):  # a damaged file is as none
+        taken = int(json.loads(steps.read_text(encoding="utf-8")))
+        if load_weights(weights, found):
+            return found, taken
     settings = TrainSettings(
         **wanted.model_dump(exclude={"augment", "early_stop", "reinit", "freeze_norms"}),
         freeze_norms=freeze,

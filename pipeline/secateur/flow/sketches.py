@@ -113,8 +113,10 @@ def _only(model: MultiTaskModel, task: Task) -> MultiTaskModel:
 
 
 def _mean_over_positions(layer: nn.Module, tensor: Tensor) -> Tensor:
-    if isinstance(layer, nn.Linear):
-        return tensor.flatten(1, -2).mean(1) if tensor.dim() > 2 else tensor
+    if tensor.dim() < 3:
+        return tensor
+    if isinstance(layer, nn.Linear | nn.LayerNorm):  # channels last
+        return tensor.flatten(1, -2).mean(1)
     return tensor.flatten(2).mean(2)
 
 

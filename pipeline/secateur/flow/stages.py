@@ -13,6 +13,7 @@ from torch import Tensor
 from secateur.compensate import RefitSettings, refit, views
 from secateur.core.channels import ChannelGroup
 from secateur.core.errors import BuildError, RecipeError
+from secateur.core.files import file_sha256, write_text
 from secateur.core.model import ModelInput, MultiTaskModel, evaluating, model_fingerprint
 from secateur.core.plan import PrunePlan
 from secateur.data.loading import has_labels, image_batch, spread
@@ -145,8 +146,10 @@ def onnx_file(model: MultiTaskModel, spec: ModelInput, cache: StageCache, key: s
     """Return an ONNX file of a model whose weights ``key`` names, made now or found."""
     outputs = [(task.name, task.output) for task in model.tasks]
     path = cache.folder("onnx", key, outputs, asdict(spec), OPSET, FORM) / "model.onnx"
-    if not path.exists():
+    digest = path.with_suffix(".sha256")
+    if not (path.exists() and digest.exists() and digest.read_text() == file_sha256(path)):
         export_onnx(model, spec.example(), path)
+        write_text(digest, file_sha256(path))
     return path
 
 

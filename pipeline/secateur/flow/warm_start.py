@@ -186,18 +186,19 @@ def _better_plan(
     scored_there = replace(
         score_channels(there, grid), per_task=scored.per_task, totals=scored.totals
     )
-    loss = start_loss(job)
+    # A search takes minutes, and that of one of the two would be in vain.
+    trials = [
+        (_unsearched(each), scores) for each, scores in ((there, scored_there), (job, scored))
+    ]
+    starts = [(trial, _voted(trial, scores, votes)) for trial, scores in trials]
 
-    def lost(each: Job, scores: Scored) -> float:
-        trial = _unsearched(each)  # a search takes minutes, and one of the two would be in vain
-        plan = _voted(trial, scores, votes)
-        key = (job.selected_key, *start_key(trial, plan))
-        made: float = job.cache.json(
-            "start_loss", key, lambda: loss(begin_cut(trial, scored.groups, plan))
-        )
-        return made
+    def losses() -> list[float]:
+        loss = start_loss(job)  # the first that it judges sets the scale of tasks without labels
+        return [loss(begin_cut(trial, scored.groups, plan)) for trial, plan in starts]
 
-    if lost(there, scored_there) < lost(job, scored):
+    keys = [start_key(trial, plan) for trial, plan in starts]
+    of_theirs, of_own = job.cache.json("start_losses", (job.selected_key, keys), losses)
+    if of_theirs < of_own:
         return _voted(there, scored_there, votes), merged
     return _voted(job, scored, votes), None
 

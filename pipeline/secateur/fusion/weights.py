@@ -169,6 +169,8 @@ def merge_networks(
 def reestimate_norms(model: torch.nn.Module, images: Tensor, batch: int = 64) -> None:
     """Replace batch norms' running statistics, in place, by those of ``images`` (N, C, H, W).
 
+    Batches are of about the same size, ``batch`` at most: each counts the same, and none is of one
+    image unless there is no other.
     Those of a linearised network stay: they belong to the point it is expanded at.
     """
     fixed = {id(m) for part in model.modules() if isinstance(part, Linearised) for m in
@@ -181,7 +183,7 @@ def reestimate_norms(model: torch.nn.Module, images: Tensor, batch: int = 64) ->
             norm.reset_running_stats()
             norm.momentum = None  # the plain mean over batches
             norm.train()
-        for part in torch.split(images, batch):
+        for part in torch.tensor_split(images, -(-len(images) // batch)):
             model(part)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

@@ -50,7 +50,7 @@ def export_onnx(model: MultiTaskModel, example: Tensor, path: Path) -> None:
     """Write ``model`` to ``path``: input ``image`` (batch, C, H, W), one output per task name.
 
     Raises:
-        BuildError: the exporter cannot express the model.
+        BuildError: the exporter cannot express the model, or fixes its batch size.
     """
     names = [task.name for task in model.tasks]
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
@@ -81,6 +81,12 @@ def export_onnx(model: MultiTaskModel, example: Tensor, path: Path) -> None:
             f"the model cannot be exported to ONNX: {first_line(error)}",
             hint="forward must be traceable by torch.export: no data-dependent Python branches",
         ) from error
+    if not exported.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
+        raise BuildError(
+            "the model cannot be exported to ONNX for any number of images: forward makes its "
+            "batch size a constant",
+            hint="there, write images.shape[0] for len(images), and -1 for a number of images",
+        )
     with atomic_path(path) as temporary:
         onnx.save(exported, temporary)
 

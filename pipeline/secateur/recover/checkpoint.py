@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,10 +49,18 @@ def save_checkpoint(folder: Path | None, parts: Mapping[str, Stateful], progress
 
 
 def load_checkpoint(folder: Path | None, parts: Mapping[str, Stateful]) -> Progress:
-    """Load the state that ``save_checkpoint`` wrote into ``parts``; without one, change nothing."""
-    if folder is None or not (folder / "state.pt").exists():
+    """Load the state that ``save_checkpoint`` wrote into ``parts``.
+
+    Without one, or with a damaged one, change nothing.
+    """
+    if folder is None:
         return Progress()
-    state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+    try:
+        state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError):
+        return Progress()
+    if not isinstance(state, dict) or not parts.keys() <= state.keys():
+        return Progress()
     for name, part in parts.items():
         part.load_state_dict(state.pop(name))
     return Progress(**state)

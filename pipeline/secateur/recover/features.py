@@ -110,10 +110,12 @@ def _record(model: MultiTaskModel, example: Tensor) -> tuple[dict[str, Tensor], 
         outputs = model(images)
     model.train(was_training)
     counts = dict.fromkeys(seen, 0)
+    # A grid of coordinates, say, depends on no image: no task depends on it.
+    moving = {name: tensor for name, tensor in seen.items() if tensor.requires_grad}
     for output in outputs.values():
         found = torch.autograd.grad(
-            output.sum(), list(seen.values()), retain_graph=True, allow_unused=True
+            output.sum(), list(moving.values()), retain_graph=True, allow_unused=True
         )
-        for name, gradient in zip(seen, found, strict=True):
+        for name, gradient in zip(moving, found, strict=True):
             counts[name] += gradient is not None
     return {name: tensor.detach() for name, tensor in seen.items()}, counts
