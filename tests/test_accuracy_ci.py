@@ -19,7 +19,7 @@ import torch
 from cli_run import make_project, run
 from conftest import SPEC, TASKS
 from secateur.bench import accuracy
-from secateur.bench.accuracy import Scores, evaluate, score
+from secateur.bench.accuracy import Scores, evaluate, metrics_of, score
 from secateur.bench.intervals import Intervals, bootstrap
 from secateur.bench.latency import Protocol, measure, summarise
 from secateur.core import registry
@@ -167,8 +167,16 @@ def test_verify_and_the_manifest_agree(capsys, bundle: Path) -> None:
     out = run(capsys, "verify", bundle)[1]
     assert "accuracy on 8 images of split 'test', scenes" in out
     assert "95 % intervals, images drawn with replacement, parent and cut drawn alike" in out
-    result = json.loads(run(capsys, "verify", bundle, "--limit", "6", "--json")[1])
-    assert result["intervals"]["paired"] is False  # the parent's rows are of all images
+    part = json.loads(run(capsys, "verify", bundle, "--limit", "6", "--json")[1])
+    assert part["intervals"]["paired"] is True and part["partial"] is True
+    kept = [task for task in TASKS if task.name in part["accuracy"]]
+    with np.load(bundle / "parent_images.npz") as rows:
+        parent = metrics_of(kept, {task.name: rows[task.name][:6] for task in kept})
+    higher = {task.name: kind_of(task).higher_is_better for task in kept}
+    of_the_same = delta(parent, part["accuracy"], higher).per_task
+    assert part["change"]["per_task"] == pytest.approx(dict(of_the_same))
+    said = " ".join(run(capsys, "verify", bundle, "--limit", "6")[1].split())
+    assert "max_drop is judged on all images only" in said
     assert json.loads(run(capsys, "verify", bundle, "--limit", "2", "--json")[1])[
         "intervals"
     ] is None  # fmt: skip

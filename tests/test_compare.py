@@ -192,6 +192,25 @@ def test_two_dates_of_one_bench_are_compared_as_stored(capsys, tmp_path: Path) -
     assert run(capsys, "compare", old, new, "--threshold", "10")[0] == 0
 
 
+def test_two_devices_are_not_each_others_measure(capsys, tmp_path: Path) -> None:
+    old = write_bench(tmp_path / "old.json", 10)
+    new = write_bench(tmp_path / "new.json", 20, target="raspberry-pi-5", host={"cpu": "an A76"})
+    code, stdout, _ = run(capsys, "compare", old, new, "--json")
+    result = json.loads(stdout)
+    assert code == 0 and result["latency"] is None and result["regressions"] == []
+    assert "latency is not compared: it is of different hardware" in result["notes"]
+
+
+def test_a_task_that_is_gone_is_a_regression(bundle: Path, other: Path) -> None:
+    def drop(manifest: dict) -> None:
+        manifest["tasks"] = [task for task in manifest["tasks"] if task["name"] != "depth"]
+        manifest["accuracy"]["shipped"].pop("depth")
+
+    change_manifest(other, drop)
+    assert compare(bundle, other, threshold=90, protocol=SHORT).regressions == ("B lacks depth",)
+    assert compare(other, bundle, threshold=90, protocol=SHORT).regressions == ()  # more is no less
+
+
 def test_a_difference_within_the_noise_is_none(capsys, tmp_path: Path) -> None:
     old = write_bench(tmp_path / "old.json", 10, spread=0.3)
     new = write_bench(tmp_path / "new.json", 10.1, spread=0.3, seed=1)

@@ -175,7 +175,7 @@ from conftest import TinyNet
 class make(TinyNet):
     def forward(self, image):
         pooled = self.stem_norm(self.stem(image)).mean((2, 3))
-        return {**super().forward(image), "room": pooled.view(len(image), 4, 4).mean(2)}
+        return {**super().forward(image), "room": pooled.view(image.shape[0], 4, 4).mean(2)}
 """
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -113,6 +114,16 @@ def score_model(
 
     with evaluating(model):
         return score(predict, model.tasks, reader, spec, **options)  # type: ignore[arg-type]
+
+
+def metrics_of(tasks: Sequence[Task], sums: Sums) -> dict[str, dict[str, float]]:
+    """Return the tasks' metrics of all units together."""
+    found = {}
+    for task in tasks:
+        evaluator = kind_of(task).evaluator()
+        evaluator.sums = torch.from_numpy(sums[task.name].sum(axis=0))
+        found[task.name] = evaluator.compute()
+    return found
 
 
 class _Units:

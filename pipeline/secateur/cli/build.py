@@ -80,11 +80,32 @@ def build(
         typer.echo(json.dumps(rows, indent=2))
     else:
         for result, report in zip(results, reports, strict=True):
+            if len(results) > 1:
+                Console().rule(result.manifest.device)
             print_result(result, Console())
             if report:
                 Console().print(f"{report.key:9} {report.file}", soft_wrap=True, highlight=False)
     if any(result.manifest.accuracy.too_low or missed(result.manifest) for result in results):
         raise typer.Exit(1)
+
+
+def doubts(manifest: Manifest) -> list[str]:
+    """Say which tasks the parent is no better at than a guess: what a cut loses means nothing."""
+    found = []
+    for task in manifest.tasks:
+        metrics = manifest.accuracy.parent[task.name]
+        guess = 100 / (task.classes or 100)
+        if metrics.get("top1", 100.0) <= guess:
+            found.append(
+                f"{task.name}: the parent is right in {metrics['top1']:.3g} %, a guess in "
+                f"{guess:.3g} %: is model.checkpoint given, and its classes in order?"
+            )
+        if metrics.get("abs_rel", 0.0) > 1:
+            found.append(
+                f"{task.name}: the parent's depth is off by {metrics['abs_rel']:.3g} times "
+                "the truth: do labels and outputs have the same unit?"
+            )
+    return found
 
 
 def missed(manifest: Manifest) -> list[str]:
@@ -109,13 +130,21 @@ def print_result(result: BuildResult, console: Console) -> None:
     solved = solver_line(manifest.plan["solver"], manifest.plan["gap"])
     console.print(f"plan      {solved}", highlight=False)
     accuracy = manifest.accuracy
+    before = f"; before recovery {accuracy.delta_t_before_recovery:+.2f} %"
+    if manifest.plan.get("recovery_undone") or not manifest.plan["recovery_steps"]:
+        before = ""  # what was there before is what ships, but for its precision
     console.print(
         f"ΔT {accuracy.delta_t:+.2f} %{_range(accuracy.intervals)} "
         f"(worst task {accuracy.worst_task} "
-        f"{accuracy.change_percent[accuracy.worst_task]:+.2f} %); before recovery "
-        f"{accuracy.delta_t_before_recovery:+.2f} %; on {accuracy.images} images",
+        f"{accuracy.change_percent[accuracy.worst_task]:+.2f} %)"
+        f"{before}; on {accuracy.images} images",
         highlight=False,
     )
+    if unlabelled := manifest.plan.get("without_labels"):
+        console.print(f"labels    data.train has none of {', '.join(unlabelled)}: what is not "
+                      "learnt from labels is learnt from the parent", soft_wrap=True)  # fmt: skip
+    for doubt in doubts(manifest):
+        console.print(f"[yellow]doubtful[/]  {doubt}", soft_wrap=True, highlight=False)
     if sparsity := manifest.plan.get("sparsity"):
         console.print(sparsity_line(sparsity), soft_wrap=True, highlight=False, markup=False)
     for line in _precision_lines(manifest):
@@ -226,7 +255,8 @@ def _precision_lines(manifest: Manifest) -> list[str]:
         lines.append(f"guard     {outcome}, {found['guard']['evaluations']} evaluations")
     why = {row["node"]: f"{row['module'] or 'no module'}: {row['why']}" for row in found["kept"]}
     if found["pin"]:
-        lines.append("to keep this, write into the recipe:\nprecision:\n  pin:")
+        lines.append("to keep this, make this the recipe's precision:\nprecision:\n  mode: "
+                     f"{manifest.precision}\n  guard: false\n  distill: false\n  pin:")  # fmt: skip
         lines += [f"    {node}: {precision}" + (f"  # {why[node]}" if node in why else "")
                   for node, precision in found["pin"].items()]  # fmt: skip
     latency, known = manifest.latency_ms, load_target(manifest.device)

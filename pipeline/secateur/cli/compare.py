@@ -33,7 +33,7 @@ def compare(
     ] = 1.0,
     as_json: JsonOption = False,
 ) -> None:
-    """B beside A; exit 1 if B is slower or hungrier, or a task worse, by more than is allowed.
+    """B beside A; exit 1 if B lacks a task, or is slower, hungrier or worse than allowed.
 
     Two bundles for a machine like this one are run in turns here. Elsewhere, and for two
     bench.json, the stored latencies are compared; so is the energy, where both machines told it.

@@ -66,7 +66,7 @@ def inspect(
         listing = Table("layer", "tasks", "params", "M MACs")
         for name, users in use.layers.items():
             params, macs = use.of(name, use.params), use.of(name, use.macs)
-            listing.add_row(name, ", ".join(sorted(users)), f"{params:,}", f"{macs / 1e6:.2f}")
+            listing.add_row(name.removeprefix("network."), ", ".join(sorted(users)), f"{params:,}", f"{macs / 1e6:.2f}")
         console.print(listing)
     if picture is not None:
         console.print(f"drawn: {picture}")
@@ -85,6 +85,13 @@ def _use_table(use: TaskUse) -> Table:
         for label, amounts, unit in rows:
             shares = [use.shared(task, count, amounts) for count in (1, *counts)]
             table.add_row(task if label == "params" else "", label, *_cells(shares, unit))
+        table.add_section()
+    idle = [(label, use.shared_by(0, amounts), unit) for label, amounts, unit in rows]
+    if any(amount for _, amount, _ in idle):
+        blank = [""] * len(counts)
+        for label, amount, unit in idle:
+            name = "no task" if label == "params" else ""
+            table.add_row(name, label, *blank, "", _cells([amount], unit)[0])
         table.add_section()
     for label, amounts, unit in rows:
         shares = [use.shared_by(count, amounts) for count in (1, *counts)]

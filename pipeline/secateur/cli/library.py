@@ -67,12 +67,10 @@ def list_entries(
                       "scored": each.scored, "with_weights": each.with_weights}
                      for each in found])  # fmt: skip
         return
-    table = _table_of_entries("tasks", "MACs kept", "ΔT %", "parent", "holds", "created")
+    table = _table_of_entries("tasks", "MACs kept", "ΔT %", "parent", "device", "created")
     for each in found:
-        held = [*(["scores"] if each.scored else []), *(["weights"] if each.with_weights else []),
-                *each.sketches]  # fmt: skip
         _add_row(table, each.id[:SHORT], *_cells(each.facts), each.facts.parent[:SHORT],
-                 ", ".join(held) or "-", each.facts.created[:10])  # fmt: skip
+                 each.facts.device or "-", each.facts.created[:10])  # fmt: skip
     Console().print(table if found else "no entry meets these conditions")
 
 

@@ -62,10 +62,18 @@ def verify(
         skipped = result.skipped
         if as_json:
             typer.echo(json.dumps(asdict(result), indent=2))
+            if result.failed or (skipped and accuracy):
+                raise typer.Exit(1)
         else:
             _print_checked(result, console := Console())
-            if not skipped or not accuracy:
-                console.print(skipped or "the bundle is whole and every task is good enough")
+        if result.failed:
+            raise VerifyError("; ".join(result.failed), hint="raise the budget, recover longer, or "
+                              "allow more with max_drop")  # fmt: skip
+        if not as_json and (not skipped or not accuracy):
+            good = "the bundle is whole and every task is good enough"
+            if result.partial:
+                good = "the bundle is whole; max_drop is judged on all images only"
+            console.print(skipped or good)
     if skipped and accuracy:
         raise VerifyError(skipped, hint="bring the data of the build here, or give --no-accuracy")
 
@@ -132,7 +140,9 @@ def _verify_emulated(bundle: Path, cpus: Sequence[str], limit: int | None, as_js
 def bench(
     bundle: BundleArgument,
     device: Annotated[str, typer.Option(help=f"Where to measure: {DEVICES}.")] = "local",
-    threads: Annotated[int | None, typer.Option(help="Threads (default: the manifest's).")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads (default: the manifest's).")
+    ] = None,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Also with 1, 2, 4 ... threads, up to all cores.")
     ] = False,
@@ -177,8 +187,11 @@ def print_bench(record: Mapping[str, Any], file: str, console: Console) -> None:
         console.print(_sweep_table(record["threads_sweep"]))
     for line in _bench_lines(record):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
+    where = f"written to {file}"
+    if record.get("stand_in"):
+        where = f"not written: this machine is no {record['target']}, and its latency is another"
     console.print(f"{record['runtime']}, {record['threads']} thread(s), {record['host']['cpu']}; "
-                  f"written to {file}", soft_wrap=True)  # fmt: skip
+                  f"{where}", soft_wrap=True)  # fmt: skip
 
 
 def _latency_table(latency: Mapping[str, Mapping[str, Any]]) -> Table:

@@ -44,16 +44,14 @@ class Folder:
 
     def __init__(self, path: Path, depth_scale: float) -> None:
         self._archive = ImageArchive(path)
-        self._depth_scale = depth_scale
+        self._depth_scale = float(depth_scale)
         folders: dict[str, dict[str, str]] = {}
         for name in self._archive.names:
             file = Path(name)
             if file.suffix.lower() in SUFFIXES and len(file.parts) <= 2:
                 folders.setdefault(file.parent.as_posix(), {})[file.stem] = name
         self._images = folders.pop("image", {}) or folders.pop(".", {})
-        self._dense = {
-            label: files for label, files in folders.items() if self._images.keys() & files.keys()
-        }
+        self._dense = folders
         self._scalar = self._read_csv() if "labels.csv" in self._archive.names else {}
         self._stems = sorted(self._images)
         self._check_complete()
@@ -109,6 +107,13 @@ class Folder:
             labelled["labels.csv"] = set(self._scalar)
         for label, stems in labelled.items():
             lacking = self._images.keys() - stems
+            if self._images and lacking == self._images.keys():
+                raise DataError(
+                    f"label '{label}' in {self._archive.path} is of none of the "
+                    f"{len(self._images)} images: it has '{min(stems, default='')}', an image is "
+                    f"called '{min(self._images)}'",
+                    hint="give a label the name of its image, or take the folder away",
+                )
             if lacking:
                 raise DataError(
                     f"label '{label}' in {self._archive.path} lacks {len(lacking)} of "

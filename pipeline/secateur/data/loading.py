@@ -43,12 +43,13 @@ def open_reader(name: str, root: str | Path | None, split: str, **options: Any) 
         ) from error
     try:
         reader: Reader = module.create(Path(root or "."), split, **options)
-    except TypeError as error:
+        count = len(reader)
+    except (TypeError, ValueError) as error:
         raise DataError(
             f"reader '{name}' does not take these options: {error}",
             hint=f"see the docstring of secateur.data.{name}.create",
         ) from error
-    if len(reader) == 0:
+    if count == 0:
         raise DataError(
             f"split '{split}' of reader '{name}' at {root} is empty",
             hint="check the split's name and that its files are there",

@@ -18,6 +18,7 @@ from secateur.core.task import Task
 from secateur.data.sample import Array, Sample
 
 DENSE = frozenset({"segmentation", "depth", "normals", "edges"})
+ASPECT_SLACK = 0.1  # of a label's width over height against its image's
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ def target_tensor(sample: Sample, task: Task, spec: ModelInput, view: View | Non
             hint="set the task's kind, classes or label to what the data holds (docs/recipe.md)",
         )
     if task.kind in DENSE:
+        _check_aspect(sample, task)
         label = _dense_label(label, task, sample.id, spec, view)
     if task.kind in ("segmentation", "classification"):
         _check_classes(label, task, sample.id)
@@ -166,6 +168,17 @@ def _fits(label: Array, task: Task) -> bool:
     return task.kind != "keypoints" or (len(shape) == 2 and shape[1] == 2)
 
 
+def _check_aspect(sample: Sample, task: Task) -> None:
+    """Raise where a label cannot lie on its image; a smaller one may be rounded otherwise."""
+    (height, width), (h, w) = sample.image.shape[:2], np.shape(sample.labels[task.label])[:2]
+    if abs(h * width / (w * height) - 1) > ASPECT_SLACK:
+        raise DataError(
+            f"label '{task.label}' of sample {sample.id} is {w}x{h}, its image {width}x{height}: "
+            "they are not of the same picture",
+            hint="give labels the shape of their images; another size alone is fine",
+        )
+
+
 def _check_edges(values: Array, task: Task, sample_id: str) -> None:
     known = values[values != 255]
     wrong = known[(known < 0) | (known > 1)]
@@ -179,6 +192,13 @@ def _check_edges(values: Array, task: Task, sample_id: str) -> None:
 
 
 def _check_classes(label: Array, task: Task, sample_id: str) -> None:
+    if not np.equal(label, np.floor(label)).all():
+        raise DataError(
+            f"label '{task.label}' of sample {sample_id} has the class "
+            f"{np.ravel(label)[np.ravel(label) != np.floor(np.ravel(label))][0]:g} (task "
+            f"'{task.name}')",
+            hint="a class is a whole number",
+        )
     values = np.asarray(label, dtype=np.int64)
     wrong = (values != task.ignore_index) & ((values < 0) | (values >= (task.classes or 0)))
     if wrong.any():

@@ -113,7 +113,10 @@ def compare(
         tasks,
         _costs(*sides),
         tuple(notes),
-        tuple(_regressions(latency, energy, tasks, threshold, max_drop)),
+        (
+            *_lost_tasks(*sides),
+            *_regressions(latency, energy, tasks, threshold, max_drop),
+        ),
     )
 
 
@@ -171,6 +174,9 @@ def _stored(a: _Side, b: _Side, notes: list[str]) -> LatencyChange | None:
         medians.append(np.array(row.block_medians_ms))
     if a.bench is not None and b.bench is not None:
         notes += _different(a.bench, b.bench)
+        if (a.bench.target, a.bench.host.cpu) != (b.bench.target, b.bench.host.cpu):
+            notes.append("latency is not compared: it is of different hardware")
+            return None
     notes.append("the latencies were measured at two times: what the machine did in between counts")
     return _change("stored", *medians)
 
@@ -256,6 +262,13 @@ def _costs(a: _Side, b: _Side) -> tuple[CostChange, ...]:
         CostChange("parameters", x.params, y.params),
         CostChange("ONNX bytes", x.onnx_bytes, y.onnx_bytes),
     )
+
+
+def _lost_tasks(a: _Side, b: _Side) -> list[str]:
+    if a.manifest is None or b.manifest is None:
+        return []
+    lost = {task.name for task in a.manifest.tasks} - {task.name for task in b.manifest.tasks}
+    return [f"B lacks {', '.join(sorted(lost))}"] if lost else []
 
 
 def _regressions(

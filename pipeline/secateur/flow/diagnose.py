@@ -52,6 +52,7 @@ Kind = Literal["preprocessing", "kernel", "overflow", "precision"]
 # Error power over variance up to which a runtime rounds as it may.
 MAY_DIFFER: Mapping[str, float] = {"fp32": 1e-6, "fp16": 1e-4, "int8": 1e-2}
 DISTANCE_IMAGES = 4
+NO_LOSS = 0.05  # percent: less is no difference
 JUDGED = 5  # culprits whose cost is measured in the task's own metrics
 
 
@@ -250,7 +251,8 @@ class _Suspect:
             with self.trials.written(self._only(culprit.nodes)) as path:
                 lost = delta(exact, self._metrics(path), self.higher).per_task
             # The task that loses most is what a user meets; the loudest may bear its noise.
-            task = min(lost, key=lambda name: lost[name])
+            worst = min(lost, key=lambda name: lost[name])
+            task = worst if lost[worst] < lost[culprit.task] - NO_LOSS else culprit.task
             cost = lost[task]
         modules = tuple(dict.fromkeys(self.modules[node] for node in culprit.nodes))
         return Finding("precision", said, task, culprit.nodes, modules, cost)

@@ -38,6 +38,7 @@ from secateur.devices import on_bench
 from secateur.devices.energy import NotMeasurable, find_meter
 from secateur.devices.host import host_facts, library_versions
 from secateur.devices.on_bench import OFFLINE_BATCH, offline_samples, throttled, throttling
+from secateur.devices.target import load_target
 from secateur.flow.predict import bundle_session
 from secateur.flow.verify import check_parity
 from secateur.lower.memory import model_memory
@@ -51,8 +52,9 @@ def bench(
     protocol: Protocol | None = None,
     sweep: bool = False,
 ) -> dict[str, Any]:
-    """Measure a bundle and write ``bench.json`` into it.
+    """Measure a bundle and write ``bench.json`` into it if this machine is of its target's kind.
 
+    Elsewhere nothing is written, and the record is a ``stand_in``: no latency of the target.
     ``latency`` is of one image after another: ``host_to_host`` the runtime's call alone;
     ``end_to_end`` adds reading and decoding the image file, preprocessing and decoding the answers
     at the image's size. ``offline`` is of images that are all there: batches, and how many a
@@ -90,6 +92,7 @@ def bench(
     energy = energy_of(lambda: session.run(inputs), EnergyProtocol(seconds=protocol.seconds / 3))
     record = {
         "device": "local",
+        "stand_in": not load_target(manifest.device).is_this_machine(),
         "target": manifest.device,
         "precision": manifest.precision,
         "runtime": runtime_of(manifest.runtime).version(),
@@ -103,7 +106,8 @@ def bench(
         "host": host_facts(),
         "versions": library_versions(),
     }
-    write_json(folder / "bench.json", record)
+    if not record["stand_in"]:
+        write_json(folder / "bench.json", record)
     return record
 
 

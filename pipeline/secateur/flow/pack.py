@@ -32,7 +32,7 @@ from secateur.bundle.write import (
 )
 from secateur.core.files import atomic_path, write_json, write_text
 from secateur.core.model import MultiTaskModel, evaluating
-from secateur.data.loading import image_batch, spread
+from secateur.data.loading import has_labels, image_batch, spread
 from secateur.data.transforms import image_tensor
 from secateur.devices.host import host_facts, library_versions
 from secateur.devices.target import Target
@@ -102,6 +102,9 @@ def _manifest(job: Job, made: Made) -> Manifest:
     if vote is not None:
         origin = made.origin.to_json() if made.origin else None
         summary["warm_start"] = {**vote.to_json(), "weights": origin}
+    unlabelled = [task.name for task in job.tasks if not has_labels(job.train, [task])]
+    if unlabelled:
+        summary["without_labels"] = unlabelled
     if made.zeros is not None:
         summary["sparsity"] = made.zeros.to_json()
     return Manifest(

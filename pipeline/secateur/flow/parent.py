@@ -86,9 +86,11 @@ def new_network(recipe: Recipe) -> nn.Module:
         module = _import_factory(module_name, recipe.path.parent.resolve())
         factory: Callable[..., nn.Module] = getattr(module, function_name)
     except (ImportError, AttributeError, SyntaxError) as error:
+        hint = "write it as module:function, importable from the recipe's folder"
+        if isinstance(error, ModuleNotFoundError) and error.name != module_name.partition(".")[0]:
+            hint = f"what it imports has to be installed: is '{error.name}'?"
         raise ModelError(
-            f"model.factory: cannot import '{recipe.model.factory}': {error}",
-            hint="write it as module:function, importable from the recipe's folder",
+            f"model.factory: cannot import '{recipe.model.factory}': {error}", hint=hint
         ) from error
     try:
         network = factory(**recipe.model.arguments)

@@ -16,7 +16,7 @@ from secateur.core.shipped import shipped_root
 from secateur.core.task import Task
 from secateur.flow.precision_spec import PrecisionSpec
 from secateur.flow.precision_spec import Strict as _Strict
-from secateur.flow.recipe_errors import recipe_error
+from secateur.flow.recipe_errors import check_no_key_twice, recipe_error
 from secateur.importance.criterion import goes_by_scale
 
 VARIABLE = re.compile(r"\$\{(\w+)\}")
@@ -331,6 +331,7 @@ def parse_recipe(text: str, path: Path, *, unset: bool = False) -> Recipe:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not YAML: {error}", hint="check the indentation") from error
+    check_no_key_twice(root, path)
     if not isinstance(data, dict):
         raise RecipeError(f"{path} is not a recipe", hint="it must be a mapping of keys")
     expanded = _expand(data, path, unset)

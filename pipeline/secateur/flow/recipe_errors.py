@@ -20,7 +20,8 @@ def recipe_error(
     error: ValidationError, path: Path, root: yaml.Node | None, recipe: type[BaseModel]
 ) -> RecipeError:
     """Return the first thing that is wrong; ``recipe`` is the model that was to be filled."""
-    first = error.errors()[0]
+    # A misspelt key comes before the one that is missing for it.
+    first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
     location = [part for part in first["loc"] if not _is_union_tag(part)]
     key = ".".join(str(part) for part in location)
     line = _line_of(root, list(location))
@@ -48,6 +49,28 @@ def recipe_error(
     message = first["msg"].removeprefix("Value error, ")
     return RecipeError(f"{where}: {f'{key}: ' if key else ''}{message}{got}",
                        hint="correct this value")  # fmt: skip
+
+
+def check_no_key_twice(node: yaml.Node | None, path: Path) -> None:
+    """Raise where a mapping has a key twice: YAML would take the last one and say nothing.
+
+    Raises:
+        RecipeError: that is so.
+    """
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            check_no_key_twice(item, path)
+    elif isinstance(node, yaml.MappingNode):
+        seen: dict[str, int] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if key.value in seen and key.value != "<<":
+                raise RecipeError(
+                    f"{path}, line {line}: key '{key.value}' stands there twice, first on line "
+                    f"{seen[key.value]}", hint="put what it holds under one of them",
+                )  # fmt: skip
+            seen[str(key.value)] = line
+            check_no_key_twice(value, path)
 
 
 def _mapping_hint(key: str, wanted: Any, given: object) -> str:

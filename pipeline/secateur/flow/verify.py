@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from secateur.bench.accuracy import Scores, Sums, score
+from secateur.bench.accuracy import MOST_UNITS, Scores, Sums, metrics_of, score
 from secateur.bench.intervals import Intervals, bootstrap
 from secateur.bundle.manifest import Manifest
 from secateur.bundle.read import check_files, read_bundle
@@ -39,7 +39,8 @@ class VerifyResult:
     """``accuracy`` is None, with the reason, where it was not judged or no data are at hand.
 
     ``device`` is where the bundle ran, ``split`` on what ("654 images of split 'test', nyuv2");
-    of a few images only there are no ``intervals``.
+    of a few images only there are no ``intervals``. ``partial``: not all images were looked at, so
+    no task was held to its ``max_drop``. ``failed`` says of each task that lost more how much.
     """
 
     device: str
@@ -49,6 +50,8 @@ class VerifyResult:
     intervals: Intervals | None
     skipped: str
     split: str = ""
+    partial: bool = False
+    failed: tuple[str, ...] = ()
 
 
 def verify(folder: Path, *, limit: int | None = None, accuracy: bool = True) -> VerifyResult:
@@ -56,8 +59,7 @@ def verify(folder: Path, *, limit: int | None = None, accuracy: bool = True) -> 
 
     Raises:
         BundleError: it cannot be read.
-        VerifyError: a file was altered, outputs differ, a task is below its ``max_drop``, or the
-            build missed a budget.
+        VerifyError: a file was altered, outputs differ, or the build missed a budget.
     """
     manifest = read_bundle(folder)
     check_files(folder, manifest)
@@ -88,7 +90,7 @@ def judged(
     ``open_session`` is given the data, which the session is then shown in order.
 
     Raises:
-        VerifyError: a task is below its ``max_drop``, or the build missed a budget.
+        VerifyError: an output is not a number, or the build missed a budget.
     """
     _check_budgets(manifest)
     try:
@@ -99,14 +101,16 @@ def judged(
         _check_judged(scores, device)
     except (DataError, RecipeError) as error:
         return unjudged(device, parity, str(error))
-    parent = Scores(manifest.accuracy.parent, _parent_sums(folder, manifest, scores.sums))
+    shown = len(reader) if limit is None else min(limit, len(reader))
+    partial = shown < len(reader)  # which says too little to fail a bundle
+    parent = _parent(folder, manifest, tasks, scores.sums, part=partial)
     intervals = bootstrap(tasks, scores, parent)
     change = delta(parent.metrics, scores.metrics, higher_is_better(manifest))
-    if limit is None:  # a part of the data says too little to fail a bundle
-        _guard(manifest, change)
-    shown = len(reader) if limit is None else min(limit, len(reader))
     said = f"{shown} images of split '{recipe.data.eval.split}', {recipe.data.eval.reader}"
-    return VerifyResult(device, parity, scores.metrics, change, intervals, "", said)
+    failed = () if partial else _too_low(manifest, change)
+    return VerifyResult(
+        device, parity, scores.metrics, change, intervals, "", said, partial, failed
+    )
 
 
 def _check_judged(scores: Scores, device: str) -> None:
@@ -129,14 +133,26 @@ def _check_judged(scores: Scores, device: str) -> None:
         )
 
 
-def _parent_sums(folder: Path, manifest: Manifest, ours: Sums) -> Sums:
-    """Return each image's part in the parent's accuracy; nothing where it was of other images."""
+def _parent(
+    folder: Path, manifest: Manifest, tasks: Sequence[Task], ours: Sums, *, part: bool
+) -> Scores:
+    """Return the parent's accuracy, and each image's part in it where that is known.
+
+    Of a ``part`` of the images it is that of the same first ones.
+    """
+    whole = Scores(manifest.accuracy.parent)
     if PARENT_FILE not in manifest.files:  # of an older version
-        return {}
+        return whole
     with np.load(folder / PARENT_FILE, allow_pickle=False) as stored:
         found = {task: stored[task] for task in ours if task in stored}
+    if found.keys() != ours.keys():
+        return whole
+    if part and all(len(rows) < MOST_UNITS for rows in found.values()):  # a row is an image
+        found = {task: rows[: len(ours[task])] for task, rows in found.items()}
+        whole = Scores(metrics_of(tasks, found))
     same = {task: rows.shape for task, rows in found.items()}
-    return found if same == {task: rows.shape for task, rows in ours.items()} else {}
+    alike = same == {task: rows.shape for task, rows in ours.items()}
+    return Scores(whole.metrics, found) if alike else whole
 
 
 def own_image(folder: Path) -> NDArray[np.uint8]:
@@ -218,12 +234,11 @@ def _check_budgets(manifest: Manifest) -> None:
             )
 
 
-def _guard(manifest: Manifest, change: Delta) -> None:
-    for task in manifest.tasks:
-        drop = -change.per_task[task.name]
-        if task.max_drop is not None and not drop <= task.max_drop:
-            raise VerifyError(
-                f"task '{task.name}' lost {drop:.2f} % against the parent, allowed "
-                f"{task.max_drop:g} %",
-                hint="raise the budget, recover longer, or allow more with max_drop",
-            )
+def _too_low(manifest: Manifest, change: Delta) -> tuple[str, ...]:
+    drops = {task.name: -change.per_task[task.name] for task in manifest.tasks}
+    return tuple(
+        f"task '{task.name}' lost {drops[task.name]:.2f} % against the parent, allowed "
+        f"{task.max_drop:g} %"
+        for task in manifest.tasks
+        if task.max_drop is not None and not drops[task.name] <= task.max_drop
+    )

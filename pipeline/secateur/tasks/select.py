@@ -33,7 +33,7 @@ def select_tasks(
     that no kept output reads is removed, whatever its name. With an ``example`` (N, C, H, W) more
     is possible: concats lose the inputs that nobody reads, a network that torch.fx cannot trace
     has its unneeded parts replaced by zeros (`secateur.tasks.stub`), and the kept outputs are
-    compared bit for bit on random images.
+    compared bit for bit on random images. So it is with what no output at all is computed from.
 
     Raises:
         ModelError: the network cannot be traced, or an output changed.
@@ -42,7 +42,8 @@ def select_tasks(
     names = [task.output for task in tasks]
     if isinstance(model.network, SelectsOutputs):
         return MultiTaskModel(model.network.select_outputs(names), tasks)
-    if len(tasks) == len(model.tasks) and not _has_unnamed(model, names, example):
+    every = len(tasks) == len(model.tasks) and not _has_unnamed(model, names, example)
+    if every and not _has_unread(model, example):
         return copy.deepcopy(model)
     try:
         selected = MultiTaskModel(eliminate(copy.deepcopy(model.network), names, example), tasks)
@@ -52,6 +53,8 @@ def select_tasks(
     except ModelError:
         if example is None:
             raise
+    if every:  # what nobody reads does no harm
+        return copy.deepcopy(model)
     selected = stub_unused(model, keep, example)
     changed = _changed_task(model, selected, example)
     if changed is not None:
@@ -70,6 +73,23 @@ def _has_unnamed(model: MultiTaskModel, names: Collection[str], example: Tensor 
         return False
     with evaluating(model):
         return not named_outputs(model.network(example)).keys() <= set(names)
+
+
+def _has_unread(model: MultiTaskModel, example: Tensor | None) -> bool:
+    """Say whether the model has parameters that no output depends on, as far as gradients tell."""
+    if example is None:
+        return False
+    parameters = {name: parameter.detach().requires_grad_(parameter.is_floating_point())
+                  for name, parameter in model.named_parameters()}  # fmt: skip
+    wanted = [parameter for parameter in parameters.values() if parameter.requires_grad]
+    try:
+        with evaluating(model), torch.enable_grad():
+            outputs = torch.func.functional_call(model, parameters, (example[:1],))
+            moving = torch.stack([output.sum() for output in outputs.values()]).sum()
+            found = torch.autograd.grad(moving, wanted, allow_unused=True)
+    except Exception:  # the user's own code may take offence at other parameters: all stay then
+        return False
+    return any(gradient is None for gradient in found)
 
 
 def _changed_task(model: MultiTaskModel, selected: MultiTaskModel, example: Tensor) -> str | None:
