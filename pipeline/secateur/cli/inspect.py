@@ -66,7 +66,12 @@ def inspect(
         listing = Table("layer", "tasks", "params", "M MACs")
         for name, users in use.layers.items():
             params, macs = use.of(name, use.params), use.of(name, use.macs)
-            listing.add_row(name.removeprefix("network."), ", ".join(sorted(users)), f"{params:,}", f"{macs / 1e6:.2f}")
+            listing.add_row(
+                name.removeprefix("network."),
+                ", ".join(sorted(users)),
+                f"{params:,}",
+                f"{macs / 1e6:.2f}",
+            )
         console.print(listing)
     if picture is not None:
         console.print(f"drawn: {picture}")
