@@ -198,7 +198,7 @@ def test_two_devices_are_not_each_others_measure(capsys, tmp_path: Path) -> None
     code, stdout, _ = run(capsys, "compare", old, new, "--json")
     result = json.loads(stdout)
     assert code == 0 and result["latency"] is None and result["regressions"] == []
-    assert "latency is not compared: it is of different hardware" in result["notes"]
+    assert "latency is not compared: it is of different machines" in result["notes"]
 
 
 def test_a_task_that_is_gone_is_a_regression(bundle: Path, other: Path) -> None:

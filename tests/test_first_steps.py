@@ -17,9 +17,8 @@ from secateur.cli.build import doubts
 from secateur.core.errors import DataError
 from secateur.core.model import MultiTaskModel
 from secateur.core.task import Task
-from secateur.data.loading import open_reader
 from secateur.data.sample import Sample
-from secateur.data.transforms import target_tensor
+from secateur.data.transforms import fit_sample, target_tensor
 from secateur.prune import count_macs
 from secateur.tasks import select_tasks
 from torch import Tensor, nn
@@ -94,14 +93,23 @@ def test_a_readers_options_are_checked(capsys, tmp_path: Path, options: str) -> 
     assert "does not take these options" in recipe_error(capsys, tmp_path, text)
 
 
-def test_labels_of_other_names_are_no_silence(tmp_path: Path) -> None:
-    for name in ("image", "seg"):
-        (tmp_path / name).mkdir()
-    picture = np.zeros((8, 8), np.uint8)
-    cv2.imwrite(str(tmp_path / "image/0001.png"), picture)
-    cv2.imwrite(str(tmp_path / "seg/0001_mask.png"), picture)
-    with pytest.raises(DataError, match="of none of the 1 images: it has '0001_mask'"):
-        open_reader("folder", tmp_path, ".")
+def test_labels_of_other_names_are_no_silence(capsys, tmp_path: Path) -> None:
+    for name in ("image", "segmentation", "preview", "__MACOSX"):
+        (tmp_path / "mine" / name).mkdir(parents=True)
+    for index in range(4):
+        picture = np.full((32, 48, 3), index, np.uint8)
+        for name in (f"image/{index}", f"preview/p{index}", f"__MACOSX/._{index}"):
+            cv2.imwrite(str(tmp_path / f"mine/{name}.png"), picture)
+    cv2.imwrite(str(tmp_path / "mine/legend.png"), picture)
+    train = "{reader: scenes, split: train, options: {count: 16, height: 32, width: 48}}"
+    text = RECIPE.replace(train, "{reader: folder, root: mine, split: .}")
+    path = make_project(tmp_path, text)
+    code, _, stderr = run(capsys, "plan", path, "--cache", tmp_path / "cache")
+    assert code == 0, stderr  # other pictures are no labels
+    cv2.imwrite(str(tmp_path / "mine/segmentation/0_mask.png"), picture[..., 0])
+    assert "is of none of the 4 images of split '.': it has '0_mask', an image is called '0'" in (
+        recipe_error(capsys, tmp_path, text)
+    )
 
 
 def test_labels_of_another_picture_or_between_classes_are_told() -> None:
@@ -115,6 +123,8 @@ def test_labels_of_another_picture_or_between_classes_are_told() -> None:
     for task, told in ((segmentation, "is 40x30, its image 64x64"), (room, "has the class 1.5")):
         with pytest.raises(DataError, match=told):
             target_tensor(replace(smaller, labels=labels), task, SPEC)
+    with pytest.raises(DataError, match="is 40x30"):  # as recovery reads it
+        fit_sample(replace(smaller, labels=labels), SPEC, [segmentation])
 
 
 def test_a_parent_no_better_than_a_guess_is_doubted() -> None:
@@ -147,5 +157,5 @@ def test_a_cut_without_labels_says_so_and_a_boards_latency_is_not_this_machines(
     assert plan["without_labels"] == ["segmentation", "depth"]
     code, stdout, stderr = run(capsys, "bench", bundle)
     assert code == 0, stderr
-    assert "not written: this machine is no raspberry-pi-5" in " ".join(stdout.split())
+    assert "not written: measured on this CPU, not on a raspberry-pi-5" in " ".join(stdout.split())
     assert not (bundle / "bench.json").exists()

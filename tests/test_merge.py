@@ -118,6 +118,24 @@ def test_a_file_may_hold_all_heads_a_wrapper_and_several_tasks(capsys, project: 
     assert json.loads(stdout)["experts"].keys() == {*NAMES}
 
 
+class Constant(TinyNet):
+    """One whose forward makes constants, which torch.fx numbers anew in each trace."""
+
+    def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+        found = super().forward(image)
+        found["room"] = found["room"] + torch.tensor([0.1, 0.2, 0.3, 0.4])
+        return {**found, "depth": found["depth"] * torch.tensor(2.0)}
+
+
+def test_constants_of_forward_are_no_weights(capsys, project: Project) -> None:
+    recipe, _ = project
+    recipe.write_text(recipe.read_text().replace("tinyproject:make", "test_merge:Constant"))
+    result = merged(capsys, project)
+    assert load_file(result["checkpoint"]).keys() == Constant().state_dict().keys()
+    code, _, stderr = run(capsys, "plan", recipe, "--cache", recipe.parent / "cache")
+    assert code == 0, stderr
+
+
 def test_strangers_are_told(capsys, project: Project) -> None:
     recipe, files = project
     torch.manual_seed(9)

@@ -254,8 +254,8 @@ def _precision_lines(manifest: Manifest) -> list[str]:
         outcome = "passed" if found["guard"]["passed"] else "found nothing that passes"
         lines.append(f"guard     {outcome}, {found['guard']['evaluations']} evaluations")
     why = {row["node"]: f"{row['module'] or 'no module'}: {row['why']}" for row in found["kept"]}
-    if found["pin"]:
-        lines.append("to keep this, make this the recipe's precision:\nprecision:\n  mode: "
+    if found["pin"] and not (taught and taught.get("taken")):  # pins alone do not teach again
+        lines.append("to keep this without a search, set in the recipe:\nprecision:\n  mode: "
                      f"{manifest.precision}\n  guard: false\n  distill: false\n  pin:")  # fmt: skip
         lines += [f"    {node}: {precision}" + (f"  # {why[node]}" if node in why else "")
                   for node, precision in found["pin"].items()]  # fmt: skip

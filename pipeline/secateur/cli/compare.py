@@ -36,7 +36,8 @@ def compare(
     """B beside A; exit 1 if B lacks a task, or is slower, hungrier or worse than allowed.
 
     Two bundles for a machine like this one are run in turns here. Elsewhere, and for two
-    bench.json, the stored latencies are compared; so is the energy, where both machines told it.
+    bench.json, the stored latencies are compared if they are of the same CPU; so is the energy,
+    where both machines told it.
     Faster or slower, less or more, is said only beyond the noise.
 
     Example: secateur compare out/main/x86-64-cpu/fp32 out/x86-64-cpu/fp32 --threshold 5

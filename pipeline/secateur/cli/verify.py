@@ -157,6 +157,7 @@ def bench(
     That is one image after another; offline are batches of images that are all there, as images a
     second. Energy is that of one inference above idle, where this machine tells (RAPL, INA3221).
 
+    On a machine of another kind than the bundle's target nothing is written.
     With --device ssh://host, the bundle's own run.py is measured there; run it again to resume.
     With --device emulated, no latency: instructions, memory and what has to be on the board.
 
@@ -189,7 +190,7 @@ def print_bench(record: Mapping[str, Any], file: str, console: Console) -> None:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     where = f"written to {file}"
     if record.get("stand_in"):
-        where = f"not written: this machine is no {record['target']}, and its latency is another"
+        where = f"not written: measured on this CPU, not on a {record['target']}"
     console.print(f"{record['runtime']}, {record['threads']} thread(s), {record['host']['cpu']}; "
                   f"{where}", soft_wrap=True)  # fmt: skip
 

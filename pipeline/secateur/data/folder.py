@@ -40,7 +40,10 @@ def create(root: Path, split: str, depth_scale: float = 0.001) -> Reader:
 
 
 class Folder:
-    """Dense labels are the other sub-folders; scalar labels are the columns of labels.csv."""
+    """Dense labels are the other sub-folders; scalar labels are the columns of labels.csv.
+
+    ``misnamed``: sub-folders of pictures called like no image, each with its first one's name.
+    """
 
     def __init__(self, path: Path, depth_scale: float) -> None:
         self._archive = ImageArchive(path)
@@ -48,10 +51,16 @@ class Folder:
         folders: dict[str, dict[str, str]] = {}
         for name in self._archive.names:
             file = Path(name)
-            if file.suffix.lower() in SUFFIXES and len(file.parts) <= 2:
+            hidden = any(part.startswith((".", "__")) for part in file.parts)
+            if file.suffix.lower() in SUFFIXES and len(file.parts) <= 2 and not hidden:
                 folders.setdefault(file.parent.as_posix(), {})[file.stem] = name
-        self._images = folders.pop("image", {}) or folders.pop(".", {})
-        self._dense = folders
+        own, beside = folders.pop("image", {}), folders.pop(".", {})
+        self._images = own or beside
+        self._dense = {
+            label: files for label, files in folders.items() if self._images.keys() & files.keys()
+        }
+        self.misnamed = {label: min(files) for label, files in folders.items()
+                         if label not in self._dense}  # fmt: skip
         self._scalar = self._read_csv() if "labels.csv" in self._archive.names else {}
         self._stems = sorted(self._images)
         self._check_complete()
@@ -107,13 +116,6 @@ class Folder:
             labelled["labels.csv"] = set(self._scalar)
         for label, stems in labelled.items():
             lacking = self._images.keys() - stems
-            if self._images and lacking == self._images.keys():
-                raise DataError(
-                    f"label '{label}' in {self._archive.path} is of none of the "
-                    f"{len(self._images)} images: it has '{min(stems, default='')}', an image is "
-                    f"called '{min(self._images)}'",
-                    hint="give a label the name of its image, or take the folder away",
-                )
             if lacking:
                 raise DataError(
                     f"label '{label}' in {self._archive.path} lacks {len(lacking)} of "

@@ -45,6 +45,8 @@ def open_reader(name: str, root: str | Path | None, split: str, **options: Any) 
         reader: Reader = module.create(Path(root or "."), split, **options)
         count = len(reader)
     except (TypeError, ValueError) as error:
+        if isinstance(error, ValueError) and not options:
+            raise
         raise DataError(
             f"reader '{name}' does not take these options: {error}",
             hint=f"see the docstring of secateur.data.{name}.create",

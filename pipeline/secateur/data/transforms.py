@@ -122,12 +122,13 @@ def fit_sample(sample: Sample, spec: ModelInput, tasks: Sequence[Task]) -> Sampl
     of ``sample``, for every view that does not zoom. Labels that no task reads are left out.
 
     Raises:
-        DataError: a dense label has the wrong number of dimensions.
+        DataError: a dense label has the wrong number of dimensions, or not its image's shape.
     """
     whole = View()
     labels = {t.label: sample.labels[t.label] for t in tasks if t.label in sample.labels}
     for task in tasks:
         if task.kind in DENSE and task.label in labels:
+            _check_aspect(sample, task)
             labels[task.label] = _dense_label(labels[task.label], task, sample.id, spec, whole)
     image = _window(sample.image, whole, spec, cv2.INTER_LINEAR)
     return Sample(sample.id, cast("NDArray[np.uint8]", image), labels)

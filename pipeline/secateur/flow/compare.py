@@ -95,7 +95,8 @@ def compare(
 ) -> Comparison:
     """Compare B with A; each is a bundle's folder or a ``bench.json``.
 
-    Two bundles for a machine like this one are run in turns here; else what is stored is compared.
+    Two bundles for a machine like this one are run in turns here; else what is stored is compared,
+    if it was measured on the same kind of CPU.
     ``threshold``: how much slower or hungrier, and ``max_drop``: how much worse per task, in
     percent, is no regression yet.
 
@@ -174,8 +175,8 @@ def _stored(a: _Side, b: _Side, notes: list[str]) -> LatencyChange | None:
         medians.append(np.array(row.block_medians_ms))
     if a.bench is not None and b.bench is not None:
         notes += _different(a.bench, b.bench)
-        if (a.bench.target, a.bench.host.cpu) != (b.bench.target, b.bench.host.cpu):
-            notes.append("latency is not compared: it is of different hardware")
+        if a.bench.host.cpu != b.bench.host.cpu:
+            notes.append("latency is not compared: it is of different machines")
             return None
     notes.append("the latencies were measured at two times: what the machine did in between counts")
     return _change("stored", *medians)

@@ -151,4 +151,14 @@ def open_data(recipe: Recipe, spec: DataSpec) -> Reader:
     Raises:
         DataError: there is no such reader, or it finds no images.
     """
-    return InMemory(open_reader(spec.reader, recipe.data_root(spec), spec.split, **spec.options))
+    reader = open_reader(spec.reader, recipe.data_root(spec), spec.split, **spec.options)
+    misnamed = getattr(reader, "misnamed", {})  # of the reader of folders
+    for task in recipe.all_tasks():
+        if task.label in misnamed:
+            raise DataError(
+                f"label '{task.label}' is of none of the {len(reader)} images of split "
+                f"'{spec.split}': it has '{misnamed[task.label]}', an image is called "
+                f"'{reader[0].id}'",
+                hint="give a label the name of its image, or take the folder away",
+            )
+    return InMemory(reader)

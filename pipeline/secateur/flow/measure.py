@@ -64,10 +64,12 @@ def bench(
 
     Raises:
         BundleError, VerifyError: the bundle is not whole, or its outputs here are wrong.
+        DeviceError: its target is not known here.
     """
     protocol = protocol or Protocol()
     manifest = read_bundle(folder)
     check_files(folder, manifest)
+    stand_in = not load_target(manifest.device).is_this_machine()
     used = threads or manifest.threads
     session = bundle_session(folder, manifest, used)
     check_parity(folder, manifest, session)  # what is measured must be right
@@ -92,7 +94,7 @@ def bench(
     energy = energy_of(lambda: session.run(inputs), EnergyProtocol(seconds=protocol.seconds / 3))
     record = {
         "device": "local",
-        "stand_in": not load_target(manifest.device).is_this_machine(),
+        "stand_in": stand_in,
         "target": manifest.device,
         "precision": manifest.precision,
         "runtime": runtime_of(manifest.runtime).version(),
@@ -106,7 +108,7 @@ def bench(
         "host": host_facts(),
         "versions": library_versions(),
     }
-    if not record["stand_in"]:
+    if not stand_in:
         write_json(folder / "bench.json", record)
     return record
 

@@ -97,7 +97,8 @@ def merge_experts(recipe: Recipe, files: Experts, images: int) -> Merged:
         apart |= _metrics(expert, evaluation, recipe, f"accuracy of {name} alone")
     together = _metrics(merged, evaluation, recipe, "accuracy of the merged network")
     apart = {task: apart[task] for task in together}
-    state = joint.network.state_dict() | merged.network.state_dict()
+    whole, found = joint.network.state_dict(), merged.network.state_dict()
+    state = {name: found.get(name, value) for name, value in whole.items()}
     return Merged(
         {name: tensor.detach().clone().contiguous() for name, tensor in state.items()},
         apart, together, _change(joint.tasks, apart, together), len(chosen),

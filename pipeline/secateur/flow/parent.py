@@ -181,7 +181,9 @@ def load_checkpoint(network: nn.Module, path: Path, others: Collection[str] = ()
     given = _without_prefix(read_checkpoint(path), {*wanted, *others})
     given = {key: value for key, value in given.items() if key in wanted or key not in others}
     counters = {key for key in wanted if key.endswith("num_batches_tracked")}
-    missing = sorted(wanted.keys() - given.keys() - counters)
+    # A traced part holds what forward makes a constant of, under names of the trace's own.
+    known = {*others} or {*wanted}
+    missing = sorted((wanted.keys() & known) - given.keys() - counters)
     unexpected = sorted(given.keys() - wanted.keys())
     wrong = [key for key in wanted.keys() & given.keys() if wanted[key].shape != given[key].shape]
     if wrong:

@@ -149,7 +149,10 @@ def _parent(
         return whole
     if part and all(len(rows) < MOST_UNITS for rows in found.values()):  # a row is an image
         found = {task: rows[: len(ours[task])] for task, rows in found.items()}
-        whole = Scores(metrics_of(tasks, found))
+        measured = metrics_of(tasks, found)
+        if not all(all(row.values()) for row in measured.values()):
+            return whole  # a change relative to 0 says nothing
+        whole = Scores(measured)
     same = {task: rows.shape for task, rows in found.items()}
     alike = same == {task: rows.shape for task, rows in ours.items()}
     return Scores(whole.metrics, found) if alike else whole

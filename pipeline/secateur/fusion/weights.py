@@ -25,6 +25,7 @@ from secateur.fusion.sensitivity import diagonal_fisher, output_sensitivity
 
 RULES = (*MERGES, "regmean", "cut")
 STATISTICS = ("running_mean", "running_var")
+TRACED = "_tensor_constant"  # torch.fx's name, with a number behind
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def merge_networks(
     known = measure_importance(experts, images, rule) if importance is None else importance
     state = merge_state(
         pretrained,
-        {task: expert.state_dict() for task, expert in experts.items()},
+        {task: _weights(expert) for task, expert in experts.items()},
         rule if rule in MERGES else "average",
         importance=known if rule in MERGES else None,
         weights=shares,
@@ -147,8 +148,9 @@ def merge_networks(
         buffers={name for expert in experts.values() for name, _ in expert.named_buffers()},
     )
     merged = copy.deepcopy(network).eval()
+    own = merged.state_dict().keys() - _weights(merged).keys()
     try:
-        merged.load_state_dict(state)
+        merged.load_state_dict(state | {name: merged.state_dict()[name] for name in own})
     except RuntimeError as error:
         raise ModelError(
             f"the merged weights do not fit the network: {error}",
@@ -187,6 +189,12 @@ def reestimate_norms(model: torch.nn.Module, images: Tensor, batch: int = 64) ->
             model(part)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
+
+
+def _weights(model: MultiTaskModel) -> dict[str, Tensor]:
+    """Return the state without constants of ``forward``, which torch.fx numbers in each trace."""
+    return {name: value for name, value in model.state_dict().items()
+            if not name.rpartition(".")[2].startswith(TRACED)}  # fmt: skip
 
 
 def _mean_one(

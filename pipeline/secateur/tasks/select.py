@@ -76,9 +76,23 @@ def _has_unnamed(model: MultiTaskModel, names: Collection[str], example: Tensor 
 
 
 def _has_unread(model: MultiTaskModel, example: Tensor | None) -> bool:
-    """Say whether the model has parameters that no output depends on, as far as gradients tell."""
+    """Say whether a layer runs that no output depends on, as far as gradients tell.
+
+    One that takes no time, as one that never runs, is not worth a trace of the network; one that
+    runs without gradients is the user's to freeze.
+    """
     if example is None:
         return False
+    ran: set[str] = set()
+    layers = {name: module for name, module in model.named_modules()
+              if isinstance(weight := getattr(module, "weight", None), Tensor)
+              and weight.dim() > 1}  # fmt: skip
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda _m, _i, name=name: ran.add(name) if torch.is_grad_enabled() else None
+        )
+        for name, module in layers.items()
+    ]
     parameters = {name: parameter.detach().requires_grad_(parameter.is_floating_point())
                   for name, parameter in model.named_parameters()}  # fmt: skip
     wanted = [parameter for parameter in parameters.values() if parameter.requires_grad]
@@ -89,7 +103,12 @@ def _has_unread(model: MultiTaskModel, example: Tensor | None) -> bool:
             found = torch.autograd.grad(moving, wanted, allow_unused=True)
     except Exception:  # the user's own code may take offence at other parameters: all stay then
         return False
-    return any(gradient is None for gradient in found)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    names = [name for name, parameter in parameters.items() if parameter.requires_grad]
+    unread = {name for name, gradient in zip(names, found, strict=True) if gradient is None}
+    return any(f"{name}.weight" in unread for name in ran)
 
 
 def _changed_task(model: MultiTaskModel, selected: MultiTaskModel, example: Tensor) -> str | None:
