@@ -236,7 +236,7 @@ def test_tables_and_budgets_that_do_not_fit_are_one_sentence(tmp_path, monkeypat
 def test_plan_says_what_each_budget_comes_to_and_estimates_what_it_cannot_measure(
     tmp_path, monkeypatch, capsys
 ) -> None:
-    job_with(tmp_path, monkeypatch, prune=", search: false")
+    job_with(tmp_path, monkeypatch, search="search: false, ")
     code, said = plan(capsys, tmp_path, "--target", "jetson-orin-nano-8gb")
     assert code == 0 and "budget macs: at most 0.5 of the parent's MACs; plan 0.4" in said
     assert "widths by greedy" in said and "optimality gap" not in said

@@ -98,8 +98,7 @@ def target_tensor(sample: Sample, task: Task, spec: ModelInput, view: View | Non
             hint="set the task's kind, classes or label to what the data holds (docs/recipe.md)",
         )
     if task.kind in DENSE:
-        _check_aspect(sample, task)
-        label = _dense_label(label, task, sample.id, spec, view)
+        label = _dense_label(label, task, sample, spec, view)
     if task.kind in ("segmentation", "classification"):
         _check_classes(label, task, sample.id)
         return torch.from_numpy(np.array(label, dtype=np.int64, order="C"))
@@ -128,20 +127,20 @@ def fit_sample(sample: Sample, spec: ModelInput, tasks: Sequence[Task]) -> Sampl
     labels = {t.label: sample.labels[t.label] for t in tasks if t.label in sample.labels}
     for task in tasks:
         if task.kind in DENSE and task.label in labels:
-            _check_aspect(sample, task)
-            labels[task.label] = _dense_label(labels[task.label], task, sample.id, spec, whole)
+            labels[task.label] = _dense_label(labels[task.label], task, sample, spec, whole)
     image = _window(sample.image, whole, spec, cv2.INTER_LINEAR)
     return Sample(sample.id, cast("NDArray[np.uint8]", image), labels)
 
 
-def _dense_label(label: Array, task: Task, sample_id: str, spec: ModelInput, view: View) -> Array:
+def _dense_label(label: Array, task: Task, sample: Sample, spec: ModelInput, view: View) -> Array:
     """Return the window of a label with one value, or vector, per pixel."""
     if label.ndim != (3 if task.kind == "normals" else 2):
         raise DataError(
-            f"label '{task.label}' of sample {sample_id} has shape {label.shape}, expected "
+            f"label '{task.label}' of sample {sample.id} has shape {label.shape}, expected "
             + ("(h, w, 3)" if task.kind == "normals" else "(h, w)"),
             hint="store one channel per pixel: class indices, not colours",
         )
+    _check_aspect(label, task, sample)
     if label.dtype == np.int64:  # OpenCV cannot resize 64-bit integers
         label = label.astype(np.int32)
     return _window(label, view, spec, cv2.INTER_NEAREST)
@@ -169,9 +168,9 @@ def _fits(label: Array, task: Task) -> bool:
     return task.kind != "keypoints" or (len(shape) == 2 and shape[1] == 2)
 
 
-def _check_aspect(sample: Sample, task: Task) -> None:
+def _check_aspect(label: Array, task: Task, sample: Sample) -> None:
     """Raise where a label cannot lie on its image; a smaller one may be rounded otherwise."""
-    (height, width), (h, w) = sample.image.shape[:2], np.shape(sample.labels[task.label])[:2]
+    (height, width), (h, w) = sample.image.shape[:2], label.shape[:2]
     if abs(h * width / (w * height) - 1) > ASPECT_SLACK:
         raise DataError(
             f"label '{task.label}' of sample {sample.id} is {w}x{h}, its image {width}x{height}: "
