@@ -53,7 +53,7 @@ def test_layers_that_no_task_uses_are_not_counted_though_all_tasks_are_kept() ->
     assert type(same.network) is type(whole.network)  # without such layers nothing is traced
 
 
-def test_inspect_shows_what_no_task_uses(capsys, tmp_path: Path, monkeypatch) -> None:
+def test_inspect_shows_what_no_task_uses(capsys, tmp_path: Path) -> None:
     text = RECIPE.replace("tinyproject:make", "test_first_steps:Idle")
     text = text.replace("  checkpoint: tiny.safetensors\n", "")
     tasks = text[text.index("  segmentation:") : text.index("keep:")]

@@ -22,6 +22,7 @@ from secateur.cli.options import (
     TableOption,
     teller,
 )
+from secateur.cli.tables import change_table
 from secateur.core.progress import shown
 from secateur.devices.isa import int8_form
 from secateur.devices.target import load_target
@@ -122,14 +123,15 @@ def result_json(result: BuildResult) -> dict[str, object]:
 def print_result(result: BuildResult, console: Console) -> None:
     """Print what was gained and lost, and where everything lies."""
     manifest = result.manifest
-    console.print(_accuracy_table(manifest))
+    accuracy = manifest.accuracy
+    console.print(change_table(accuracy.parent, accuracy.shipped, accuracy.change_percent,
+                               ("parent", "cut")))  # fmt: skip
     console.print(_cost_table(manifest))
     for name, budget in manifest.budgets.items():
         line = f"budget    {budget_line(name, budget)}"
         console.print(line, style="bold red" if budget.met is False else None, highlight=False)
     solved = solver_line(manifest.plan["solver"], manifest.plan["gap"])
     console.print(f"plan      {solved}", highlight=False)
-    accuracy = manifest.accuracy
     before = f"; before recovery {accuracy.delta_t_before_recovery:+.2f} %"
     if manifest.plan.get("recovery_undone") or not manifest.plan["recovery_steps"]:
         before = ""  # what was there before is what ships, but for its precision
@@ -274,21 +276,6 @@ def _start(warm: Mapping[str, Any]) -> str:
     weights = warm["weights"]
     chosen = weights["reason"] or f"{weights['chosen']} (of {', '.join(weights['losses'])})"
     return f"{len(warm['voters'])} earlier cuts voted; weights: {chosen}"
-
-
-def _accuracy_table(manifest: Manifest) -> Table:
-    accuracy = manifest.accuracy
-    table = Table("task", "metric", "parent", "cut", "task's change %")
-    for task, metrics in accuracy.shipped.items():
-        for row, (metric, value) in enumerate(metrics.items()):
-            table.add_row(
-                task if row == 0 else "",
-                metric,
-                f"{accuracy.parent[task][metric]:.4g}",
-                f"{value:.4g}",
-                f"{accuracy.change_percent[task]:+.2f}" if row == 0 else "",
-            )
-    return table
 
 
 def _cost_table(manifest: Manifest) -> Table:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from secateur.cli.options import JsonOption
+from secateur.cli.tables import change_table
 from secateur.core.progress import shown
 
 if TYPE_CHECKING:
@@ -56,14 +57,11 @@ def compare(
 
 def _print(result: Comparison, console: Console) -> None:
     if result.tasks:
-        table = Table("task", "metric", "A", "B", "task's change %")
-        for task, change in result.tasks.items():
-            for row, (metric, value) in enumerate(change.a.items()):
-                table.add_row(
-                    task if row == 0 else "", metric, f"{value:.4g}", f"{change.b[metric]:.4g}",
-                    f"{change.change_percent:+.2f}" if row == 0 else "",
-                )  # fmt: skip
-        console.print(table)
+        console.print(change_table(
+            {task: change.a for task, change in result.tasks.items()},
+            {task: change.b for task, change in result.tasks.items()},
+            {task: change.change_percent for task, change in result.tasks.items()}, ("A", "B"),
+        ))  # fmt: skip
     table = Table("one image", "A", "B", "B / A")
     for cost in result.costs:
         table.add_row(cost.name, f"{cost.a:,}", f"{cost.b:,}", f"{cost.b / cost.a:.4f}")

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from secateur.cli.options import JsonOption, RecipeArgument
+from secateur.cli.tables import change_table
 from secateur.core.errors import RecipeError
 from secateur.core.progress import shown
 
@@ -80,14 +80,8 @@ def _files(given: list[str]) -> dict[tuple[str, ...], Path]:
 def _print(result: Merged, out: Path, console: Console) -> None:
     change = result.change
     if change is not None:
-        table = Table("task", "metric", "expert", "merged", "task's change %")
-        for task, metrics in result.merged.items():
-            for row, (metric, value) in enumerate(metrics.items()):
-                table.add_row(
-                    task if row == 0 else "", metric, f"{result.experts[task][metric]:.4g}",
-                    f"{value:.4g}", f"{change.per_task[task]:+.2f}" if row == 0 else "",
-                )  # fmt: skip
-        console.print(table)
+        console.print(change_table(result.experts, result.merged, change.per_task,
+                                   ("expert", "merged")))  # fmt: skip
         console.print(f"ΔT {change.mean:+.2f} % against the experts, worst task "
                       f"{change.worst_task} {change.worst:+.2f} %", highlight=False)  # fmt: skip
     else:

@@ -149,7 +149,7 @@ def open_data(recipe: Recipe, spec: DataSpec) -> Reader:
     """Return the reader of ``data.train`` or ``data.eval``; what it decodes it keeps.
 
     Raises:
-        DataError: there is no such reader, or it finds no images.
+        DataError: there is no such reader, it finds no images, or a label is called like none.
     """
     reader = open_reader(spec.reader, recipe.data_root(spec), spec.split, **spec.options)
     misnamed = getattr(reader, "misnamed", {})  # of the reader of folders
