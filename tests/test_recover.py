@@ -598,3 +598,19 @@ def test_a_recovery_that_does_harm_is_undone(recover: str, undone: bool, tmp_pat
     cut = make_cut(work, groups, plan)
     assert cut.undone == undone == (cut.steps == 0)
     assert same(cut.recovered, cut.compensated) == undone
+
+
+def test_trainings_under_one_parent_share_what_it_said() -> None:
+    parent, shown = tiny_model().eval(), []
+    parent.register_forward_pre_hook(lambda _m, args: shown.append(len(args[0])))
+    settings = TrainSettings(epochs=2, batch_size=4, distill=1.0)
+    alone = train(tiny_model(), scenes(), SPEC, settings, parent=parent, augment=FLIP).model
+    once = sum(shown)
+    teacher = RememberedOutputs(parent)
+    for _ in range(2):
+        shared = train(
+            tiny_model(), scenes(), SPEC, settings, parent=parent, augment=FLIP, remembered=teacher
+        ).model
+    assert sum(shown) == 2 * once
+    for name, tensor in alone.state_dict().items():
+        torch.testing.assert_close(shared.state_dict()[name], tensor)

@@ -462,6 +462,15 @@ def test_each_cut_of_the_same_tasks_and_channels_has_one_vote(project: Path, fir
     assert "a nearer one has the same tasks and keeps the same channels" in made.vote.refused
 
 
+def test_of_cuts_of_the_same_tasks_the_nearest_budget_votes(project: Path, first: Entry) -> None:
+    name = next(cut.name for cut in first.plan.cuts if len(cut.kept) < cut.width)
+    near, far = one_channel_else(first, name), stranger(first, budget=0.7)
+    line = copied(project, "budgets", far, near, stranger(first, budget=0.4))
+    _, made = planned(project, asking(library=line))
+    assert made.vote and [each.budget for each in made.vote.voters] == [near.facts.budget]
+    assert made.vote.refused["a cut of the same tasks to a budget nearer yours votes"] == 2
+
+
 def test_scores_of_another_criterion_say_nothing(project: Path, first: Entry) -> None:
     other = replace(stranger(first), plan=replace(first.plan, criterion="fisher"))
     line = copied(project, "fisher", other)

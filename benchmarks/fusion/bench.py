@@ -34,6 +34,7 @@ from secateur.prune.axes import apply_axes, linear_groups
 from secateur.prune.layer_norms import fold_layer_norms
 from secateur.prune.macs import MacsModel
 from secateur.prune.plan import Budget
+from secateur.recover import RememberedOutputs
 from suite import read_json
 from torch import Tensor
 from train_parent import PARENTS
@@ -99,6 +100,12 @@ class Bench:
             other._measure_groups()
             self._turned[key] = other
         return self._turned[key]
+
+    @cached_property
+    def teacher(self) -> RememberedOutputs:
+        """What the parent says of each training image: found once for all that is recovered."""
+        parent = copy.deepcopy(self.parent).to(memory_format=torch.channels_last)
+        return RememberedOutputs(parent.eval())
 
     @cached_property
     def fit(self) -> Reader:

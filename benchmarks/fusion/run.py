@@ -195,7 +195,7 @@ def recover(
     augment = Augment(scale=1.0, jitter=0.0)
     return train(
         model, bench.fit, bench.spec, settings, parent=bench.parent, augment=augment,
-        title="recovering",
+        title="recovering", remembered=bench.teacher,
     ).model  # fmt: skip
 
 

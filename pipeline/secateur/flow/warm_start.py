@@ -6,6 +6,7 @@ for other subsets of its tasks vote too.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -46,6 +47,7 @@ from secateur.vote.nearest import Nearest, Neighbour, Sketches, nearest
 from secateur.vote.similarity.measure import measure_of
 
 SPARE = 8  # entries looked at per neighbour wanted: some cannot be used
+SAME_BUDGET = 0.02  # shares of MACs closer than this are one budget, met a little differently
 
 
 @dataclass(frozen=True)
@@ -230,12 +232,21 @@ def _nearest(job: Job, device: str, library: Library, sketches: Sketches) -> Nea
 def _witnesses(
     job: Job, library: Library, groups: Sequence[ChannelGroup], found: Nearest
 ) -> tuple[list[_Witness], dict[str, int]]:
-    """Return the nearest that can be used, and how many entries could not, by the reason."""
+    """Return the nearest that can be used, and how many entries could not, by the reason.
+
+    Of cuts of the very same tasks those to the nearest budget vote, for tasks are to be heard
+    alike, however often each was cut.
+    """
     refused = Counter(each.why for each in found.refused)
     of_tasks: dict[tuple[str, ...], tuple[ChannelGroup, ...]] = {}
     witnesses: list[_Witness] = []
     heard = set()
-    for neighbour in found.neighbours:
+    heard_at: dict[tuple[tuple[str, ...], float], float] = {}  # the budget, of tasks this similar
+
+    def order(one: Neighbour) -> tuple[float, float]:
+        return -one.similarity, abs(math.log(one.facts.budget / job.kept_share))
+
+    for neighbour in sorted(found.neighbours, key=order):
         if len(witnesses) == job.recipe.prune.neighbours:
             break
         names = tuple(sorted(neighbour.facts.task_names))
@@ -244,12 +255,16 @@ def _witnesses(
                 raise _Refusal("its tasks are not similar at all")
             if names not in of_tasks:
                 of_tasks[names] = _groups_of(job, names)
+            budget = neighbour.facts.budget
+            if abs(heard_at.get((names, neighbour.similarity), budget) - budget) > SAME_BUDGET:
+                raise _Refusal("a cut of the same tasks to a budget nearer yours votes")
             entry = load_entry(library, neighbour.id)
             _check_scores(job, entry)
             if (names, entry.plan.cuts) in heard:
                 raise _Refusal("a nearer one has the same tasks and keeps the same channels")
-            heard.add((names, entry.plan.cuts))
             witnesses.append(_witness(groups, neighbour, entry, of_tasks[names]))
+            heard.add((names, entry.plan.cuts))
+            heard_at.setdefault((names, neighbour.similarity), budget)
         except _Refusal as refusal:
             refused[str(refusal)] += 1
         except SecateurError as error:  # a damaged entry says nothing, and stops nobody

@@ -51,7 +51,8 @@ class SegmentationEvaluator:
         self.sums = torch.zeros(3, classes, dtype=torch.float64)
 
     def update(self, output: Tensor, target: Tensor) -> None:
-        predicted = resized(output.float(), target).argmax(1)
+        # Not argmax(1), which is four times slower on CPUs; both give the first of equals.
+        predicted = resized(output.float(), target).max(1).indices
         matrix = multiclass_confusion_matrix(
             predicted.cpu(), target.cpu(), self.classes, ignore_index=self.ignore_index
         )

@@ -8,9 +8,11 @@ from secateur.recover.settings import (
     steps_per_epoch,
     usual_rate,
 )
+from secateur.recover.teacher import RememberedOutputs
 from secateur.recover.training import train
 
 __all__ = [
+    "RememberedOutputs",
     "TrainResult",
     "TrainSettings",
     "freeze_after",

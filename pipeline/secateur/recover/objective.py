@@ -22,7 +22,8 @@ from secateur.recover.teacher import RememberedOutputs
 class Objective:
     """Per task ``weight * (task loss + distill * distance to the parent's output)``.
 
-    ``repeats``: the same images come again and again, so that the parent's outputs may be kept.
+    ``repeats``: the same images come again and again, so that the parent's outputs may be kept;
+    ``remembered`` are those of earlier trainings under the same parent.
 
     Raises:
         DataError: a task has no labels, or features are to be distilled, and there is no parent.
@@ -39,6 +40,7 @@ class Objective:
         accelerator: Accelerator,
         *,
         repeats: bool = False,
+        remembered: RememberedOutputs | None = None,
     ) -> None:
         _check_teacher(model, parent, labelled, settings)
         self.model, self.tasks = model, model.tasks
@@ -57,7 +59,7 @@ class Objective:
                 self.points = attention_points(model, self.parent, spec.example())
         self.teacher: Callable[[Tensor], Mapping[str, Tensor]] | None = self.parent
         if repeats and self.parent is not None and not self.points and self.device.type == "cpu":
-            self.teacher = RememberedOutputs(self.parent)
+            self.teacher = remembered or RememberedOutputs(self.parent)
 
     def __call__(self, network: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], Tensor | None]:
         """Return each task's loss, and the features' loss where there is one (both scalars).

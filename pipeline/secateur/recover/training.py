@@ -25,6 +25,7 @@ from secateur.recover.balance import BALANCES
 from secateur.recover.checkpoint import Progress, Stateful, load_checkpoint, save_checkpoint
 from secateur.recover.objective import Objective
 from secateur.recover.settings import TrainResult, TrainSettings, steps_per_epoch
+from secateur.recover.teacher import RememberedOutputs
 
 # Log variances move by about one rate per step; a recovery is too short for the network's rate.
 BALANCE_RATE = 10.0
@@ -42,6 +43,7 @@ def train(
     after_epoch: Callable[[int, MultiTaskModel, float], None] | None = None,
     validate: Callable[[MultiTaskModel], float] | None = None,
     title: str = "training",
+    remembered: RememberedOutputs | None = None,
 ) -> TrainResult:
     """Train a copy of ``model`` on ``reader`` and return it.
 
@@ -49,7 +51,8 @@ def train(
     and a later call with the same arguments goes on from it. ``validate`` scores the network after
     each epoch, higher is better: the best epoch's weights are returned, and ``settings.patience``
     ends the training early. Both callbacks see the weights that would be returned (the averaged
-    ones with ``settings.ema``), on the device and in training mode.
+    ones with ``settings.ema``), on the device and in training mode. ``remembered``: what ``parent``
+    said in other trainings, for many networks that learn from one.
 
     Raises:
         DataError: the data carry no labels, or features are to be distilled, without a parent.
@@ -61,7 +64,7 @@ def train(
     run = _Run(model, settings, accelerator)
     objective = Objective(
         run.model, parent, labelled, spec, settings, accelerator,
-        repeats=augment is None or augment.repeats,
+        repeats=augment is None or augment.repeats, remembered=remembered,
     )  # fmt: skip
     progress = load_checkpoint(checkpoint, run.parts())
     run.prepare()
