@@ -120,6 +120,7 @@ def _run(options: argparse.Namespace) -> None:
         try:
             row = {**asdict(cell), **run_cell(bench, cell)}
         except PlanError as error:  # some rivals cannot be cut so far
+            append_row(CELLS, {**asdict(cell), "unreached": error.message})
             print(*asdict(cell).values(), error, flush=True)
             continue
         append_row(CELLS, row)

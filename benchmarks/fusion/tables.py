@@ -32,13 +32,14 @@ PLAIN = {
 def write_tables(cells: Path) -> None:
     """Write ``results/fusion.json`` and the plots from the cells measured so far."""
     rows = read_rows(cells)
-    table = summarise(rows)
+    unreached = [row for row in rows if "unreached" in row]
+    table = summarise([row for row in rows if "unreached" not in row])
     seeds = sorted({row["seed"] for row in rows})
     write_suite(
         "fusion", "python benchmarks/fusion/run.py", seeds,
         [{**dict(zip(("parent", "method", "keep", "recovery"), key, strict=True)),
           "steps_before": TRAINING_STEPS.get(key[1], 0), **values}
-         for key, values in sorted(table.items())],
+         for key, values in sorted(table.items())] + unreached,
         claims(table),
     )  # fmt: skip
     from fusion.plots import draw_curves
