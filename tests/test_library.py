@@ -197,7 +197,7 @@ def test_a_library_of_version_1_is_brought_up(tmp_path: Path) -> None:
     add_entry(library, make_entry(seed=5))
     assert sorted(each.sketches for each in find_entries(library)) == [(), ("mean_feature",)]
     with store.connect(library.index) as index:
-        assert index.execute("PRAGMA user_version").fetchone() == (store.SCHEMA_VERSION,) == (3,)
+        assert index.execute("PRAGMA user_version").fetchone() == (store.SCHEMA_VERSION,) == (4,)
         assert index.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
@@ -205,7 +205,7 @@ def test_a_migration_that_fails_changes_nothing(library: Library, monkeypatch) -
     add_entry(library, make_entry())
     steps = (*store.MIGRATIONS, ("DROP TABLE sketches", "CREATE nonsense"))
     monkeypatch.setattr(store, "MIGRATIONS", steps)
-    monkeypatch.setattr(store, "SCHEMA_VERSION", 4)
+    monkeypatch.setattr(store, "SCHEMA_VERSION", len(steps))
     with pytest.raises(LibraryError, match="cannot be used"):
         open_library(library.root)
     monkeypatch.undo()
@@ -215,7 +215,7 @@ def test_a_migration_that_fails_changes_nothing(library: Library, monkeypatch) -
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        ("PRAGMA user_version = 99", "schema version 99, this Secateur knows 3"),
+        ("PRAGMA user_version = 99", "schema version 99, this Secateur knows 4"),
         ("PRAGMA application_id = 7", "not the index of a library"),
         (None, "cannot be used"),
     ],
@@ -371,7 +371,7 @@ def pickle_a_blob(members: dict[str, bytes]) -> None:
         (lambda m: m.update({"library.json": b"["}), "library.json: it: Invalid JSON"),
         (lambda m: m.update({"library.json": b"[" * 100_000}), "library.json: it: Invalid JSON"),
         (lambda m: m.update({"library.json": b"\xff"}), "cannot be read"),
-        (in_contents('"schema_version": 3', '"schema_version": 4'), "of schema version 4"),
+        (in_contents('"schema_version": 4', '"schema_version": 5'), "of schema version 5"),
         (in_contents('"secateur library"', '"other"'), "it is a 'other'"),
         (in_contents('"steps": 300', '"steps": "many"'), "steps: Input should be a valid integer"),
         (in_contents('"steps": 300', '"steps": 301'), "was altered: its content has id"),

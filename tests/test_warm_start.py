@@ -23,7 +23,7 @@ from secateur.flow.merged import merged_network
 from secateur.flow.recipe import parse_recipe
 from secateur.flow.sketches import sketch_tasks
 from secateur.flow.stages import begin_cut
-from secateur.flow.warm_start import Planned, plan_job
+from secateur.flow.warm_start import SPARE, Planned, plan_job
 from secateur.prune import find_groups
 from secateur.prune.axes import linear_groups
 from secateur.vote.entry import Entry
@@ -139,7 +139,8 @@ def contrary(first: Entry) -> Entry:
 def test_a_build_adds_its_cut_once(capsys, project: Path, first: Entry) -> None:
     manifest = json.loads((project / f"first/{TARGET}/fp32/manifest.json").read_text())
     facts = first.facts
-    assert facts.parent == manifest["parent"]["fingerprint"]
+    assert facts.parent == manifest["parent"]["trunk"]
+    assert facts.network == manifest["parent"]["network"] == facts.parent  # no trunk is named
     assert facts.basis == manifest["parent"]["basis"] and facts.basis.startswith("balanced-")
     assert facts.accuracy == manifest["accuracy"]["shipped"]
     assert (facts.delta_t, facts.steps) == (manifest["accuracy"]["delta_t"], 2)
@@ -508,12 +509,23 @@ def test_refused_neighbours_leave_their_places_to_others(
     shorter = replace(first.plan, cuts=first.plan.cuts[1:])
     fewer = {"room": {cut.name: first.scores["room"][cut.name] for cut in shorter.cuts}}
     odd = replace(stranger(first), plan=shorter, scores=fewer)
-    nearer = [replace(odd, facts=replace(odd.facts, recipe=f"odd {n}")) for n in range(3)]
+    nearer = [replace(odd, facts=replace(odd.facts, recipe=f"odd {n}")) for n in range(SPARE + 1)]
     far = {"score_cosine": np.roll(first.sketches["score_cosine"], 1)}
     line = copied(project, "spare", *nearer, replace(contrary(first), sketches=far))
     vote = plan(capsys, project, asking(library=line, neighbours=1))["warm_start"]
     assert not vote["cold"] and len(vote["voters"]) == 1
-    assert sum(vote["refused"].values()) >= 1
+    assert sum(vote["refused"].values()) == SPARE + 1
+
+
+def test_an_entry_that_cannot_be_read_stops_nobody(capsys, project: Path, first: Entry) -> None:
+    line = copied(project, "torn", first, one_channel_else(first, first.plan.cuts[0].name))
+    with connect(project / "torn/index.sqlite") as index:
+        index.execute("UPDATE entries SET facts = '{}' WHERE id != ?", (first.id,))
+    for measure in ("score_cosine", "cka"):
+        asked = asking(library=line, similarity=measure)
+        vote = plan(capsys, project, asked)["warm_start"]
+        assert [each["id"] for each in vote["voters"]] == [first.id]
+        assert sum(vote["refused"].values()) == 1
 
 
 def test_a_cut_to_another_budget_is_entered_by_what_it_kept(first: Entry) -> None:

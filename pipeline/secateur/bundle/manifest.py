@@ -107,7 +107,12 @@ class BudgetRecord(_Strict):
 
 
 class Manifest(_Strict):
-    """``manifest.json``."""
+    """``manifest.json``.
+
+    Of ``parent``: its ``factory``; its ``fingerprint``, of code and weights; digests of the weights
+    of the whole ``network`` and of its ``trunk``, which earlier cuts are found by; and the
+    ``basis`` that the trunk's channels were counted in.
+    """
 
     schema_version: int
     created: str

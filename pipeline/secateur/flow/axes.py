@@ -19,6 +19,7 @@ from secateur.core.task import Task
 from secateur.data.loading import image_batch, spread
 from secateur.flow.channel_scores import STOPPED, covers, score_key, score_stream
 from secateur.flow.job import Job
+from secateur.flow.trunk import within
 from secateur.fusion.directions import fuse_gradients
 from secateur.importance.bank import Stream, load_scores, save_scores, task_data
 from secateur.importance.directions import measure_directions
@@ -56,12 +57,14 @@ def turn_axes(job: Job) -> Job:
     axes = _axes(job, model, groups)
     images = image_batch(job.train, spread(job.train, NORM_IMAGES), job.spec)
     turned = apply_axes(model, groups, axes, images)
-    basis = _basis(job, axes)
+    turned_job = replace(
+        job, scored=turned, selected=turned, basis=_basis(job, axes), axes=axes,
+        trunk_basis=_basis(job, _of(within(groups, job.trunk), axes)),
+    )  # fmt: skip
     if job.scored is job.selected:
-        return replace(job, scored=turned, selected=turned, basis=basis, axes=axes)
+        return turned_job
     keep = [task.name for task in job.tasks]
-    selected = select_tasks(turned, keep, job.example).eval()
-    return replace(job, scored=turned, selected=selected, basis=basis, axes=axes)
+    return replace(turned_job, selected=select_tasks(turned, keep, job.example).eval())
 
 
 def plan_axes(
@@ -94,7 +97,7 @@ def _axes_of_library(
     groups: Sequence[ChannelGroup],
     own: Mapping[str, NDArray[np.float64]] | None,
 ) -> Mapping[str, NDArray[np.float64]] | None:
-    """Return axes in which the library has cuts of this parent: ``own`` if these are among them.
+    """Return axes in which the library has cuts of this trunk: ``own`` if these are among them.
 
     Axes are found by gradients, which differ with the machine and the images. Only in the very same
     ones does an earlier cut's channel mean anything, so it brings its axes along. A damaged entry,
@@ -102,16 +105,22 @@ def _axes_of_library(
     """
     library = open_library(job.recipe.library_root())
     macs = job.recipe.prune.budget.macs  # what other budgets leave is known after the scoring
-    known = find_axes(library, job.parent_key, votable(macs) if macs else (0.0, 1.0))
+    known = find_axes(library, job.library_key, votable(macs) if macs else (0.0, 1.0))
     if own is not None and _basis(job, own) in known:
         return own
     for basis, entries in known.items():
         for entry in entries:
             with suppress(SecateurError):
-                axes = load_entry(library, entry).axes
+                axes = _of(groups, load_entry(library, entry).axes)
                 if _basis(job, axes) == basis and fit(model, groups, axes):
                     return axes
     return None
+
+
+def _of(
+    groups: Sequence[ChannelGroup], axes: Mapping[str, NDArray[np.float64]]
+) -> dict[str, NDArray[np.float64]]:
+    return {group.name: axes[group.name] for group in groups if group.name in axes}
 
 
 def votable(budget: float) -> tuple[float, float]:
@@ -150,11 +159,14 @@ def _axes(
     weights = [task.weight for task in tasks]
     path = job.cache.folder("axes", *score_key(job, tasks), weights) / "axes.safetensors"
     found = load_scores(path)
+    taken: Mapping[str, NDArray[np.float64]] = {}
     if job.recipe.prune.warm_start == "library":
-        taken = _axes_of_library(job, model, groups, found)
-        if taken is not None:
+        shared = within(groups, job.trunk)
+        own = None if found is None else _of(shared, found)
+        taken = _axes_of_library(job, model, shared, own) or {}
+        if taken.keys() == {group.name for group in groups}:
             return taken
     if found is None:
         found = plan_axes(model, groups, tasks, *score_stream(job, tasks), path.parent / STOPPED)
         save_scores(path, found)
-    return found
+    return {**found, **taken}

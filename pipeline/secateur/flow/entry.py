@@ -43,12 +43,13 @@ def add_build(job: Job, device: str, planned: Planned, cut: Cut, evidence: Evide
 def _entry_of_build(job: Job, device: str, planned: Planned, cut: Cut, evidence: Evidence) -> Entry:
     plan = planned.plan
     facts = Facts(
-        parent=job.parent_key,
+        parent=job.library_key,
         parent_name=job.recipe.model.factory,
         tasks=tuple(TaskMark(task.name, task.kind, task.classes) for task in job.tasks),
         data=job.train.fingerprint,
         budget=_share_of_macs(plan),
-        basis=job.basis,
+        basis=job.library_basis,
+        network=job.network_key,
         accuracy=evidence.accuracy.shipped,
         delta_t=evidence.accuracy.delta_t,
         steps=cut.steps,
@@ -93,12 +94,13 @@ def entry_of_bundle(folder: Path) -> Entry:
             f"the plan of {folder} cannot be read: {error}", hint="build the bundle again"
         ) from error
     facts = Facts(
-        parent=manifest.parent["fingerprint"],
+        parent=manifest.parent.get("trunk", manifest.parent["fingerprint"]),
         parent_name=manifest.parent["factory"],
         tasks=tuple(TaskMark(task.name, task.kind, task.classes) for task in manifest.tasks),
         data=manifest.data["train"],
         budget=_share_of_macs(plan),
         basis=manifest.parent.get("basis", _stated_basis(manifest.recipe)),
+        network=manifest.parent.get("network", ""),
         accuracy=manifest.accuracy.shipped,
         delta_t=manifest.accuracy.delta_t,
         steps=steps,

@@ -21,6 +21,7 @@ from secateur.devices.target import Precision, Target
 from secateur.flow.cache import StageCache
 from secateur.flow.parent import load_parent
 from secateur.flow.recipe import DataSpec, Recipe
+from secateur.flow.trunk import check_trunk, trunk_prefix, weights_digest
 from secateur.metrics.kind import kind_of
 from secateur.prune.blocks import without_blocks
 from secateur.prune.problem import Limit
@@ -37,7 +38,7 @@ class Job:
     ``weights`` names those of ``selected`` and ``scored`` where they are not the parent's but what
     neighbours recovered (``flow.merged``). ``basis`` names what channels are counted in:
     ``original`` as in the parent, else a digest of the folded layers or of the axes that it was
-    turned to; ``axes`` are these, (W, W) by group.
+    turned to; ``axes`` are these, (W, W) by group, and ``trunk_basis`` names those of the trunk.
     ``limits`` are the budgets where there are others than MACs (``flow.budgets``), and
     ``kept_share`` about how much of the parent the budgets leave. ``removed`` are residual blocks
     of ``selected`` that go whole.
@@ -54,6 +55,7 @@ class Job:
     cache: StageCache
     parent_key: str
     basis: str = "original"
+    trunk_basis: str = ""
     axes: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     limits: tuple[Limit, ...] = ()
     kept_share: float = 1.0
@@ -64,6 +66,26 @@ class Job:
     def tasks(self) -> tuple[Task, ...]:
         """The kept tasks."""
         return self.selected.tasks
+
+    @property
+    def trunk(self) -> str:
+        """How the names of the trunk's layers begin: "" where the recipe names no trunk."""
+        return trunk_prefix(self.recipe.model.trunk)
+
+    @cached_property
+    def library_key(self) -> str:
+        """What the library knows the parent by: the weights of its trunk."""
+        return weights_digest(self.parent, self.trunk)
+
+    @cached_property
+    def network_key(self) -> str:
+        """The same of the whole parent: networks with other heads may share a trunk."""
+        return weights_digest(self.parent)
+
+    @property
+    def library_basis(self) -> str:
+        """What names the axes that the trunk's channels are counted in."""
+        return self.trunk_basis or self.basis
 
     @cached_property
     def outline(self) -> MultiTaskModel:
@@ -117,6 +139,8 @@ def open_job(recipe: Recipe, cache: StageCache) -> Job:
             hint="give data.eval another split or folder",
         )
     parent = load_parent(recipe)
+    if recipe.model.trunk:
+        check_trunk(recipe.model.trunk, parent.network)
     spec = recipe.model.input.model_input()
     example = spec.example()
     selected, folded = keep_tasks(recipe, parent)

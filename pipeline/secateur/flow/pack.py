@@ -120,7 +120,9 @@ def _manifest(job: Job, made: Made) -> Manifest:
         parent={
             "factory": job.recipe.model.factory,
             "fingerprint": job.parent_key,
-            "basis": job.basis,
+            "trunk": job.library_key,
+            "network": job.network_key,
+            "basis": job.library_basis,
         },
         data={
             "train": job.train.fingerprint,

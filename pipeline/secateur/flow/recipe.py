@@ -40,6 +40,7 @@ class ModelSpec(_Strict):
     factory: str = Field(pattern=r"^[\w.]+:\w+$")
     arguments: dict[str, Any] = Field(default={})
     checkpoint: Path | None = None
+    trunk: str | None = Field(default=None, pattern=r"^\w+(\.\w+)*$")
     input: InputSpec
 
 

@@ -10,14 +10,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from secateur.core.model import MultiTaskModel, evaluating
+from secateur.core.model import MultiTaskModel, evaluating, named_outputs
 from secateur.core.task import Task
 from secateur.data.loading import Batch, Subset, batches, has_labels, spread
 from secateur.data.transforms import DENSE
 from secateur.flow.channel_scores import score_bank, score_key
 from secateur.flow.job import Job
+from secateur.flow.trunk import within
 from secateur.importance.bank import load_scores, save_scores
 from secateur.metrics.kind import resized
+from secateur.prune import find_groups
 from secateur.prune.groups import output_layers
 from secateur.vote.similarity import cka, leep, mean_feature, score_cosine, task2vec
 
@@ -33,11 +35,14 @@ def sketch_tasks(job: Job) -> Mapping[str, Array]:
 
     ``task2vec`` needs a backward pass of its own, so only where the recipe asks for that measure
     or scores by ``fisher`` anyway; ``leep`` needs labels of classes, and a parent with classes.
+    Where the recipe names a trunk, sketches are of that, so that tasks of other networks on it
+    compare; ``leep`` is of the parent's own classes, which those lack.
     """
     wanted = job.recipe.prune
     by_fisher = wanted.criterion == "fisher" or wanted.similarity == "task2vec"
     key = (*score_key(job, job.scored.tasks), [task.name for task in job.tasks], wanted.criterion)
-    path = job.cache.folder("sketches", *key, by_fisher) / "sketches.safetensors"
+    of_trunk = [job.trunk] if job.trunk else []
+    path = job.cache.folder("sketches", *key, by_fisher, *of_trunk) / "sketches.safetensors"
     found = load_scores(path)
     if found is None:
         found = _sketches(job, by_fisher)
@@ -47,12 +52,18 @@ def sketch_tasks(job: Job) -> Mapping[str, Array]:
 
 def _sketches(job: Job, by_fisher: bool) -> dict[str, NDArray[np.float64]]:
     names = [task.name for task in job.tasks]
-    made: dict[str, Array] = {"score_cosine": score_cosine.sketch(score_bank(job, names))}
+    made: dict[str, Array] = {"score_cosine": score_cosine.sketch(_trunk_scores(job, names))}
     if by_fisher:
         made["task2vec"] = task2vec.sketch(_summed_fisher(job, names))
     chosen = Subset(job.train, spread(job.train, SKETCH_IMAGES))
     labelled = [task for task in job.tasks if has_labels(job.train, [task])]
     batch = next(batches(chosen, labelled, job.spec, len(chosen)))
+    if job.trunk:
+        given = _trunk_features(job, batch.images)
+        if len(given) == len(chosen) > 1:
+            made["mean_feature"] = mean_feature.sketch(given)
+            made["cka"] = cka.sketch(given)
+        return {name: values.astype(np.float64) for name, values in made.items()}
     features, outputs = _features(job.scored, batch.images, job.example)
     if features.keys() == {task.name for task in job.scored.tasks} and len(chosen) > 1:
         every = np.concatenate([features[task.name] for task in job.scored.tasks], axis=1)
@@ -64,9 +75,49 @@ def _sketches(job: Job, by_fisher: bool) -> dict[str, NDArray[np.float64]]:
     return {name: values.astype(np.float64) for name, values in made.items()}
 
 
+def _trunk_scores(
+    job: Job, names: Sequence[str], criterion: str | None = None
+) -> Mapping[str, Mapping[str, NDArray[np.float64]]]:
+    """Return the tasks' scores of the trunk's groups; of all where the recipe names no trunk."""
+    bank = score_bank(job, names, criterion)
+    if not job.trunk:
+        return bank
+    shared = {group.name for group in within(find_groups(job.scored, job.example), job.trunk)}
+    return {
+        task: {name: values for name, values in scores.items() if name in shared}
+        for task, scores in bank.items()
+    }
+
+
+def _trunk_features(job: Job, images: Tensor) -> Array:
+    """Return the mean over positions of what the parent's trunk gives, (N, D)."""
+    trunk = job.parent.get_submodule(job.trunk.rstrip("."))
+    given: list[Tensor] = []
+
+    def note(_module: nn.Module, _inputs: object, output: object) -> None:
+        outputs = [output] if isinstance(output, Tensor) else named_outputs(output).values()
+        given.append(torch.cat([_pooled(each) for each in outputs], 1))
+
+    hook = trunk.register_forward_hook(note)
+    try:
+        with evaluating(job.parent):
+            for chunk in torch.split(images, CHUNK):
+                job.parent(chunk)
+    finally:
+        hook.remove()
+    return torch.cat(given).float().cpu().numpy() if given else np.empty((0, 0), np.float32)
+
+
+def _pooled(output: Tensor) -> Tensor:
+    """Return (N, C) of features (N, C), tokens (N, L, C) or maps (N, C, H, W)."""
+    if output.dim() == 3:
+        return output.mean(1)
+    return output.flatten(2).mean(2) if output.dim() > 2 else output
+
+
 def _summed_fisher(job: Job, names: Sequence[str]) -> dict[str, NDArray[np.float64]]:
     """Return the tasks' Fisher information, each brought to sum 1 over the network, summed."""
-    bank = list(score_bank(job, names, "fisher").values())
+    bank = list(_trunk_scores(job, names, "fisher").values())
     sums = [max(sum(float(v.sum()) for v in scores.values()), 1e-300) for scores in bank]
     return {
         group: np.sum([scores[group] / total for scores, total in zip(bank, sums, strict=True)], 0)

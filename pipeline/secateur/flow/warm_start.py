@@ -1,53 +1,41 @@
 """Start a cut from the library: the nearest earlier cuts vote, and give their weights.
 
-Channels are matched by the layer and position that makes them, so that cuts of the same parent
-for other subsets of its tasks vote too.
+Who may vote, and on which channels, is in ``flow.witnesses``.
 """
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from secateur.bundle.manifest import BudgetRecord
 from secateur.core.channels import ChannelGroup
-from secateur.core.errors import SecateurError
 from secateur.core.model import MultiTaskModel
-from secateur.core.plan import PrunePlan, dropped_indices, dropped_of_parameters
+from secateur.core.plan import PrunePlan
 from secateur.flow.axes import votable
-from secateur.flow.channel_scores import scores_for
 from secateur.flow.job import Job
 from secateur.flow.merged import merged_network, of_merged, start_key, start_loss
 from secateur.flow.planning import Scored, plan_scored, score_channels
 from secateur.flow.sketches import sketch_tasks
 from secateur.flow.stages import begin_cut
+from secateur.flow.witnesses import Witness, find_witnesses
 from secateur.prune import find_groups
-from secateur.tasks import select_tasks
 from secateur.vote.ballot import (
     Opinion,
     blend,
     confidence,
-    keep_opinion,
     keep_top,
     overlap,
-    score_opinion,
     tally,
     vote_weights,
 )
-from secateur.vote.entry import Entry
-from secateur.vote.inherit import Donor, SubNetwork
-from secateur.vote.library import Library, find_entries, load_entry, open_library
-from secateur.vote.nearest import Nearest, Neighbour, Sketches, nearest
+from secateur.vote.inherit import Donor
+from secateur.vote.library import Library, find_entries, open_library
+from secateur.vote.nearest import Nearest, Sketches, nearest
 from secateur.vote.similarity.measure import measure_of
 
-SPARE = 8  # entries looked at per neighbour wanted: some cannot be used
-SAME_BUDGET = 0.02  # shares of MACs closer than this are one budget, met a little differently
+SPARE = 8  # entries looked at per neighbour wanted, and so many times more where too few vote
 
 
 @dataclass(frozen=True)
@@ -105,21 +93,6 @@ class Planned:
     budgets: Mapping[str, BudgetRecord] = field(default_factory=dict)
 
 
-class _Refusal(Exception):
-    """Why an entry cannot vote."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Witness:
-    """A neighbour, its entry, and what it says of the new model's groups."""
-
-    neighbour: Neighbour
-    entry: Entry
-    groups: tuple[ChannelGroup, ...]
-    keeps: Opinion
-    scores: Opinion
-
-
 def plan_job(job: Job, grid: int, device: str = "") -> Planned:
     """Score and plan the cut of the selected model, from the library if the recipe says so.
 
@@ -137,8 +110,9 @@ def plan_job(job: Job, grid: int, device: str = "") -> Planned:
     scored = score_channels(job, grid)
     sketches = sketch_tasks(job)
     comparable = wanted.similarity in sketches
-    found = _nearest(job, device, library, sketches) if comparable else Nearest((), ())
-    witnesses, refused = _witnesses(job, library, scored.groups, found)
+    witnesses, refused = (
+        _heard(job, device, library, sketches, scored.groups) if comparable else ([], {})
+    )
     cold = _why_cold(job, witnesses) if comparable else (
         f"these tasks have nothing that '{wanted.similarity}' could compare; they have "
         f"{', '.join(sorted(sketches))}"
@@ -152,7 +126,11 @@ def plan_job(job: Job, grid: int, device: str = "") -> Planned:
     weights = vote_weights([each.neighbour.similarity for each in witnesses])
     opinions = [each.keeps if wanted.votes == "keeps" else each.scores for each in witnesses]
     votes = tally(opinions, weights)
-    donors = _donors(witnesses, weights)
+    donors = tuple(
+        each.donor(float(weight))
+        for each, weight in zip(witnesses, weights, strict=True)
+        if each.entry.weights
+    )
     plan, merged = _better_plan(job, scored, votes, donors, grid)
     iou, of_all = _changed(plan, scored.fused)
     vote = replace(
@@ -210,13 +188,26 @@ def _unsearched(job: Job) -> Job:
     return replace(job, recipe=job.recipe.model_copy(update={"prune": prune}))
 
 
-def _nearest(job: Job, device: str, library: Library, sketches: Sketches) -> Nearest:
+def _heard(
+    job: Job, device: str, library: Library, sketches: Sketches, groups: Sequence[ChannelGroup]
+) -> tuple[list[Witness], dict[str, int]]:
+    """Return who votes, and how many could not by the reason; entries in vain crowd none out."""
+    count = job.recipe.prune.neighbours
+    while True:
+        count *= SPARE
+        found = _nearest(job, device, library, sketches, count)
+        witnesses, refused = find_witnesses(job, library, groups, found)
+        if len(witnesses) == job.recipe.prune.neighbours or len(found.neighbours) < count:
+            return witnesses, refused
+
+
+def _nearest(job: Job, device: str, library: Library, sketches: Sketches, count: int) -> Nearest:
     """Return the nearest entries of about this budget, this recipe's own for the device left out.
 
     A recipe that is built again finds the library as it was, as far as it changed it itself.
     """
     wanted, window = job.recipe.prune, votable(job.kept_share)
-    of_parent = find_entries(library, parent=job.parent_key, budget=window)
+    of_parent = find_entries(library, parent=job.library_key, budget=window, damaged="skip")
     own = {
         each.id
         for each in of_parent
@@ -224,105 +215,12 @@ def _nearest(job: Job, device: str, library: Library, sketches: Sketches) -> Nea
         and (not device or each.facts.device in ("", device))
     }
     return nearest(
-        library, sketches, job.parent_key, wanted.similarity, SPARE * wanted.neighbours,
-        basis=job.basis, budget=window, skip=own, data=job.train.fingerprint,
+        library, sketches, job.library_key, wanted.similarity, count,
+        basis=job.library_basis, budget=window, skip=own, data=job.train.fingerprint,
     )  # fmt: skip
 
 
-def _witnesses(
-    job: Job, library: Library, groups: Sequence[ChannelGroup], found: Nearest
-) -> tuple[list[_Witness], dict[str, int]]:
-    """Return the nearest that can be used, and how many entries could not, by the reason.
-
-    Of cuts of the very same tasks those to the nearest budget vote, for tasks are to be heard
-    alike, however often each was cut.
-    """
-    refused = Counter(each.why for each in found.refused)
-    of_tasks: dict[tuple[str, ...], tuple[ChannelGroup, ...]] = {}
-    witnesses: list[_Witness] = []
-    heard = set()
-    heard_at: dict[tuple[tuple[str, ...], float], float] = {}  # the budget, of tasks this similar
-
-    def order(one: Neighbour) -> tuple[float, float]:
-        return -one.similarity, abs(math.log(one.facts.budget / job.kept_share))
-
-    for neighbour in sorted(found.neighbours, key=order):
-        if len(witnesses) == job.recipe.prune.neighbours:
-            break
-        names = tuple(sorted(neighbour.facts.task_names))
-        try:
-            if neighbour.similarity <= 0:
-                raise _Refusal("its tasks are not similar at all")
-            if names not in of_tasks:
-                of_tasks[names] = _groups_of(job, names)
-            budget = neighbour.facts.budget
-            if abs(heard_at.get((names, neighbour.similarity), budget) - budget) > SAME_BUDGET:
-                raise _Refusal("a cut of the same tasks to a budget nearer yours votes")
-            entry = load_entry(library, neighbour.id)
-            _check_scores(job, entry)
-            if (names, entry.plan.cuts) in heard:
-                raise _Refusal("a nearer one has the same tasks and keeps the same channels")
-            witnesses.append(_witness(groups, neighbour, entry, of_tasks[names]))
-            heard.add((names, entry.plan.cuts))
-            heard_at.setdefault((names, neighbour.similarity), budget)
-        except _Refusal as refusal:
-            refused[str(refusal)] += 1
-        except SecateurError as error:  # a damaged entry says nothing, and stops nobody
-            refused[error.message] += 1
-    return witnesses, dict(refused)
-
-
-def _check_scores(job: Job, entry: Entry) -> None:
-    """Raise where the recipe has scores compared and the entry's are none or of another kind.
-
-    Raises:
-        _Refusal: that is so.
-    """
-    wanted, theirs = job.recipe.prune, entry.plan.criterion
-    if wanted.votes == "scores" and not entry.scores:
-        raise _Refusal("it holds no scores")
-    by_scores = wanted.votes == "scores" or wanted.similarity == "score_cosine"
-    if by_scores and theirs != wanted.criterion:
-        raise _Refusal(f"its channels were scored by {theirs}, yours by {wanted.criterion}")
-
-
-def _groups_of(job: Job, names: Sequence[str]) -> tuple[ChannelGroup, ...]:
-    """Return the channel groups of the parent with these tasks only.
-
-    Raises:
-        _Refusal: it lacks one of them.
-    """
-    unknown = {*names} - {task.name for task in job.scored.tasks}
-    if unknown:
-        raise _Refusal(f"it keeps a task '{min(unknown)}', which yours lacks")
-    return find_groups(select_tasks(job.scored, names, job.example).eval(), job.example)
-
-
-def _witness(
-    groups: Sequence[ChannelGroup],
-    neighbour: Neighbour,
-    entry: Entry,
-    theirs: tuple[ChannelGroup, ...],
-) -> _Witness:
-    """Carry an entry's keep-sets and scores to ``groups``, NaN where it has no such channel.
-
-    Raises:
-        _Refusal: the entry's groups are not those of its tasks.
-    """
-    plan = entry.plan
-    if {cut.name: cut.width for cut in plan.cuts} != {each.name: each.width for each in theirs}:
-        raise _Refusal("its channel groups are not those that its tasks have here")
-    keeps = {cut.name: keep_opinion(cut.width, cut.kept) for cut in plan.cuts}
-    scores: Mapping[str, NDArray[np.float64]] = {
-        cut.name: np.full(cut.width, np.nan) for cut in plan.cuts
-    } | score_opinion(entry.scores)
-    return _Witness(
-        neighbour, entry, theirs,
-        scores_for(groups, theirs, keeps, np.nan), scores_for(groups, theirs, scores, np.nan),
-    )  # fmt: skip
-
-
-def _why_cold(job: Job, witnesses: Sequence[_Witness]) -> str:
+def _why_cold(job: Job, witnesses: Sequence[Witness]) -> str:
     """Return why the library is of no use, or "" where it is."""
     if witnesses:
         return ""
@@ -333,7 +231,7 @@ def _why_cold(job: Job, witnesses: Sequence[_Witness]) -> str:
     )
 
 
-def _voter(witness: _Witness, weight: float) -> Voter:
+def _voter(witness: Witness, weight: float) -> Voter:
     found = witness.neighbour
     return Voter(
         found.id, found.facts.task_names, found.facts.budget, found.similarity, float(weight),
@@ -346,21 +244,3 @@ def _changed(plan: PrunePlan, of_parent: Mapping[str, Any]) -> tuple[dict[str, f
     voted = {cut.name: cut.kept for cut in plan.cuts}
     alone = keep_top(of_parent, {name: len(kept) for name, kept in voted.items()})
     return {name: overlap({name: voted[name]}, alone) for name in voted}, overlap(voted, alone)
-
-
-def _donors(witnesses: Sequence[_Witness], weights: NDArray[np.float64]) -> tuple[Donor, ...]:
-    """Return the voters that hold weights, nearest first."""
-    return tuple(
-        Donor(
-            each.neighbour.id,
-            each.neighbour.facts.task_names,
-            SubNetwork(
-                each.entry.weights,
-                dropped_indices(each.groups, each.entry.plan),
-                dropped_of_parameters(each.groups, each.entry.plan),
-            ),
-            float(weight),
-        )
-        for each, weight in zip(witnesses, weights, strict=True)
-        if each.entry.weights
-    )

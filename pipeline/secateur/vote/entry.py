@@ -46,13 +46,15 @@ class TaskMark:
 class Facts:
     """What an entry says of itself in a listing.
 
-    ``parent`` is the untouched parent's fingerprint; ``basis`` names what its channels are counted
-    in, ``original`` or the axes it was turned to before scoring. Keep-sets of two entries mean the
-    same channels only where both agree. ``data`` is the fingerprint of the training data,
-    ``budget`` the share of MACs that may stay (0..1], ``accuracy`` each task's metrics as shipped,
-    ``delta_t`` ΔT in % against the parent (None: not measured), ``steps`` recovery's optimiser
-    steps, ``recipe`` its text, ``device`` what it was built for ("" where that is not known),
-    ``created`` ISO 8601 in UTC.
+    ``parent`` is a digest of the untouched parent's weights, or of the trunk's that it shares with
+    others; ``basis`` names what the channels there are counted in, ``original`` or the axes it was
+    turned to before scoring. Keep-sets of two entries mean the same channels only where both agree.
+    ``network`` is a digest of the whole parent's weights ("" where that is not known): of two
+    networks with one trunk only the trunk compares. ``data`` is the fingerprint of the training
+    data, ``budget`` the share of MACs that may stay (0..1], ``accuracy`` each task's metrics as
+    shipped, ``delta_t`` ΔT in % against the parent (None: not measured), ``steps`` recovery's
+    optimiser steps, ``recipe`` its text, ``device`` what it was built for ("" where that is not
+    known), ``created`` ISO 8601 in UTC.
 
     Raises:
         LibraryError: no task, two of one name, or a number out of its range.
@@ -65,6 +67,7 @@ class Facts:
     data: str
     budget: float
     basis: str = "original"
+    network: str = ""
     accuracy: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     delta_t: float | None = None
     steps: int = 0
@@ -154,8 +157,9 @@ def pack(entry: Entry) -> Packed:
     """Return the entry as it is stored; equal entries give equal bytes."""
     facts, plan = asdict(entry.facts), entry.plan.to_json()
     content = {key: value for key, value in facts.items() if key not in NOT_CONTENT}
-    if not content["device"]:  # entries from before there was one keep their ids
-        del content["device"]
+    for key in ("device", "network"):  # entries from before there was one keep their ids
+        if not content[key]:
+            del content[key]
     scores = tensors(
         {
             json.dumps([task, group]): values.astype(np.float32)

@@ -12,8 +12,10 @@ import os
 import sqlite3
 import time
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from secateur.core.errors import BundleError, LibraryError
 from secateur.core.files import atomic_path, not_writable
@@ -126,11 +128,15 @@ def find_entries(
     parent: str | None = None,
     tasks: Collection[str] | None = None,
     budget: tuple[float, float] | None = None,
+    damaged: Literal["raise", "skip"] = "raise",
 ) -> list[Listed]:
     """Return the entries, oldest first, that meet every condition given.
 
     ``parent`` is how a fingerprint begins, ``tasks`` are names of which an entry keeps at least
     one, and ``budget`` the least and the most share of MACs, both inclusive.
+
+    Raises:
+        LibraryError: the index cannot be read, or an entry in it, unless such are to be skipped.
     """
     least, most = budget or (0.0, 1.0)
     with connect(library.index) as connection:
@@ -140,21 +146,17 @@ def find_entries(
             "WHERE budget BETWEEN ? AND ? AND substr(parent, 1, ?) = ? ORDER BY created, id",
             (least, most, len(parent or ""), parent or ""),
         ).fetchall()
-    found = [
-        Listed(
-            entry,
-            parsed(Facts, facts, f"entry {entry}"),
-            tuple(sorted((sketches or "").split())),
-            bool(scored),
-            bool(with_weights),
-        )
-        for entry, facts, scored, with_weights, sketches in rows
-    ]
+    found = []
+    for entry, facts, scored, with_weights, sketches in rows:
+        with suppress(LibraryError) if damaged == "skip" else nullcontext():
+            known = parsed(Facts, facts, f"entry {entry}")
+            names = tuple(sorted((sketches or "").split()))
+            found.append(Listed(entry, known, names, bool(scored), bool(with_weights)))
     return [each for each in found if tasks is None or {*tasks} & {*each.facts.task_names}]
 
 
 def find_same_cut(library: Library, entry: Entry) -> str | None:
-    """Return the id of an entry of the same parent and tasks that keeps the same channels.
+    """Return the id of an entry of the same network and tasks that keeps the same channels.
 
     One with arrays comes before one without.
     """
@@ -165,9 +167,10 @@ def find_same_cut(library: Library, entry: Entry) -> str | None:
             (entry.facts.parent, entry.facts.basis),
         ).fetchall()
     for name, facts, plan in rows:
-        names = parsed(Facts, facts, f"entry {name}").task_names
+        known = parsed(Facts, facts, f"entry {name}")
         cuts = parsed(PrunePlan, plan, f"entry {name}").cuts
-        if (names, cuts) == (entry.facts.task_names, entry.plan.cuts):
+        of = known.network, known.task_names, cuts
+        if of == (entry.facts.network, entry.facts.task_names, entry.plan.cuts):
             return str(name)
     return None
 

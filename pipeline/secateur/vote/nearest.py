@@ -91,12 +91,13 @@ def nearest(
         else:
             close.append((value, entry))
     best = heapq.nsmallest(count, close, key=lambda pair: (-pair[0], pair[1]))
-    facts = _facts(library, [entry for _, entry in best])
+    facts, unreadable = _facts(library, [entry for _, entry in best])
+    refused += unreadable
     return Nearest(
         tuple(
             Neighbour(entry, facts[entry], value, found.explained.format(value=value))
             for value, entry in best
-            if entry in facts  # else it was removed meanwhile
+            if entry in facts  # else it was removed meanwhile, or cannot be read
         ),
         tuple(refused),
     )
@@ -124,7 +125,9 @@ def _compared(measure: Measure, own: NDArray[Any], data: bytes | None) -> tuple[
 def _of_other_images(library: Library, data: str) -> frozenset[str]:
     with connect(library.index) as connection:
         rows = connection.execute(
-            "SELECT id FROM entries WHERE json_extract(facts, '$.data') IS NOT ?", (data,)
+            "SELECT id FROM entries WHERE "
+            "CASE WHEN json_valid(facts) THEN json_extract(facts, '$.data') END IS NOT ?",
+            (data,),
         )
         return frozenset(row[0] for row in rows)
 
@@ -142,10 +145,17 @@ def _rows(
         )
 
 
-def _facts(library: Library, entries: list[str]) -> dict[str, Facts]:
+def _facts(library: Library, entries: list[str]) -> tuple[dict[str, Facts], list[Refused]]:
     with connect(library.index) as connection:
         rows = [
             connection.execute("SELECT id, facts FROM entries WHERE id = ?", (entry,)).fetchone()
             for entry in entries
         ]
-    return {row[0]: parsed(Facts, row[1], f"entry {row[0]}") for row in rows if row is not None}
+    found, refused = {}, []
+    for row in rows:
+        if row is not None:
+            try:
+                found[row[0]] = parsed(Facts, row[1], f"entry {row[0]}")
+            except LibraryError as error:  # one damaged entry stops nobody
+                refused.append(Refused(row[0], error.message))
+    return found, refused

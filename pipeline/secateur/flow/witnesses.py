@@ -1,0 +1,187 @@
+"""Which earlier cuts can speak of a new one's channels, and what they say.
+
+Channels are matched by the layer and position that makes them, so that cuts of the same parent
+for other subsets of its tasks vote too. A cut of another network on the same trunk
+(``flow.trunk``) speaks of the trunk's channels alone, and gives their weights alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from secateur.core.channels import ChannelGroup
+from secateur.core.errors import SecateurError
+from secateur.core.plan import dropped_indices, dropped_of_parameters
+from secateur.flow.channel_scores import scores_for
+from secateur.flow.job import Job
+from secateur.flow.trunk import within
+from secateur.prune import find_groups
+from secateur.tasks import select_tasks
+from secateur.vote.ballot import Opinion, keep_opinion, score_opinion
+from secateur.vote.entry import Entry
+from secateur.vote.inherit import Donor, SubNetwork
+from secateur.vote.library import Library, load_entry
+from secateur.vote.nearest import Nearest, Neighbour
+
+SAME_BUDGET = 0.02  # shares of MACs closer than this are one budget, met a little differently
+
+
+class _Refusal(Exception):
+    """Why an entry cannot vote."""
+
+
+@dataclass(frozen=True, eq=False)
+class Witness:
+    """A neighbour, its entry, and what it says of the new model's groups.
+
+    ``groups`` are those of the entry that it speaks of. ``tasks`` are what its network was for,
+    where that is this parent, else none: another network's task of the same name is another task.
+    """
+
+    neighbour: Neighbour
+    entry: Entry
+    groups: tuple[ChannelGroup, ...]
+    keeps: Opinion
+    scores: Opinion
+    tasks: tuple[str, ...]
+
+    def donor(self, weight: float) -> Donor:
+        """Return its network, of which ``groups`` say what is gone."""
+        plan = self.entry.plan
+        network = SubNetwork(
+            self.entry.weights,
+            dropped_indices(self.groups, plan),
+            dropped_of_parameters(self.groups, plan),
+        )
+        return Donor(self.neighbour.id, self.tasks, network, weight)
+
+
+def find_witnesses(
+    job: Job, library: Library, groups: Sequence[ChannelGroup], found: Nearest
+) -> tuple[list[Witness], dict[str, int]]:
+    """Return the nearest that can be used, and how many entries could not, by the reason.
+
+    Of cuts of the very same tasks those to the nearest budget vote, for tasks are to be heard
+    alike, however often each was cut.
+    """
+    refused = Counter(each.why for each in found.refused)
+    of_tasks: dict[tuple[str, ...], tuple[ChannelGroup, ...]] = {}
+    witnesses: list[Witness] = []
+    heard = set()
+    heard_at: dict[tuple[object, ...], float] = {}  # the budget, of tasks this similar
+
+    def order(one: Neighbour) -> tuple[float, float]:
+        return -one.similarity, abs(math.log(one.facts.budget / job.kept_share))
+
+    for neighbour in sorted(found.neighbours, key=order):
+        if len(witnesses) == job.recipe.prune.neighbours:
+            break
+        facts = neighbour.facts
+        tasks = (facts.network, *sorted(facts.task_names))
+        try:
+            if neighbour.similarity <= 0:
+                raise _Refusal("its tasks are not similar at all")
+            before = heard_at.get((*tasks, neighbour.similarity), facts.budget)
+            if abs(before - facts.budget) > SAME_BUDGET:
+                raise _Refusal("a cut of the same tasks to a budget nearer yours votes")
+            entry = load_entry(library, neighbour.id)
+            _check_scores(job, entry)
+            if (tasks, entry.plan.cuts) in heard:
+                raise _Refusal("a nearer one has the same tasks and keeps the same channels")
+            if facts.network in ("", job.network_key):
+                if tasks not in of_tasks:
+                    of_tasks[tasks] = _groups_of(job, tasks[1:])
+                witness = _witness(groups, neighbour, entry, of_tasks[tasks])
+            else:
+                witness = _stranger(job, groups, neighbour, entry)
+            witnesses.append(witness)
+            heard.add((tasks, entry.plan.cuts))
+            heard_at.setdefault((*tasks, neighbour.similarity), facts.budget)
+        except _Refusal as refusal:
+            refused[str(refusal)] += 1
+        except SecateurError as error:  # a damaged entry says nothing, and stops nobody
+            refused[error.message] += 1
+    return witnesses, dict(refused)
+
+
+def _check_scores(job: Job, entry: Entry) -> None:
+    """Raise where the recipe has scores compared and the entry's are none or of another kind.
+
+    Raises:
+        _Refusal: that is so.
+    """
+    wanted, theirs = job.recipe.prune, entry.plan.criterion
+    if wanted.votes == "scores" and not entry.scores:
+        raise _Refusal("it holds no scores")
+    by_scores = wanted.votes == "scores" or wanted.similarity == "score_cosine"
+    if by_scores and theirs != wanted.criterion:
+        raise _Refusal(f"its channels were scored by {theirs}, yours by {wanted.criterion}")
+
+
+def _groups_of(job: Job, names: Sequence[str]) -> tuple[ChannelGroup, ...]:
+    """Return the channel groups of the parent with these tasks only.
+
+    Raises:
+        _Refusal: it lacks one of them.
+    """
+    unknown = {*names} - {task.name for task in job.scored.tasks}
+    if unknown:
+        raise _Refusal(f"it keeps a task '{min(unknown)}', which yours lacks")
+    return find_groups(select_tasks(job.scored, names, job.example).eval(), job.example)
+
+
+def _witness(
+    groups: Sequence[ChannelGroup],
+    neighbour: Neighbour,
+    entry: Entry,
+    theirs: tuple[ChannelGroup, ...],
+) -> Witness:
+    """Carry an entry's keep-sets and scores to ``groups``, NaN where it has no such channel.
+
+    Raises:
+        _Refusal: the entry's groups are not those of its tasks.
+    """
+    if {cut.name: cut.width for cut in entry.plan.cuts} != {g.name: g.width for g in theirs}:
+        raise _Refusal("its channel groups are not those that its tasks have here")
+    return _spoken(groups, neighbour, entry, theirs, neighbour.facts.task_names)
+
+
+def _stranger(
+    job: Job, groups: Sequence[ChannelGroup], neighbour: Neighbour, entry: Entry
+) -> Witness:
+    """Carry what an entry of another network says of the trunk; of that it gives weights, too.
+
+    Raises:
+        _Refusal: its groups there have other names or widths.
+    """
+    widths = {cut.name: cut.width for cut in entry.plan.cuts}
+    shared = tuple(g for g in within(groups, job.trunk) if widths.get(g.name) == g.width)
+    if not shared:
+        raise _Refusal("its trunk has none of your channel groups")
+    weights = {name: own for name, own in entry.weights.items() if name.startswith(job.trunk)}
+    return _spoken(groups, neighbour, replace(entry, weights=weights), shared, ())
+
+
+def _spoken(
+    groups: Sequence[ChannelGroup],
+    neighbour: Neighbour,
+    entry: Entry,
+    theirs: tuple[ChannelGroup, ...],
+    tasks: tuple[str, ...],
+) -> Witness:
+    known = {group.name for group in theirs}
+    cuts = [cut for cut in entry.plan.cuts if cut.name in known]
+    keeps = {cut.name: keep_opinion(cut.width, cut.kept) for cut in cuts}
+    scores: Mapping[str, NDArray[np.float64]] = {
+        cut.name: np.full(cut.width, np.nan) for cut in cuts
+    } | score_opinion(entry.scores)
+    return Witness(
+        neighbour, entry, theirs, scores_for(groups, theirs, keeps, np.nan),
+        scores_for(groups, theirs, scores, np.nan), tasks,
+    )  # fmt: skip

@@ -1,0 +1,220 @@
+"""Networks for different tasks on one trunk: what was cut of one helps to cut another."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cli_run import run
+from secateur.core.errors import RecipeError
+from secateur.core.model import MultiTaskModel
+from secateur.core.task import Task
+from secateur.flow.axes import turn_axes
+from secateur.flow.cache import StageCache
+from secateur.flow.inherited import best_start
+from secateur.flow.job import Job, open_job
+from secateur.flow.merged import merged_network
+from secateur.flow.recipe import parse_recipe
+from secateur.flow.stages import begin_cut
+from secateur.flow.trunk import check_trunk, weights_digest, within
+from secateur.flow.warm_start import Planned, plan_job
+from secateur.prune import find_groups
+from secateur.vote.library import find_entries, load_entry, open_library
+from torch import Tensor, nn
+
+NETS = "from test_trunk import make_net as make\n"
+RECIPE = """\
+model:
+  factory: nets:make
+  arguments: {head: HEAD, seed: SEED}
+  trunk: trunk
+  input: {shape: [3, 32, 48]}
+tasks: TASKS
+data:
+  train: {reader: scenes, split: train, options: {count: 16, height: 32, width: 48}}
+  eval:  {reader: scenes, split: test, options: {count: 4, height: 32, width: 48}}
+prune:      {budget: {macs: 0.5}, search: false, images: 16, grid: 2, EXTRA}
+compensate: {images: 8}
+recover:    {steps: 2}
+library:    {path: lib}
+"""
+ROOM = "{answer: {output: answer, kind: classification, classes: 4, label: room}}"
+DEPTH = "{answer: {output: answer, kind: depth, label: depth}}"
+TARGET = "raspberry-pi-5"  # no latency is measured for it here
+
+
+class Trunk(nn.Module):
+    """A stem and two inverted residuals, whose stream is turned to balanced axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(16, 24, 1), nn.ReLU(), nn.Conv2d(24, 24, 3, 1, 1, groups=24), nn.ReLU(),
+                nn.Conv2d(24, 16, 1),
+            )
+            for _ in range(2)
+        )  # fmt: skip
+        self.last = nn.Conv2d(16, 32, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.stem(images)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.last(x).relu()
+
+
+class Net(nn.Module):
+    """The trunk with a head for depth (N, 1, h, w) or for the room (N, 4)."""
+
+    def __init__(self, head: str, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk = Trunk()
+        torch.manual_seed(seed)
+        self.kind = head
+        self.head = nn.Conv2d(32, 1 if head == "depth" else 4, 1)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        answer = self.head(self.trunk(images))
+        return {"answer": answer.relu() + 1 if self.kind == "depth" else answer.mean((2, 3))}
+
+
+def make_net(head: str, seed: int = 1) -> nn.Module:
+    return Net(head, seed)
+
+
+def recipe(head: str, seed: int = 1, extra: str = "rescore: false") -> str:
+    tasks = DEPTH if head == "depth" else ROOM
+    text = RECIPE.replace("HEAD", head).replace("SEED", str(seed)).replace("TASKS", tasks)
+    return text.replace("EXTRA", extra)
+
+
+def asking(head: str, seed: int = 1, **keys: str) -> str:
+    said = "".join(f", {key}: {value}" for key, value in keys.items())
+    return recipe(head, seed, f"rescore: false, warm_start: library{said}")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with one cut in its library: of the network for rooms."""
+    folder = tmp_path_factory.mktemp("trunk")
+    (folder / "nets.py").write_text(NETS)
+    (folder / "room.yaml").write_text(recipe("room"))
+    return folder
+
+
+@pytest.fixture
+def first(capsys, project: Path) -> Path:
+    arguments = ("--cache", project / "cache", "--target", TARGET, "--out", project / "out")
+    code, _, stderr = run(capsys, "build", project / "room.yaml", *arguments)
+    assert code == 0, stderr
+    return project
+
+
+def planned(project: Path, text: str) -> tuple[Job, Planned]:
+    job = open_job(parse_recipe(text, project / "x.yaml"), StageCache(project / "cache"))
+    job = turn_axes(job)
+    return job, plan_job(job, 2)
+
+
+@pytest.mark.parametrize("measure", ["score_cosine", "mean_feature", "cka"])
+def test_a_cut_for_another_task_on_the_trunk_votes(first: Path, measure: str) -> None:
+    job, made = planned(first, asking("depth", similarity=measure, vote_weight="1"))
+    assert made.vote and not made.vote.cold, made.vote
+    [voter] = made.vote.voters
+    assert voter.tasks == ("answer",) and 0 < voter.similarity <= 1
+    entry = load_entry(open_library(first / "lib"), voter.id)
+    theirs = {cut.name: {*cut.kept} for cut in entry.plan.cuts}
+    kept = {cut.name: {*cut.kept} for cut in made.plan.cuts}
+    shared = [group.name for group in within(find_groups(job.selected, job.example), job.trunk)]
+    assert len(shared) >= 4 and {*shared} <= kept.keys()
+    for name in shared:  # votes alone rank: what it kept comes before all else
+        assert kept[name] <= theirs[name] or theirs[name] <= kept[name]
+
+
+def test_its_trunk_is_inherited_and_nothing_of_its_head(first: Path) -> None:
+    job, made = planned(first, asking("depth"))
+    [donor] = made.donors
+    assert donor.network.weights and donor.tasks == ()
+    assert all(name.startswith("network.trunk.") for name in donor.network.weights)
+    begun = begin_cut(job, made.scored.groups, made.plan)
+    start, origin, _ = best_start(job, made, begun)
+    assert origin and 0 < origin.share < 1 and "inherited" in origin.losses
+    assert [*start.state_dict()] == [*begun.state_dict()]
+
+
+def test_a_task_of_the_same_name_in_another_network_is_no_expert_for_it(first: Path) -> None:
+    job, made = planned(first, asking("room", seed=2))
+    assert made.donors and made.donors[0].tasks == ()
+    assert merged_network(job, made.donors) is None
+
+
+def test_the_same_network_votes_and_gives_its_head_too(first: Path) -> None:
+    _, made = planned(first, asking("room", seed=1))
+    [donor] = made.donors
+    assert donor.tasks == ("answer",)
+    assert any(name.startswith("network.head.") for name in donor.network.weights)
+
+
+def test_without_a_trunk_another_network_is_another_parent(first: Path) -> None:
+    text = asking("depth").replace("  trunk: trunk\n", "")
+    _, made = planned(first, text)
+    assert made.vote and made.vote.cold
+
+
+def test_axes_of_the_trunk_are_the_librarys_and_those_of_the_head_its_own(first: Path) -> None:
+    [entry] = find_entries(open_library(first / "lib"))
+    theirs = load_entry(open_library(first / "lib"), entry.id).axes
+    job, _ = planned(first, asking("depth"))
+    own = {group.name for group in within(find_groups(job.selected, job.example), job.trunk)}
+    shared = own & theirs.keys()
+    assert shared
+    for name in shared:
+        np.testing.assert_array_equal(job.axes[name], theirs[name])
+    assert job.library_basis == entry.facts.basis
+
+
+def test_a_digest_knows_weights_and_not_code() -> None:
+    def model(seed: int, kind: type[Net] = Net) -> MultiTaskModel:
+        task = Task("answer", "answer", "classification", "room", classes=4)
+        return MultiTaskModel(kind("room", seed), [task])
+
+    class Otherwise(Net):
+        def forward(self, images: Tensor) -> dict[str, Tensor]:
+            return super().forward(images)
+
+    one, other = model(1), model(2)
+    assert weights_digest(one) == weights_digest(model(1, Otherwise)) != weights_digest(other)
+    assert weights_digest(one, "network.trunk.") == weights_digest(other, "network.trunk.")
+    with torch.no_grad():
+        other.network.trunk.last.bias[0] += 1e-3
+    assert weights_digest(one, "network.trunk.") != weights_digest(other, "network.trunk.")
+
+
+@pytest.mark.parametrize(
+    ("trunk", "says"), [("body", "no part 'body'.*\n*.*trunk, head"), ("trun", "no part 'trun'")]
+)
+def test_a_trunk_that_is_not_there_is_told(trunk: str, says: str) -> None:
+    with pytest.raises(RecipeError, match=says) as told:
+        check_trunk(trunk, Net("room", 1))
+    assert "trunk, head" in str(told.value)
+
+
+def test_a_trunk_that_is_everything_is_told() -> None:
+    with pytest.raises(RecipeError, match="the whole network"):
+        check_trunk("trunk", nn.ModuleDict({"trunk": Trunk()}))
+
+
+def test_groups_that_a_head_makes_too_are_not_the_trunks() -> None:
+    task = Task("a", "answer", "classification", "room", classes=4)
+    model = MultiTaskModel(Net("room", 1), [task])
+    [group, *_] = within(find_groups(model.eval(), torch.randn(1, 3, 32, 48)), "network.trunk.")
+    maker = next(member for member in group.members if member.axis == "out")
+    both = replace(group, members=(*group.members, replace(maker, layer="network.head")))
+    assert within([group, both], "network.trunk.") == (group,)
+    assert within([group, both], "") == (group, both)
