@@ -102,8 +102,7 @@ def claims(table: Mapping[Key, Mapping[str, Any]]) -> list[Show]:
                          f"removed, 15 %, {seeds} seed(s)")  # fmt: skip
                 shows.append(Show(claim, LEAD, round(lead, 2), ">="))
         labelled, free = (
-            table.get((parent, method, 0.5, 0.15))
-            for method in ("cut, scored once", "cut, label-free")
+            table.get((parent, method, 0.5, 0.15)) for method in ("cut", "cut, label-free")
         )
         if labelled and free:
             gap, seeds = _ahead(free, labelled)

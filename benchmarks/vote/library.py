@@ -35,7 +35,9 @@ from secateur.vote.library import (
     add_entries,
     add_entry,
     collect_garbage,
+    find_axes,
     find_entries,
+    ids_of_recipe,
     load_entry,
     open_library,
 )
@@ -139,13 +141,15 @@ def searched(root: Path, widths: Widths, entries: int) -> dict[str, Any]:
     add_entry(library, replace(stranger, facts=replace(stranger.facts, parent="another")))
     own = entry_of(widths, rng)
     start = time.perf_counter()
-    near = nearest(library, own.sketches, own.facts.parent, MEASURE, NEIGHBOURS)
+    known = find_axes(library, own.facts.parent)  # what a plan asks first, and which are its own
+    skip = ids_of_recipe(library, own.facts.parent, "this recipe")
+    near = nearest(library, own.sketches, own.facts.parent, MEASURE, NEIGHBOURS, skip=skip)
     keeps = [{cut.name: keep_opinion(cut.width, cut.kept)
               for cut in load_entry(library, each.id).plan.cuts}
              for each in near.neighbours]  # fmt: skip
     votes = tally(keeps, vote_weights([each.similarity for each in near.neighbours]))
     seconds = time.perf_counter() - start
-    assert votes.keys() == widths.keys()
+    assert votes.keys() == widths.keys() and not known and not skip
     size = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
     with_weights = open_library(root.with_name("weights"))
     add_entry(with_weights, entry_of(widths, rng, weights=True))

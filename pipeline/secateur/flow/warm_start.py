@@ -31,7 +31,7 @@ from secateur.vote.ballot import (
     vote_weights,
 )
 from secateur.vote.inherit import Donor
-from secateur.vote.library import Library, find_entries, open_library
+from secateur.vote.library import Library, ids_of_recipe, open_library
 from secateur.vote.nearest import Nearest, Sketches, nearest
 from secateur.vote.similarity.measure import measure_of
 
@@ -207,13 +207,7 @@ def _nearest(job: Job, device: str, library: Library, sketches: Sketches, count:
     A recipe that is built again finds the library as it was, as far as it changed it itself.
     """
     wanted, window = job.recipe.prune, votable(job.kept_share)
-    of_parent = find_entries(library, parent=job.library_key, budget=window, damaged="skip")
-    own = {
-        each.id
-        for each in of_parent
-        if each.facts.recipe == job.recipe.source
-        and (not device or each.facts.device in ("", device))
-    }
+    own = ids_of_recipe(library, job.library_key, job.recipe.source, device)
     return nearest(
         library, sketches, job.library_key, wanted.similarity, count,
         basis=job.library_basis, budget=window, skip=own, data=job.train.fingerprint,

@@ -12,10 +12,8 @@ import os
 import sqlite3
 import time
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from secateur.core.errors import BundleError, LibraryError
 from secateur.core.files import atomic_path, not_writable
@@ -128,7 +126,6 @@ def find_entries(
     parent: str | None = None,
     tasks: Collection[str] | None = None,
     budget: tuple[float, float] | None = None,
-    damaged: Literal["raise", "skip"] = "raise",
 ) -> list[Listed]:
     """Return the entries, oldest first, that meet every condition given.
 
@@ -136,7 +133,7 @@ def find_entries(
     one, and ``budget`` the least and the most share of MACs, both inclusive.
 
     Raises:
-        LibraryError: the index cannot be read, or an entry in it, unless such are to be skipped.
+        LibraryError: the index cannot be read, or an entry in it.
     """
     least, most = budget or (0.0, 1.0)
     with connect(library.index) as connection:
@@ -146,13 +143,32 @@ def find_entries(
             "WHERE budget BETWEEN ? AND ? AND substr(parent, 1, ?) = ? ORDER BY created, id",
             (least, most, len(parent or ""), parent or ""),
         ).fetchall()
-    found = []
-    for entry, facts, scored, with_weights, sketches in rows:
-        with suppress(LibraryError) if damaged == "skip" else nullcontext():
-            known = parsed(Facts, facts, f"entry {entry}")
-            names = tuple(sorted((sketches or "").split()))
-            found.append(Listed(entry, known, names, bool(scored), bool(with_weights)))
+    found = [
+        Listed(
+            entry,
+            parsed(Facts, facts, f"entry {entry}"),
+            tuple(sorted((sketches or "").split())),
+            bool(scored),
+            bool(with_weights),
+        )
+        for entry, facts, scored, with_weights, sketches in rows
+    ]
     return [each for each in found if tasks is None or {*tasks} & {*each.facts.task_names}]
+
+
+def ids_of_recipe(library: Library, parent: str, recipe: str, device: str = "") -> set[str]:
+    """Return the ids of what a recipe, by its text, made of a parent: for one device, or any.
+
+    An entry that does not say its device counts as one for any; one that cannot be read is none.
+    """
+    with connect(library.index) as connection:
+        rows = connection.execute(
+            "SELECT id FROM (SELECT id, CASE WHEN json_valid(facts) THEN facts ELSE '{}' END "
+            "AS said FROM entries WHERE parent = ?) WHERE json_extract(said, '$.recipe') = ? "
+            "AND (? = '' OR coalesce(json_extract(said, '$.device'), '') IN ('', ?))",
+            (parent, recipe, device, device),
+        )
+        return {row[0] for row in rows}
 
 
 def find_same_cut(library: Library, entry: Entry) -> str | None:
