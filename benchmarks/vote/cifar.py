@@ -82,7 +82,7 @@ def make_library(lab: Lab, end: float) -> None:
     """Make what the library lacks and nobody has begun."""
     for name in lab.missing():
         claim = CLAIMS / f"{lab.network}_{name}"
-        if time.monotonic() < end and claimed(claim):
+        if time.monotonic() < end and claimed(claim) and name in lab.missing():
             with released(claim):
                 lab.make(name)
             print(lab.network, name, "made", flush=True)
@@ -100,8 +100,8 @@ def fill(lab: Lab, part: str, end: float) -> None:
         if cell in done or not (whole or start in (ITERATIVE, UNCUT, *COLD)):
             continue
         claim = CLAIMS / "_".join(str(word).replace(" ", "-").replace("'", "") for word in cell)
-        if not claimed(claim):
-            continue
+        if not claimed(claim) or cell in {cell_of(row) for row in read_rows(CELLS)}:
+            continue  # another process runs it, or did since we began
         with released(claim):
             row = lab.run(tasks[task], share, seed, start, iterations, measure)
         append_row(CELLS, {"part": part, **row})

@@ -40,8 +40,10 @@ def draw_curves(rows: Sequence[Row], path: Path) -> None:
                 panel.grid(alpha=0.3)
         panels[2 * place][0].set_ylabel("accuracy on new tasks, %")
         panels[2 * place + 1][0].set_ylabel("accuracy on new tasks, %")
-    panels[0][0].legend(fontsize=7)
-    figure.tight_layout()
+    lines = {line.get_label(): line for panel in panels.flat
+             for line in panel.get_legend_handles_labels()[0]}  # fmt: skip
+    figure.legend(lines.values(), lines, loc="lower center", ncol=6, fontsize=9)
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(path, dpi=80)
     pyplot.close(figure)
 
