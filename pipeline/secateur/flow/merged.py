@@ -116,11 +116,27 @@ def _experts(job: Job, base: MultiTaskModel, donors: Sequence[Donor]) -> dict[st
     for donor in donors:
         own = [task for task in left if task in donor.tasks]
         if own:
+            _check_norms(base, donor)
             left = [task for task in left if task not in own]
             experts[donor.id] = select_tasks(_embedded(base, donor), own, job.example).eval()
     if left:
         experts[THE_PARENT] = select_tasks(base, left, job.example).eval()
     return experts
+
+
+def _check_norms(base: MultiTaskModel, donor: Donor) -> None:
+    """See that no layer norm saw fewer channels: zeros for those that went would change it.
+
+    Raises:
+        ModelError: one did.
+    """
+    layers = dict(base.named_modules())
+    for (layer, _), gone in donor.network.gone.items():
+        if gone and isinstance(layers.get(layer), nn.LayerNorm):
+            raise ModelError(
+                f"'{layer}' of {donor.id} normalises fewer channels than the parent's",
+                hint="inherit its weights instead",
+            )
 
 
 def _embedded(base: MultiTaskModel, donor: Donor) -> MultiTaskModel:
