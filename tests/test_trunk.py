@@ -12,6 +12,7 @@ from cli_run import run
 from secateur.core.errors import RecipeError
 from secateur.core.model import MultiTaskModel
 from secateur.core.task import Task
+from secateur.flow import sketches
 from secateur.flow.axes import turn_axes
 from secateur.flow.cache import StageCache
 from secateur.flow.inherited import best_start
@@ -22,7 +23,7 @@ from secateur.flow.stages import begin_cut
 from secateur.flow.trunk import check_trunk, weights_digest, within
 from secateur.flow.warm_start import Planned, plan_job
 from secateur.prune import find_groups
-from secateur.vote.library import find_entries, load_entry, open_library
+from secateur.vote.library import add_entry, find_entries, load_entry, open_library
 from torch import Tensor, nn
 
 NETS = "from test_trunk import make_net as make\n"
@@ -122,7 +123,7 @@ def planned(project: Path, text: str) -> tuple[Job, Planned]:
     return job, plan_job(job, 2)
 
 
-@pytest.mark.parametrize("measure", ["score_cosine", "mean_feature", "cka"])
+@pytest.mark.parametrize("measure", ["score_cosine", "mean_feature"])
 def test_a_cut_for_another_task_on_the_trunk_votes(first: Path, measure: str) -> None:
     job, made = planned(first, asking("depth", similarity=measure, vote_weight="1"))
     assert made.vote and not made.vote.cold, made.vote
@@ -146,6 +147,39 @@ def test_its_trunk_is_inherited_and_nothing_of_its_head(first: Path) -> None:
     start, origin, _ = best_start(job, made, begun)
     assert origin and 0 < origin.share < 1 and "inherited" in origin.losses
     assert [*start.state_dict()] == [*begun.state_dict()]
+
+
+def test_what_one_trunk_cannot_tell_apart_is_no_measure(first: Path) -> None:
+    for measure in ("cka", "leep"):
+        _, made = planned(first, asking("depth", similarity=measure))
+        assert made.vote and f"nothing that '{measure}' could compare" in made.vote.cold
+
+
+def test_a_head_in_axes_of_its_own_is_not_heard(first: Path, project: Path) -> None:
+    """The same network, but its entry counts a head's channels in other axes."""
+    library = open_library(first / "lib")
+    entry = load_entry(library, find_entries(library)[0].id)
+    odd = replace(
+        entry, facts=replace(entry.facts, recipe="other"), axes={**entry.axes, "head": np.eye(3)}
+    )
+    add_entry(open_library(first / "odd"), odd)
+    _, made = planned(first, asking("room").replace("{path: lib}", "{path: odd}"))
+    [donor] = made.donors
+    assert donor.tasks == ()
+    assert all(name.startswith("network.trunk.") for name in donor.network.weights)
+
+
+def test_a_trunk_that_is_coupled_otherwise_is_refused(first: Path) -> None:
+    library = open_library(first / "lib")
+    entry = load_entry(library, find_entries(library)[0].id)
+    cuts = [
+        replace(cut, name=cut.name.replace("trunk.last", "trunk.other")) for cut in entry.plan.cuts
+    ]
+    odd = replace(entry, plan=replace(entry.plan, cuts=tuple(cuts)), scores={})
+    add_entry(open_library(first / "coupled"), odd)
+    _, made = planned(first, asking("depth").replace("{path: lib}", "{path: coupled}"))
+    assert made.vote and made.vote.cold
+    assert made.vote.refused == {"its trunk's channel groups are not those that yours has": 1}
 
 
 def test_a_task_of_the_same_name_in_another_network_is_no_expert_for_it(first: Path) -> None:
@@ -218,3 +252,18 @@ def test_groups_that_a_head_makes_too_are_not_the_trunks() -> None:
     both = replace(group, members=(*group.members, replace(maker, layer="network.head")))
     assert within([group, both], "network.trunk.") == (group,)
     assert within([group, both], "") == (group, both)
+
+
+@pytest.mark.parametrize(
+    ("given", "columns"),
+    [
+        (torch.ones(2, 5), 5),
+        ({"a": torch.ones(2, 3, 4, 4), "b": [torch.ones(2, 7, 6)]}, 3 + 6),
+        ((torch.ones(2, 4, 8), 14, torch.tensor(3.0)), 8),
+        ([torch.ones(2, 4), torch.ones(3, 4)], 0),
+        ("nothing", 0),
+    ],
+)
+def test_features_are_whatever_a_trunk_gives_of_each_image(given: object, columns: int) -> None:
+    rows = sketches.rows_of(given)
+    assert (rows is None and not columns) or rows.shape == (2, columns)

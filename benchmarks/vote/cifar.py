@@ -29,7 +29,7 @@ from vote.cifar_claims import ITERATIONS, SECONDS_AT, answers, claims, ranking, 
 from vote.cifar_plots import draw_curves
 from vote.lab import COLD, ITERATIVE, LIBRARIES, MEASURES, SHARES, STAGED, UNCUT, Effort, Lab, Row
 from vote.starts import STARTS
-from vote.turns import claimed, released
+from vote.turns import turn
 
 CELLS = RESULTS / "vote_cifar.cells.jsonl"
 CLAIMS = LIBRARIES / "claims"
@@ -81,11 +81,12 @@ def main() -> None:
 def make_library(lab: Lab, end: float) -> None:
     """Make what the library lacks and nobody has begun."""
     for name in lab.missing():
-        claim = CLAIMS / f"{lab.network}_{name}"
-        if time.monotonic() < end and claimed(claim) and name in lab.missing():
-            with released(claim):
+        if time.monotonic() > end:
+            return
+        with turn(CLAIMS / f"{lab.network}_{name}") as ours:
+            if ours and name in lab.missing():  # else another process makes it, or did meanwhile
                 lab.make(name)
-            print(lab.network, name, "made", flush=True)
+                print(lab.network, name, "made", flush=True)
 
 
 def fill(lab: Lab, part: str, end: float) -> None:
@@ -100,11 +101,11 @@ def fill(lab: Lab, part: str, end: float) -> None:
         if cell in done or not (whole or start in (ITERATIVE, UNCUT, *COLD)):
             continue
         claim = CLAIMS / "_".join(str(word).replace(" ", "-").replace("'", "") for word in cell)
-        if not claimed(claim) or cell in {cell_of(row) for row in read_rows(CELLS)}:
-            continue  # another process runs it, or did since we began
-        with released(claim):
+        with turn(claim) as ours:
+            if not ours or cell in {cell_of(row) for row in read_rows(CELLS)}:
+                continue  # another process runs it, or did since we began
             row = lab.run(tasks[task], share, seed, start, iterations, measure)
-        append_row(CELLS, {"part": part, **row})
+            append_row(CELLS, {"part": part, **row})
         print(part, lab.network, task, seed, share, start, iterations,
               f"{row['accuracy']:.1f} % in {row['seconds']:.1f} s", flush=True)  # fmt: skip
 

@@ -59,7 +59,7 @@ def turn_axes(job: Job) -> Job:
     turned = apply_axes(model, groups, axes, images)
     turned_job = replace(
         job, scored=turned, selected=turned, basis=_basis(job, axes), axes=axes,
-        trunk_basis=_basis(job, _of(within(groups, job.trunk), axes)),
+        trunk_basis=_basis(job, _axes_of(within(groups, job.trunk), axes)),
     )  # fmt: skip
     if job.scored is job.selected:
         return turned_job
@@ -111,13 +111,13 @@ def _axes_of_library(
     for basis, entries in known.items():
         for entry in entries:
             with suppress(SecateurError):
-                axes = _of(groups, load_entry(library, entry).axes)
+                axes = _axes_of(groups, load_entry(library, entry).axes)
                 if _basis(job, axes) == basis and fit(model, groups, axes):
                     return axes
     return None
 
 
-def _of(
+def _axes_of(
     groups: Sequence[ChannelGroup], axes: Mapping[str, NDArray[np.float64]]
 ) -> dict[str, NDArray[np.float64]]:
     return {group.name: axes[group.name] for group in groups if group.name in axes}
@@ -162,7 +162,7 @@ def _axes(
     taken: Mapping[str, NDArray[np.float64]] = {}
     if job.recipe.prune.warm_start == "library":
         shared = within(groups, job.trunk)
-        own = None if found is None else _of(shared, found)
+        own = None if found is None else _axes_of(shared, found)
         taken = _axes_of_library(job, model, shared, own) or {}
         if taken.keys() == {group.name for group in groups}:
             return taken

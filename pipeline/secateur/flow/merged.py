@@ -32,7 +32,8 @@ JUDGE_IMAGES = 64
 def merged_network(job: Job, donors: Sequence[Donor]) -> MultiTaskModel | None:
     """Return the neighbours' networks merged, in the parent's shape; None where there is none.
 
-    Each task's expert is the nearest neighbour that has it, or else the parent. A neighbour did
+    Each task's expert is the nearest neighbour that has it, or else the parent; none is one whose
+    layer norms saw fewer channels. A neighbour did
     not keep what the others did: with zeros for what it dropped it computes what it did, so that
     all can be merged (``fusion.weights``, rule ``cut``), on unlabelled training images. There is
     none where the recipe inherits or compensates nothing or starts from random weights, where no
@@ -115,8 +116,7 @@ def _experts(job: Job, base: MultiTaskModel, donors: Sequence[Donor]) -> dict[st
     experts = {}
     for donor in donors:
         own = [task for task in left if task in donor.tasks]
-        if own:
-            _check_norms(base, donor)
+        if own and not _has_narrowed_norms(base, donor):
             left = [task for task in left if task not in own]
             experts[donor.id] = select_tasks(_embedded(base, donor), own, job.example).eval()
     if left:
@@ -124,19 +124,13 @@ def _experts(job: Job, base: MultiTaskModel, donors: Sequence[Donor]) -> dict[st
     return experts
 
 
-def _check_norms(base: MultiTaskModel, donor: Donor) -> None:
-    """See that no layer norm saw fewer channels: zeros for those that went would change it.
-
-    Raises:
-        ModelError: one did.
-    """
+def _has_narrowed_norms(base: MultiTaskModel, donor: Donor) -> bool:
+    """Say whether a layer norm saw fewer channels there: zeros in a whole one would change it."""
     layers = dict(base.named_modules())
-    for (layer, _), gone in donor.network.gone.items():
-        if gone and isinstance(layers.get(layer), nn.LayerNorm):
-            raise ModelError(
-                f"'{layer}' of {donor.id} normalises fewer channels than the parent's",
-                hint="inherit its weights instead",
-            )
+    return any(
+        gone and isinstance(layers.get(layer), nn.LayerNorm)
+        for (layer, _), gone in donor.network.gone.items()
+    )
 
 
 def _embedded(base: MultiTaskModel, donor: Donor) -> MultiTaskModel:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from secateur.core.model import MultiTaskModel, evaluating, named_outputs
+from secateur.core.errors import RecipeError
+from secateur.core.model import MultiTaskModel, evaluating
 from secateur.core.task import Task
 from secateur.data.loading import Batch, Subset, batches, has_labels, spread
 from secateur.data.transforms import DENSE
@@ -36,7 +37,11 @@ def sketch_tasks(job: Job) -> Mapping[str, Array]:
     ``task2vec`` needs a backward pass of its own, so only where the recipe asks for that measure
     or scores by ``fisher`` anyway; ``leep`` needs labels of classes, and a parent with classes.
     Where the recipe names a trunk, sketches are of that, so that tasks of other networks on it
-    compare; ``leep`` is of the parent's own classes, which those lack.
+    compare. There is no ``leep``, which is of the parent's own classes, and no ``cka``: one trunk
+    sees the same in the same images.
+
+    Raises:
+        RecipeError: no channel is the trunk's alone.
     """
     wanted = job.recipe.prune
     by_fisher = wanted.criterion == "fisher" or wanted.similarity == "task2vec"
@@ -62,7 +67,6 @@ def _sketches(job: Job, by_fisher: bool) -> dict[str, NDArray[np.float64]]:
         given = _trunk_features(job, batch.images)
         if len(given) == len(chosen) > 1:
             made["mean_feature"] = mean_feature.sketch(given)
-            made["cka"] = cka.sketch(given)
         return {name: values.astype(np.float64) for name, values in made.items()}
     features, outputs = _features(job.scored, batch.images, job.example)
     if features.keys() == {task.name for task in job.scored.tasks} and len(chosen) > 1:
@@ -83,6 +87,11 @@ def _trunk_scores(
     if not job.trunk:
         return bank
     shared = {group.name for group in within(find_groups(job.scored, job.example), job.trunk)}
+    if not shared:
+        raise RecipeError(
+            f"model.trunk: no channel that can go is made in '{job.recipe.model.trunk}' alone",
+            hint="name a larger part of the network, or leave trunk out",
+        )
     return {
         task: {name: values for name, values in scores.items() if name in shared}
         for task, scores in bank.items()
@@ -90,13 +99,17 @@ def _trunk_scores(
 
 
 def _trunk_features(job: Job, images: Tensor) -> Array:
-    """Return the mean over positions of what the parent's trunk gives, (N, D)."""
+    """Return the mean over positions of what the parent's trunk gives, (N, D).
+
+    There are no rows where it gives no tensors with one row per image, or is not called.
+    """
     trunk = job.parent.get_submodule(job.trunk.rstrip("."))
     given: list[Tensor] = []
 
     def note(_module: nn.Module, _inputs: object, output: object) -> None:
-        outputs = [output] if isinstance(output, Tensor) else named_outputs(output).values()
-        given.append(torch.cat([_pooled(each) for each in outputs], 1))
+        rows = rows_of(output)
+        if rows is not None:
+            given.append(rows)
 
     hook = trunk.register_forward_hook(note)
     try:
@@ -106,6 +119,21 @@ def _trunk_features(job: Job, images: Tensor) -> Array:
     finally:
         hook.remove()
     return torch.cat(given).float().cpu().numpy() if given else np.empty((0, 0), np.float32)
+
+
+def rows_of(output: object) -> Tensor | None:
+    """Return what a module gave, (N, D): tensors side by side, or None where their N differ."""
+    rows = [_pooled(each) for each in _tensors(output) if each.dim() > 1]
+    return torch.cat(rows, 1) if len({len(each) for each in rows}) == 1 else None
+
+
+def _tensors(output: object) -> Iterator[Tensor]:
+    """Yield the tensors in what a module gives: one, or several in lists, tuples and dicts."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping | list | tuple):
+        for each in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors(each)
 
 
 def _pooled(output: Tensor) -> Tensor:

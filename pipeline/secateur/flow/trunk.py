@@ -1,4 +1,4 @@
-"""The trunk that networks for other tasks share (``model.trunk``), and what of one lies there.
+"""The trunk that networks for other tasks share (``model.trunk``), and what lies in it.
 
 Earlier cuts of one network speak of its channels wherever they are. Those of another network, with
 a head for another task on the same pre-trained trunk, speak of the trunk's. Without a trunk named,

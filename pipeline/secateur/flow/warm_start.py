@@ -191,13 +191,13 @@ def _unsearched(job: Job) -> Job:
 def _heard(
     job: Job, device: str, library: Library, sketches: Sketches, groups: Sequence[ChannelGroup]
 ) -> tuple[list[Witness], dict[str, int]]:
-    """Return who votes, and how many could not by the reason; entries in vain crowd none out."""
+    """Return who votes, and how many could not by the reason: so many that none is overlooked."""
     count = job.recipe.prune.neighbours
     while True:
         count *= SPARE
         found = _nearest(job, device, library, sketches, count)
         witnesses, refused = find_witnesses(job, library, groups, found)
-        if len(witnesses) == job.recipe.prune.neighbours or len(found.neighbours) < count:
+        if len(witnesses) == job.recipe.prune.neighbours or not found.left:
             return witnesses, refused
 
 
@@ -210,7 +210,8 @@ def _nearest(job: Job, device: str, library: Library, sketches: Sketches, count:
     own = ids_of_recipe(library, job.library_key, job.recipe.source, device)
     return nearest(
         library, sketches, job.library_key, wanted.similarity, count,
-        basis=job.library_basis, budget=window, skip=own, data=job.train.fingerprint,
+        basis=job.library_basis, budget=window, wanted=job.kept_share, skip=own,
+        data=job.train.fingerprint,
     )  # fmt: skip
 
 
@@ -220,7 +221,8 @@ def _why_cold(job: Job, witnesses: Sequence[Witness]) -> str:
         return ""
     least, most = votable(job.kept_share)
     return (
-        "the library has no useful cut of this parent, in these axes, to between "
+        "the library has no useful cut of this "
+        f"{'trunk' if job.trunk else 'parent'}, in these axes, to between "
         f"{least:.3g} and {most:.3g} of its MACs"
     )
 

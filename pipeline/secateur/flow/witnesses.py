@@ -7,7 +7,6 @@ for other subsets of its tasks vote too. A cut of another network on the same tr
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -67,19 +66,15 @@ def find_witnesses(
 ) -> tuple[list[Witness], dict[str, int]]:
     """Return the nearest that can be used, and how many entries could not, by the reason.
 
-    Of cuts of the very same tasks those to the nearest budget vote, for tasks are to be heard
-    alike, however often each was cut.
+    Of cuts of the very same tasks those to the nearest budget vote, which ``nearest`` puts first:
+    tasks are to be heard alike, however often each was cut.
     """
     refused = Counter(each.why for each in found.refused)
     of_tasks: dict[tuple[str, ...], tuple[ChannelGroup, ...]] = {}
     witnesses: list[Witness] = []
     heard = set()
-    heard_at: dict[tuple[object, ...], float] = {}  # the budget, of tasks this similar
-
-    def order(one: Neighbour) -> tuple[float, float]:
-        return -one.similarity, abs(math.log(one.facts.budget / job.kept_share))
-
-    for neighbour in sorted(found.neighbours, key=order):
+    heard_at: dict[tuple[object, ...], float] = {}  # the budget that tasks were first heard at
+    for neighbour in found.neighbours:
         if len(witnesses) == job.recipe.prune.neighbours:
             break
         facts = neighbour.facts
@@ -94,12 +89,12 @@ def find_witnesses(
             _check_scores(job, entry)
             if (tasks, entry.plan.cuts) in heard:
                 raise _Refusal("a nearer one has the same tasks and keeps the same channels")
-            if facts.network in ("", job.network_key):
+            if facts.network in ("", job.network_key) and _same_axes(job, groups, entry):
                 if tasks not in of_tasks:
                     of_tasks[tasks] = _groups_of(job, tasks[1:])
                 witness = _witness(groups, neighbour, entry, of_tasks[tasks])
             else:
-                witness = _stranger(job, groups, neighbour, entry)
+                witness = _of_trunk(job, groups, neighbour, entry)
             witnesses.append(witness)
             heard.add((tasks, entry.plan.cuts))
             heard_at.setdefault((*tasks, neighbour.similarity), facts.budget)
@@ -149,26 +144,53 @@ def _witness(
     """
     if {cut.name: cut.width for cut in entry.plan.cuts} != {g.name: g.width for g in theirs}:
         raise _Refusal("its channel groups are not those that its tasks have here")
-    return _spoken(groups, neighbour, entry, theirs, neighbour.facts.task_names)
+    return _carried(groups, neighbour, entry, theirs, neighbour.facts.task_names)
 
 
-def _stranger(
+def _same_axes(job: Job, groups: Sequence[ChannelGroup], entry: Entry) -> bool:
+    """Say whether an entry counts channels outside of the trunk as they are counted here.
+
+    Of the trunk's, which may be all there is, ``nearest`` has seen to that.
+    """
+    if not job.trunk:
+        return True
+    trunks = {group.name for group in within(groups, job.trunk)}
+    others = (job.axes.keys() | entry.axes.keys()) - trunks
+    return all(
+        name in job.axes and name in entry.axes and np.array_equal(job.axes[name], entry.axes[name])
+        for name in others
+    )
+
+
+def _of_trunk(
     job: Job, groups: Sequence[ChannelGroup], neighbour: Neighbour, entry: Entry
 ) -> Witness:
-    """Carry what an entry of another network says of the trunk; of that it gives weights, too.
+    """Carry what an entry says of the trunk alone; of that it gives weights, too.
+
+    Layers that hold other channels as well, or channels in axes of their own, stay out.
 
     Raises:
-        _Refusal: its groups there have other names or widths.
+        _Refusal: other channels are coupled in its trunk than are here.
     """
-    widths = {cut.name: cut.width for cut in entry.plan.cuts}
-    shared = tuple(g for g in within(groups, job.trunk) if widths.get(g.name) == g.width)
+    part = job.trunk.removeprefix("network.")
+    theirs = {cut.name: cut.width for cut in entry.plan.cuts if cut.name.startswith(part)}
+    if theirs != {group.name: group.width for group in groups if group.name.startswith(part)}:
+        raise _Refusal("its trunk's channel groups are not those that yours has")
+    shared = tuple(group for group in within(groups, job.trunk) if group.name in theirs)
     if not shared:
-        raise _Refusal("its trunk has none of your channel groups")
-    weights = {name: own for name, own in entry.weights.items() if name.startswith(job.trunk)}
-    return _spoken(groups, neighbour, replace(entry, weights=weights), shared, ())
+        raise _Refusal("no channel group is its trunk's alone")
+    known = {group.name for group in shared}
+    mixed = {m.layer for group in groups if group.name not in known for m in group.members}
+    bare = {name for group in groups if group.name not in known for name in group.parameters}
+    weights = {
+        name: array
+        for name, array in entry.weights.items()
+        if name.startswith(job.trunk) and name.rpartition(".")[0] not in mixed and name not in bare
+    }
+    return _carried(groups, neighbour, replace(entry, weights=weights), shared, ())
 
 
-def _spoken(
+def _carried(
     groups: Sequence[ChannelGroup],
     neighbour: Neighbour,
     entry: Entry,

@@ -51,8 +51,9 @@ def train(
     and a later call with the same arguments goes on from it. ``validate`` scores the network after
     each epoch, higher is better: the best epoch's weights are returned, and ``settings.patience``
     ends the training early. Both callbacks see the weights that would be returned (the averaged
-    ones with ``settings.ema``), on the device and in training mode. ``remembered``: what ``parent``
-    said in other trainings, for many networks that learn from one.
+    ones with ``settings.ema``), on the device and in training mode. ``remembered``: what this very
+    ``parent`` said in other trainings, for many networks that learn from one (on the CPU, and where
+    no features are distilled; else it is asked each time).
 
     Raises:
         DataError: the data carry no labels, or features are to be distilled, without a parent.

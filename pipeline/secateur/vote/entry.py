@@ -97,8 +97,8 @@ class Entry:
 
     ``plan`` holds the keep-set of every group. ``scores`` are (width,) per task and group,
     ``sketches`` small arrays by the name of the measure that compares them, ``weights`` the
-    recovered sub-network's state; the first two are stored as float32. ``axes`` are what the
-    channels of ``facts.basis`` are counted in: matrices (W, W) by group name, as they were used.
+    recovered sub-network's state; the first two are stored as float32. ``axes`` are what channels
+    are counted in, the trunk's of ``facts.basis`` among them: (W, W) by group name, as used.
     All four may be empty.
 
     Raises:
@@ -133,7 +133,7 @@ class Entry:
 
     @cached_property
     def id(self) -> str:
-        """A digest of all but time, version and axes, which ``facts.basis`` is a digest of.
+        """A digest of all but time, version and axes; ``facts.basis`` is one of the trunk's axes.
 
         The same cut added twice is one entry.
         """

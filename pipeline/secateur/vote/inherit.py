@@ -44,7 +44,10 @@ class SubNetwork:
 
 @dataclass(frozen=True, eq=False)
 class Donor:
-    """A neighbour's recovered network: its entry's ``id``, its tasks and its say (> 0)."""
+    """A neighbour's recovered network: its entry's ``id``, its tasks and its say (> 0).
+
+    It has no tasks where it gives a trunk's weights alone.
+    """
 
     id: str
     tasks: tuple[str, ...]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from secateur.vote.library import Library
 from secateur.vote.similarity.measure import Measure, measure_of
 from secateur.vote.store import connect
 
+DIGITS = 6  # of a similarity; sketches of two machines differ in later ones
 Sketches = Mapping[str, NDArray[Any]]
 
 
@@ -39,10 +41,14 @@ class Refused:
 
 @dataclass(frozen=True)
 class Nearest:
-    """``neighbours``, nearest first, and the entries that were ``refused``."""
+    """``neighbours``, nearest first, the entries that were ``refused``, and how many are ``left``.
+
+    Those are further away than the ones asked for.
+    """
 
     neighbours: tuple[Neighbour, ...]
     refused: tuple[Refused, ...]
+    left: int = 0
 
 
 def nearest(
@@ -54,6 +60,7 @@ def nearest(
     *,
     basis: str = "original",
     budget: tuple[float, float] | None = None,
+    wanted: float = 1.0,
     skip: Collection[str] = (),
     data: str = "",
 ) -> Nearest:
@@ -62,7 +69,8 @@ def nearest(
     ``sketches`` are the new task's, ``basis`` what its parent's channels are counted in (see
     ``entry.Facts``), ``budget`` the least and most share of MACs of the entries to look at,
     ``skip`` the ids to leave out (a task is its own nearest neighbour). ``data`` is the fingerprint
-    of the images that the sketches are of: ``cka`` compares those of the same. Ties go by id.
+    of the images that the sketches are of: ``cka`` compares those of the same. Of entries as near
+    that nearer to the share of MACs ``wanted`` comes first, then the id decides.
 
     Raises:
         LibraryError: there is no such measure, or no sketch of the new task for it.
@@ -74,10 +82,10 @@ def nearest(
             hint=f"it has {', '.join(sorted(sketches)) or 'none: a bundle holds no sketches'}",
         )
     own = np.asarray(sketches[measure], np.float64)  # once, not for each entry
-    close: list[tuple[float, str]] = []
+    close: list[tuple[float, float, str]] = []
     refused = []
     strangers = _of_other_images(library, data) if measure == "cka" and data else frozenset()
-    for entry, of_parent, of_basis, packed in _rows(library, measure, budget):
+    for entry, of_parent, of_basis, share, packed in _rows(library, measure, budget):
         if entry in skip:
             continue
         why = _stranger(of_parent, of_basis, parent, basis)
@@ -89,17 +97,18 @@ def nearest(
         if why:
             refused.append(Refused(entry, why))
         else:
-            close.append((value, entry))
-    best = heapq.nsmallest(count, close, key=lambda pair: (-pair[0], pair[1]))
-    facts, unreadable = _facts(library, [entry for _, entry in best])
+            close.append((-round(value, DIGITS), abs(math.log(share / wanted)), entry))
+    best = heapq.nsmallest(count, close)
+    facts, unreadable = _facts(library, [entry for *_, entry in best])
     refused += unreadable
     return Nearest(
         tuple(
-            Neighbour(entry, facts[entry], value, found.explained.format(value=value))
-            for value, entry in best
+            Neighbour(entry, facts[entry], -far, found.explained.format(value=-far))
+            for far, _, entry in best
             if entry in facts  # else it was removed meanwhile, or cannot be read
         ),
         tuple(refused),
+        len(close) - len(best),
     )
 
 
@@ -134,12 +143,12 @@ def _of_other_images(library: Library, data: str) -> frozenset[str]:
 
 def _rows(
     library: Library, measure: str, budget: tuple[float, float] | None
-) -> Iterator[tuple[str, str, str, bytes | None]]:
-    """Yield id, parent, basis and packed sketch, one at a time: all sketches may be gigabytes."""
+) -> Iterator[tuple[str, str, str, float, bytes | None]]:
+    """Yield id, parent, basis, budget and packed sketch, one by one: all may be gigabytes."""
     least, most = budget or (0.0, 1.0)
     with connect(library.index) as connection:
         yield from connection.execute(
-            "SELECT id, parent, basis, data FROM entries "
+            "SELECT id, parent, basis, budget, data FROM entries "
             "LEFT JOIN sketches ON entry = id AND name = ? WHERE budget BETWEEN ? AND ?",
             (measure, least, most),
         )
