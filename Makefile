@@ -31,12 +31,14 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The quick suites, about half an hour; from nyuv2 on they need SECATEUR_DATA.
+# The quick suites, about three quarters of an hour; from nyuv2 on they need SECATEUR_DATA.
 bench: setup
 	$(BIN)/python benchmarks/scenes/run.py
 	$(BIN)/python benchmarks/latency/run.py
 	$(BIN)/python benchmarks/nyuv2/run.py
 	$(BIN)/python benchmarks/peers/run.py --quick
+	$(BIN)/python benchmarks/fusion/run.py --quick
+	$(BIN)/python benchmarks/vote/product.py --quick
 
 clean:
 	rm -rf $(VENV) out build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
