@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from secateur.compensate import refit
+from secateur.compensate import RefitSettings, refit
 from secateur.compensate.clips import find_readers
 from secateur.compensate.moments import RIDGES, _solve
 from secateur.compensate.refit import _single_calls
+from secateur.core.channels import ChannelGroup
 from secateur.core.model import MultiTaskModel
+from secateur.core.plan import GroupCut, PrunePlan
 from secateur.core.task import Task
 from secateur.prune import apply_plan, find_groups, macs_model, plan_prune
 from secateur.prune.plan import Budget
@@ -106,6 +108,50 @@ def test_a_refit_brings_every_reader_nearer_to_the_parent(make: Callable[[], Par
         assert torch.isfinite(after[task]).all()
         errors = [(found[task] - wanted[task]).square().mean() for found in (after, before)]
         assert errors[0] < 0.9 * errors[1], task
+
+
+def test_only_the_layers_that_are_named_are_refitted() -> None:
+    torch.manual_seed(0)
+    parent = MultiTaskModel(two_norms(), TASKS).eval()
+    groups = find_groups(parent, IMAGES[:2])
+    plan = without(groups, "stem", {0, 3, 4, 9})
+    cut = apply_plan(parent, groups, plan)
+    fitted = refit(parent, cut, groups, plan, IMAGES, RefitSettings(settle=False),
+                   only={"network.to_a"})  # fmt: skip
+    before = cut.state_dict()
+    changed = {k for k, v in fitted.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {"network.to_a.weight", "network.to_a.bias"}
+
+
+@pytest.mark.parametrize("dead", [{2}, {0, 5, 11}, {*range(3, 15)}])
+def test_channels_that_never_change_are_cut_without_a_trace(dead: set[int]) -> None:
+    torch.manual_seed(0)
+    network = two_norms()
+    with torch.no_grad():
+        for channel in dead:
+            network.stem.weight[channel] = 0
+            network.stem.bias[channel] = 1 + channel  # what it gives, everywhere
+    parent = MultiTaskModel(network, TASKS).eval()
+    groups = find_groups(parent, IMAGES[:2])
+    plan = without(groups, "stem", dead)
+    fitted = refit(parent, apply_plan(parent, groups, plan), groups, plan, IMAGES)
+    other = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        wanted, found = parent(other), fitted(other)
+    for task in ("a", "b"):
+        torch.testing.assert_close(found[task], wanted[task], rtol=1e-3, atol=1e-4)
+
+
+def without(groups: Sequence[ChannelGroup], name: str, gone: set[int]) -> PrunePlan:
+    """The plan that drops these channels of one group and nothing else."""
+    cuts = tuple(
+        GroupCut(
+            g.name, g.width, tuple(c for c in range(g.width) if g.name != name or c not in gone)
+        )
+        for g in groups
+    )
+    assert any(len(cut.kept) == cut.width - len(gone) for cut in cuts)
+    return PrunePlan(cuts, 2, 1, 1, 1, "-", "-", {})
 
 
 def test_readers_are_counted() -> None:

@@ -50,7 +50,9 @@ compensate: {images: 8}
 recover:    {steps: 2}
 library:    {path: lib}
 """
-STARTS = {"parent", "inherited", "inherited and compensated", "merged"}
+STARTS = {
+    "parent", "inherited", "inherited and compensated", "inherited, the rest refitted", "merged",
+}  # fmt: skip
 BOTH = ROOM.replace("keep: [room]", "keep: [depth, room]")
 
 

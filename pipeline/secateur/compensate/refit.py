@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
 
@@ -69,13 +69,16 @@ def refit(
     plan: PrunePlan,
     images: Tensor,
     settings: RefitSettings = RefitSettings(),
+    *,
+    only: Collection[str] | None = None,
 ) -> MultiTaskModel:
     """Return a copy of ``cut`` with refitted weights.
 
     ``images``: (N, C, H, W) network inputs, no labels needed; ``views`` makes more of a few.
-    ``parent`` is the model that ``plan`` was applied to.
+    ``parent`` is the model that ``plan`` was applied to. ``only`` are the layers to refit, by name;
+    all where it is None.
     """
-    return _refit(parent, cut, dropped_indices(groups, plan), {}, images, settings)
+    return _refit(parent, cut, dropped_indices(groups, plan), {}, images, settings, only)
 
 
 def refit_sparse(
@@ -101,6 +104,7 @@ def _refit(
     masks: Mapping[str, Tensor],
     images: Tensor,
     settings: RefitSettings,
+    only: Collection[str] | None = None,
 ) -> MultiTaskModel:
     fitted = copy.deepcopy(cut).eval()
     layers = _single_calls(fitted, images[:1])
@@ -119,6 +123,8 @@ def _refit(
             gone = dropped.get((name, "out"), set())
             positions = settings.positions(layer, len(images))
             read = [_read(layer, norm, theirs, ours, gone, positions) for theirs, ours in pairs]
+            if only is not None and name not in only:
+                continue
             mask = masks.get(f"{name}.weight")
             support = None if mask is None else mask.bool().flatten(1)
             change, offset = _fitted(layer, readers.clips.get(name), read, settings, support)

@@ -54,7 +54,9 @@ def best_start(
 
     Compared are ``begun``, the cut as compensation left it; the same with the neighbours' weights
     wherever they have the channels; that compensated once more, since the channels that they lack
-    are strangers to their weights; and the cut of their merged network, where the plan is of that.
+    are strangers to their weights; that with those layers alone refitted that they gave nothing of,
+    such as the heads of another network; and the cut of their merged network, where the plan is of
+    that.
     Batch norms of a mean are estimated anew, since their statistics are of none of the networks.
     Origin is None where the recipe does not ask the library.
     """
@@ -78,6 +80,12 @@ def best_start(
     starts = {THE_PARENT: begun, "inherited": taken}
     if job.recipe.compensate is not False:
         starts["inherited and compensated"] = compensated(job, groups, plan, taken)
+        layers = {name.rpartition(".")[0] for name in own}
+        rest = layers - {name.rpartition(".")[0] for name in result.given}
+        if rest:
+            starts["inherited, the rest refitted"] = compensated(
+                job, groups, plan, taken, only=rest
+            )
     if planned.merged is not None:
         starts["merged"] = begin_cut(of_merged(job, planned.merged), groups, plan)
     loss = start_loss(job)

@@ -125,7 +125,7 @@ class LibrarySpec(_Strict):
 
 
 class CompensateSpec(_Strict):
-    images: int = Field(default=256, ge=2)
+    images: int | None = Field(default=None, ge=2)
     ridge: float | None = Field(default=None, gt=0)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,6 +36,9 @@ from secateur.runtimes.base import Session
 # Memory of the refit goes with pixels, and so does the number of equations: large inputs need
 # fewer images for as much of both (128 images at 192x256).
 REFIT_PIXELS = 6_300_000
+# Least squares want positions, of which a small image has few: at 32x32 the refit is clearly
+# better of a thousand images than of 256.
+USUAL_IMAGES, USUAL_PIXELS = 256, 1_600_000
 FEW_IMAGES = 96  # fewer than these are also shown mirrored and enlarged
 Metrics = dict[str, dict[str, float]]
 
@@ -102,14 +105,22 @@ def _check_surgery(job: Job, pruned: MultiTaskModel, plan: PrunePlan) -> None:
 
 
 def compensated(
-    job: Job, groups: Sequence[ChannelGroup], plan: PrunePlan, pruned: MultiTaskModel
+    job: Job,
+    groups: Sequence[ChannelGroup],
+    plan: PrunePlan,
+    pruned: MultiTaskModel,
+    *,
+    only: Collection[str] | None = None,
 ) -> MultiTaskModel:
-    """Return ``pruned``, cut from ``job.selected``, refitted if the recipe says so."""
+    """Return ``pruned``, cut from ``job.selected``, refitted if the recipe says so.
+
+    ``only`` are the layers to refit, by name; all where it is None.
+    """
     wanted = job.recipe.compensate
     if wanted is False:
         return pruned
     settings = RefitSettings(ridge=wanted.ridge)
-    return refit(job.selected, pruned, groups, plan, refit_images(job), settings)
+    return refit(job.selected, pruned, groups, plan, refit_images(job), settings, only=only)
 
 
 def refit_images(job: Job) -> Tensor:
@@ -123,7 +134,10 @@ def refit_indices(job: Job) -> list[int]:
     wanted = job.recipe.compensate
     if wanted is False:
         return []
-    count = min(wanted.images, REFIT_PIXELS // (job.spec.height * job.spec.width))
+    pixels = job.spec.height * job.spec.width
+    # Of small images more, but not all: some are left to judge by.
+    usual = max(USUAL_IMAGES, min(USUAL_PIXELS // pixels, 3 * len(job.train) // 4))
+    count = min(wanted.images or usual, REFIT_PIXELS // pixels)
     return spread(job.train, max(count, 2))
 
 

@@ -57,10 +57,14 @@ class Donor:
 
 @dataclass(frozen=True, eq=False)
 class Inherited:
-    """``weights`` of the start's names and shapes; ``share`` (0..1) of them came from donors."""
+    """``weights`` of the start's names and shapes; ``share`` (0..1) of them came from donors.
+
+    ``given`` are the names of those that donors gave a number of.
+    """
 
     weights: dict[str, Array]
     share: float
+    given: frozenset[str] = frozenset()
 
 
 def inherit(start: SubNetwork, donors: Sequence[SubNetwork], shares: Sequence[float]) -> Inherited:
@@ -78,6 +82,7 @@ def inherit(start: SubNetwork, donors: Sequence[SubNetwork], shares: Sequence[fl
             "there is no network to inherit weights from", hint="start from the parent's"
         )
     weights, taken, count = {}, 0, 0
+    names = set()
     for name, own in start.weights.items():
         total, say = np.zeros(own.shape), np.zeros(own.shape)
         for donor, share in zip(donors, shares, strict=True):
@@ -89,9 +94,10 @@ def inherit(start: SubNetwork, donors: Sequence[SubNetwork], shares: Sequence[fl
         given = say > 0
         mixed = np.divide(total, say, out=np.array(own, np.float64), where=given)
         weights[name] = mixed.astype(own.dtype) if given.any() else own
+        names.update([name] if given.any() else [])
         if _is_weight(own):
             taken, count = taken + int(given.sum()), count + own.size
-    return Inherited(weights, taken / count if count else 0.0)
+    return Inherited(weights, taken / count if count else 0.0, frozenset(names))
 
 
 def embed(whole: Mapping[str, Array], donor: SubNetwork) -> dict[str, Array]:
