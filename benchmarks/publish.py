@@ -111,7 +111,8 @@ def fusion_table(suite: dict[str, Any], *, parts: bool = False) -> str:
         "ΔT in % on the 654 test images, "
         + ("first seed;" if parts else "mean ± standard deviation over the seeds;"),
         "EfficientNet-Lite0 with segmentation, depth and normals at 96x128; every method",
-        "recovers for 15 % of the parent's steps, with the same loss and rate.",
+        "recovers for 15 % of the parent's steps, with the same loss and rate (`label-free`: with",
+        "its distance to the parent's outputs alone).",
         "(+n steps): training that the method's cut takes itself.",
     ]
     if parts:
