@@ -1,8 +1,8 @@
 """A start from earlier cuts, on NYUv2: SECATEUR_DATA=... python benchmarks/vote/nyuv2.py [--quick]
 
-{segmentation}, {depth} and {normals} are each cut to 30 % of the MACs and recovered for 15 % of the
-parent's steps; each build leaves its cut in a library. Then {segmentation, depth} is cut to the
-same budget: cold with the same recovery, and with three tenths of it from the library (its votes
+{segmentation}, {depth} and {normals} are each cut to half of the MACs (``--earlier``) and recovered
+for 15 % of the parent's steps; each build leaves its cut in a library. Then {segmentation, depth}
+is cut to 30 %: cold with the same recovery, and with three tenths of it from the library (its votes
 alone, or its weights too) and cold.
 ``--quick`` recovers for a twentieth of those steps.
 """
@@ -29,6 +29,7 @@ PARENT = "nyuv2_lite0_96x128"
 SINGLE = ("segmentation", "depth", "normals")
 PAIR = ("segmentation", "depth")
 SHORT = 0.3  # of the cold start's steps
+SHARE = 0.3  # of the MACs that stays
 RECIPE = """
 model:
   factory: secateur.zoo:nyuv2_lite0
@@ -42,7 +43,7 @@ keep: [{keep}]
 data:
   train: {{reader: nyuv2, root: {data}/nyuv2_288x384, split: fit}}
   eval: {{reader: nyuv2, root: {data}/nyuv2_288x384, split: test}}
-prune: {{budget: {{macs: 0.3}}, warm_start: {start}, neighbours: 3, inherit: {inherit}}}
+prune: {{budget: {{macs: {share}}}, warm_start: {start}, neighbours: 3, inherit: {inherit}}}
 recover: {{steps: {steps}, seed: {seed}}}
 library: {{path: {library}, add: {add}}}
 """
@@ -52,6 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
+    parser.add_argument("--earlier", type=float, default=0.5, help="MACs left by earlier cuts")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "vote-nyuv2")
     options = parser.parse_args()
     parent_steps = json.loads((ROOT / f"benchmarks/parents/{PARENT}.json").read_text())["steps"]
@@ -61,13 +63,13 @@ def main() -> None:
         library = options.out / f"library-{seed}"
         shutil.rmtree(library, ignore_errors=True)  # what is measured starts from three cuts
         for task in SINGLE:
-            made((task,), "none", steps, seed, options.out, library, add=True)
+            made((task,), "none", steps, seed, options.out, library, share=options.earlier)
         short = round(SHORT * steps)
         wanted = (("cold", "none", steps), ("cold, short", "none", short),
                   ("library, short", "library", short),
                   ("library, votes alone, short", "votes", short))  # fmt: skip
         for name, start, count in wanted:
-            manifest = made(PAIR, start, count, seed, options.out, library, add=False)
+            manifest = made(PAIR, start, count, seed, options.out, library)
             told = manifest.model_dump(mode="json", exclude=LEFT_OUT)
             (told["plan"].get("warm_start") or {}).pop("library", None)  # a path of the machine
             rows.append({"what": name, "seed": seed, "steps": count, **told})
@@ -78,16 +80,26 @@ def main() -> None:
 
 
 def made(
-    keep: tuple[str, ...], start: str, steps: int, seed: int, out: Path, library: Path, *, add: bool
+    keep: tuple[str, ...],
+    start: str,
+    steps: int,
+    seed: int,
+    out: Path,
+    library: Path,
+    *,
+    share: float = 0.0,
 ) -> Manifest:
-    """Build one cut; ``start``: none, library, or votes (the library without its weights)."""
+    """Build one cut; ``start``: none, library, or votes (the library without its weights).
+
+    With a ``share`` it is an earlier cut, to that one, and goes into the library.
+    """
     text = RECIPE.format(
         parent=PARENT, keep=", ".join(keep), data=os.environ["SECATEUR_DATA"], steps=steps,
         start="none" if start == "none" else "library",
         inherit="none" if start == "votes" else "average",
-        seed=seed, library=library, add=str(add).lower(),
+        seed=seed, library=library, add=str(bool(share)).lower(), share=share or SHARE,
     )  # fmt: skip
-    name = f"{'-'.join(keep)}-{start}-{steps}-{seed}"
+    name = f"{'-'.join(keep)}-{share or SHARE:g}-{start}-{steps}-{seed}"
     with shown():
         recipe = parse_recipe(text, ROOT / "recipe.yaml")
         result = build(recipe, "x86-64-cpu", out / name, cache=StageCache(out / "cache"))

@@ -81,6 +81,20 @@ def refit(
     return _refit(parent, cut, dropped_indices(groups, plan), {}, images, settings, only)
 
 
+def refit_layers(
+    parent: MultiTaskModel,
+    model: MultiTaskModel,
+    layers: Collection[str],
+    images: Tensor,
+    settings: RefitSettings = RefitSettings(),
+) -> MultiTaskModel:
+    """Return a copy of ``model`` whose ``layers``, by name, give what the parent's do.
+
+    Both are of one shape. ``images``: as for ``refit``. So a head comes to read another trunk.
+    """
+    return _refit(parent, model, {}, {}, images, settings, layers)
+
+
 def refit_sparse(
     dense: MultiTaskModel,
     sparse: MultiTaskModel,

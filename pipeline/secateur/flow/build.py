@@ -87,7 +87,7 @@ def build(
     begun, origin, key = best_start(job, planned, begun)
     zeros = plan_zeros(job, planned.plan, begun, key)
     begun, key = with_zeros(job, begun, zeros, key)
-    inherited = origin is not None and origin.inherited
+    inherited = origin is not None and origin.recovered
     cut = finish_cut(job, planned.plan, begun, key, inherited=inherited)
     clock.lap("cut_compensate_recover")
     lowered = lower_cut(job, cut, target, protocol, device)

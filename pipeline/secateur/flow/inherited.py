@@ -11,7 +11,7 @@ from secateur.core.model import MultiTaskModel, model_fingerprint
 from secateur.core.plan import dropped_indices, dropped_of_parameters
 from secateur.data.loading import image_batch, spread
 from secateur.flow.job import Job
-from secateur.flow.merged import THE_PARENT, of_merged, start_loss, with_biases
+from secateur.flow.merged import THE_PARENT, layer_of, of_merged, start_loss, with_biases
 from secateur.flow.recovery import forgets_weights
 from secateur.flow.stages import begin_cut, compensated
 from secateur.flow.warm_start import Planned
@@ -27,20 +27,27 @@ class Origin:
 
     ``losses`` are, per start, the mean over tasks of the loss relative to the parent's, on
     training images that compensation did not see (recovered weights may have: they are judged
-    kindly). ``donors`` are entries' ids, ``share`` (0..1) of the numbers came from them.
-    ``reason`` says why there was nothing to compare.
+    kindly). ``donors`` are entries' ids, ``share`` (0..1) of the numbers came from them, and
+    ``of_tasks`` says whether one of them was for tasks of this network. ``reason`` says why there
+    was nothing to compare.
     """
 
     chosen: str
     losses: dict[str, float]
     donors: tuple[str, ...] = ()
     share: float = 0.0
+    of_tasks: bool = False
     reason: str = ""
 
     @property
     def inherited(self) -> bool:
         """Whether a neighbour gave weights."""
         return self.chosen != THE_PARENT
+
+    @property
+    def recovered(self) -> bool:
+        """Whether these weights were recovered for the tasks: little is left to learn then."""
+        return self.inherited and self.of_tasks
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON-like data."""
@@ -80,8 +87,7 @@ def best_start(
     starts = {THE_PARENT: begun, "inherited": taken}
     if job.recipe.compensate is not False:
         starts["inherited and compensated"] = compensated(job, groups, plan, taken)
-        layers = {name.rpartition(".")[0] for name in own}
-        rest = layers - {name.rpartition(".")[0] for name in result.given}
+        rest = {layer_of(name) for name in own} - {layer_of(name) for name in result.given}
         if rest:
             starts["inherited, the rest refitted"] = compensated(
                 job, groups, plan, taken, only=rest
@@ -91,7 +97,8 @@ def best_start(
     loss = start_loss(job)
     losses = {name: loss(model) for name, model in starts.items()}
     chosen = min(losses, key=lambda name: losses[name])
-    origin = Origin(chosen, losses, tuple(donor.id for donor in donors), result.share)
+    ids, of_tasks = tuple(donor.id for donor in donors), any(donor.tasks for donor in donors)
+    origin = Origin(chosen, losses, ids, result.share, of_tasks)
     key = model_fingerprint(starts[chosen]) if origin.inherited else ""
     return starts[chosen], origin, key
 

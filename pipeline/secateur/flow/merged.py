@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from secateur.compensate import refit_layers
 from secateur.core.errors import ModelError
 from secateur.core.model import MultiTaskModel, model_fingerprint
 from secateur.core.plan import PrunePlan
@@ -33,11 +34,12 @@ def merged_network(job: Job, donors: Sequence[Donor]) -> MultiTaskModel | None:
     """Return the neighbours' networks merged, in the parent's shape; None where there is none.
 
     Each task's expert is the nearest neighbour that has it, or else the parent; none is one whose
-    layer norms saw fewer channels. A neighbour did
-    not keep what the others did: with zeros for what it dropped it computes what it did, so that
-    all can be merged (``fusion.weights``, rule ``cut``), on unlabelled training images. There is
-    none where the recipe inherits or compensates nothing or starts from random weights, where no
-    neighbour has a kept task, and where the networks cannot be parted or merged.
+    layer norms saw fewer channels. A neighbour did not keep what the others did: with zeros for
+    what it dropped it computes what it did, so that all can be merged (``fusion.weights``, rule
+    ``cut``), on unlabelled training images. Where no neighbour has a kept task, but some has the
+    trunk, that of the nearest is taken and the rest refitted to it. There is none where the recipe
+    inherits or compensates nothing or starts from random weights, and where the networks cannot be
+    parted or merged.
     """
     prune = job.recipe.prune
     if prune.inherit == "none" or forgets_weights(job) or job.recipe.compensate is False:
@@ -47,7 +49,8 @@ def merged_network(job: Job, donors: Sequence[Donor]) -> MultiTaskModel | None:
     try:
         experts = _experts(job, base, donors)
         if not experts.keys() - {THE_PARENT}:
-            return None
+            strangers = [d for d in donors if not d.tasks and not _has_narrowed_norms(base, d)]
+            return _on_trunk(job, base, strangers[0]) if strangers else None
         if len(experts) == 1:
             [whole] = experts.values()
             return whole
@@ -108,6 +111,25 @@ def _merged(
     merged = merge_networks(base, base.state_dict(), experts, refit_images(job), MergeSettings())
     save_weights(folder / "weights.safetensors", merged)
     return merged
+
+
+def _on_trunk(job: Job, base: MultiTaskModel, donor: Donor) -> MultiTaskModel:
+    """Return ``base`` with the donor's trunk, and all other layers refitted to read that."""
+    folder = job.cache.folder("on_trunk", job.selected_key, donor.id, job.train.fingerprint,
+                              refit_indices(job), asdict(job.spec))  # fmt: skip
+    whole = _embedded(base, donor)
+    if load_weights(folder / "weights.safetensors", whole):
+        return whole
+    given = {layer_of(name) for name in donor.network.weights}
+    rest = {layer_of(name) for name in base.state_dict()} - given
+    whole = refit_layers(base, whole, rest, refit_images(job))
+    save_weights(folder / "weights.safetensors", whole)
+    return whole
+
+
+def layer_of(name: str) -> str:
+    """Return the layer that holds a parameter, by their names."""
+    return name.rpartition(".")[0]
 
 
 def _experts(job: Job, base: MultiTaskModel, donors: Sequence[Donor]) -> dict[str, MultiTaskModel]:

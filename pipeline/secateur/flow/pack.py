@@ -151,7 +151,7 @@ def _manifest(job: Job, made: Made) -> Manifest:
 
 def _recovery(job: Job, made: Made) -> dict[str, Any]:
     wanted = job.recipe.recover
-    inherited = made.origin is not None and made.origin.inherited
+    inherited = made.origin is not None and made.origin.recovered
     rate = None if wanted == "none" else learning_rate(job, wanted, inherited=inherited)
     return {"recovery_steps": made.cut.steps, "recovery_undone": made.cut.undone,
             "recovery_learning_rate": rate}  # fmt: skip
