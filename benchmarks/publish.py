@@ -87,7 +87,7 @@ def fusion_table(suite: dict[str, Any], *, parts: bool = False) -> str:
             for method, keep in cells
             if keep < 1 and (parts or method in shown or not method.startswith(ours))
         },
-        key=lambda m: -at_70(m) if (m, 0.3) in cells else 1e9,
+        key=lambda m: (-at_70(m) if (m, 0.3) in cells else 1e9, m),
     )
     lines = ["", "| MACs removed | 50 % | 70 % | 90 % | 70 %, before recovery | seeds |",
              "|---|---|---|---|---|---|"]  # fmt: skip
