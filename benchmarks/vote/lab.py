@@ -11,8 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
-from safetensors.torch import load_file as load_tensors
-from secateur import zoo
 from secateur.core.files import atomic_path, write_json
 from secateur.core.model import MultiTaskModel, evaluating
 from secateur.core.plan import PrunePlan
@@ -20,6 +18,7 @@ from secateur.prune import count_macs
 from secateur.vote.similarity import leep, mean_feature, score_cosine, task2vec
 from suite import read_json
 from train_parent import PARENTS, SEEN
+from vote.probed import pretrained
 from vote.starts import STARTS, Asked, Earlier, begin
 from vote.tasks import BANK, SPEC, Cifar, FiveWay, Images
 from vote.training import (
@@ -71,12 +70,10 @@ class Lab:
 
     def __init__(self, network: str, folder: Path = LIBRARIES, effort: Effort = Effort()) -> None:
         name = f"cifar_{network}"
-        model = getattr(zoo, name)()
-        weights = load_tensors(ROOT / "benchmarks" / "parents" / f"{name}.safetensors")
-        model.load_state_dict({k: v.float() if v.is_floating_point() else v
-                               for k, v in weights.items()})  # fmt: skip
         self.network = network
-        self.parent = Parent.of(network, MultiTaskModel(model, PARENTS[name].tasks).eval())
+        self.parent = Parent.of(
+            network, MultiTaskModel(pretrained(name), PARENTS[name].tasks).eval()
+        )
         self.data = Cifar()
         self.bank = self.data.bank_tasks()[: effort.tasks]
         self._effort = effort

@@ -13,9 +13,9 @@ from secateur import zoo
 from secateur.vote.inherit import class_targets, ridge_head
 from torch import nn
 from vote.tasks import Cifar
+from vote.training import LOGIT
 
 PARENTS = Path(__file__).resolve().parents[1] / "parents"
-LOGIT = 10.0  # the closed form's targets are 0 and 1, small for logits
 
 
 def pretrained(network: str) -> nn.Module:
