@@ -61,6 +61,7 @@ def _version(version: bool = typer.Option(False, "--version", help="Print the ve
 
 def main() -> None:
     """Run the command line; exit 0 good, 1 a check failed, 2 the user's error, 130 stopped."""
+    _ask_for_huge_pages()
     try:
         app()
     except SecateurError as error:
@@ -77,6 +78,15 @@ def main() -> None:
             traceback.print_exc(file=log)
         _report("this is a bug in Secateur", f"please report it with {log.name}")
         sys.exit(70)
+
+
+def _ask_for_huge_pages() -> None:
+    """Have torch keep large tensors in huge pages, where Linux gives them to those who ask.
+
+    A training step of EfficientNet-Lite0 at 96x128 took 320 ms so, and 400 without (one Zen 4
+    core). torch reads this when it first allocates; the user's own setting stands.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def _report(message: str, hint: str) -> None:

@@ -78,7 +78,8 @@ def export_entries(
             atomic_path(path) as temporary,
             zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
         ):
-            items = [_write_entry(archive, load_entry(library, name)) for name in wanted]
+            written: set[str] = set()
+            items = [_write_entry(archive, load_entry(library, name), written) for name in wanted]
             contents = {"format": FORMAT, "schema_version": SCHEMA_VERSION, "entries": items}
             archive.writestr(CONTENTS, json.dumps(contents))
     except (OSError, BundleError) as error:
@@ -101,7 +102,8 @@ def import_entries(library: Library, path: Path) -> tuple[str, ...]:
         raise _refused(path, f"it cannot be read: {error}") from error
 
 
-def _write_entry(archive: zipfile.ZipFile, entry: Entry) -> dict[str, Any]:
+def _write_entry(archive: zipfile.ZipFile, entry: Entry, written: set[str]) -> dict[str, Any]:
+    """Write those arrays of an entry that no other has ``written``, and note them there."""
     packed = pack(entry)
     digests = {}
     for name, data in (
@@ -110,9 +112,10 @@ def _write_entry(archive: zipfile.ZipFile, entry: Entry) -> dict[str, Any]:
         ("sketches", tensors(entry.sketches)),
         ("axes", packed.axes),
     ):
-        digests[name] = None if data is None else digest_of(data)
-        if data is not None and _member(digest_of(data)) not in archive.namelist():
-            archive.writestr(_member(digest_of(data)), data)
+        digests[name] = digest = None if data is None else digest_of(data)
+        if data is not None and digest is not None and digest not in written:
+            archive.writestr(_member(digest), data)
+            written.add(digest)
     return {"id": packed.id, "facts": asdict(entry.facts), "plan": entry.plan.to_json(), **digests}
 
 
