@@ -181,3 +181,26 @@ def test_a_stream_of_low_rank_is_cut_to_its_rank_for_free() -> None:
 
     assert cut_to_half(turned) < 0.01
     assert cut_to_half(model) > 0.2
+
+
+class Silent(nn.Module):
+    """Two layers without an activation between, two with one, and an output that is all zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.depth = nn.Conv2d(8, 1, 1)
+        nn.init.constant_(self.depth.bias, -10.0)
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        return {"depth": self.depth(self.c(self.b(self.a(image)).relu_()).relu_()).relu()}
+
+
+def test_an_output_that_gives_zeros_hides_no_activation() -> None:
+    """As depth may that ends in a ReLU, on the noise that turning is tried with."""
+    torch.manual_seed(0)
+    model = MultiTaskModel(Silent(), TASKS[:1]).eval()
+    assert not model(IMAGES)["depth"].any()
+    groups = find_groups(model, IMAGES)
+    assert {group.name for group in groups} == {"a", "b", "c"}
+    assert [group.name for group in linear_groups(model, groups, IMAGES)] == ["a"]

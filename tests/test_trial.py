@@ -43,6 +43,17 @@ class Halves(nn.Module):
         return self.second(both[..., :6] * both[..., 6:])
 
 
+class Mirror(nn.Module):
+    """Reads its channels in reverse: without one of them shapes still fit, and numbers do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 12), nn.Linear(12, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).flip(-1))
+
+
 class ResponseNorm(nn.Module):
     """ConvNeXt V2's (arXiv 2301.00808): it measures over channels."""
 
@@ -103,7 +114,11 @@ def names(model: MultiTaskModel) -> set[str]:
 
 @pytest.mark.parametrize(
     ("block", "whole"),
-    [(Attention(), {"block.query", "block.key", "block.value"}), (Halves(), {"block.first"})],
+    [
+        (Attention(), {"block.query", "block.key", "block.value"}),
+        (Halves(), {"block.first"}),
+        (Mirror(), {"block.first"}),
+    ],
 )
 def test_what_a_reshape_or_a_slice_fixes_stays_and_the_rest_is_cut(
     block: nn.Module, whole: set[str]
@@ -132,3 +147,17 @@ def test_a_norm_that_measures_over_channels_does_not_keep_them() -> None:
 def test_a_network_without_surprises_keeps_all_its_groups() -> None:
     found = {group.name for group in find_groups(tiny_model(), EXAMPLE)}
     assert found == {"seg_mix", "down", "project", "depthwise", "depth_mix", "room_hidden"}
+
+
+class Silent(Net):
+    """Ends in a ReLU that gives nothing but zeros."""
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        return {"room": (super().forward(image)["room"] - 10).relu()}
+
+
+def test_an_output_that_gives_zeros_hides_nothing() -> None:
+    torch.manual_seed(0)
+    model = MultiTaskModel(Silent(Mirror()), (ROOM,)).eval()
+    assert not model(EXAMPLE)["room"].any()
+    assert "block.first" not in names(model) and "before" in names(model)

@@ -17,17 +17,23 @@ from secateur.flow.axes import turn_axes
 from secateur.flow.cache import StageCache
 from secateur.flow.inherited import best_start
 from secateur.flow.job import Job, open_job
-from secateur.flow.merged import merged_network
+from secateur.flow.merged import has_narrowed_norms, merged_network
 from secateur.flow.recipe import parse_recipe
-from secateur.flow.stages import begin_cut
+from secateur.flow.stages import begin_cut, refit_indices
 from secateur.flow.trunk import check_trunk, weights_digest, within
 from secateur.flow.warm_start import Planned, plan_job
 from secateur.prune import find_groups
-from secateur.vote.inherit import embed
-from secateur.vote.library import add_entry, find_entries, load_entry, open_library
+from secateur.vote.inherit import Donor, SubNetwork, embed
+from secateur.vote.library import (
+    add_entry,
+    find_entries,
+    ids_of_recipe,
+    load_entry,
+    open_library,
+)
 from torch import Tensor, nn
 
-NETS = "from test_trunk import make_net as make\n"
+NETS = "from test_trunk import make_both, make_net as make, make_plain\n"
 RECIPE = """\
 model:
   factory: nets:make
@@ -88,6 +94,46 @@ class Net(nn.Module):
 
 def make_net(head: str, seed: int = 1) -> nn.Module:
     return Net(head, seed)
+
+
+class Both(nn.Module):
+    """One trunk, a head for depth and one for the room, and a neck that both read."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.trunk = Net("room", 1).trunk
+        torch.manual_seed(seed)
+        self.neck = nn.Conv2d(32, 12, 1)
+        self.heads = nn.ModuleDict({"depth": nn.Conv2d(12, 1, 1), "room": nn.Conv2d(12, 4, 1)})
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        x = self.neck(self.trunk(images)).relu()
+        return {
+            "depth": self.heads["depth"](x).relu() + 1,
+            "room": self.heads["room"](x).mean((2, 3)),
+        }
+
+
+class Plain(nn.Module):
+    """A trunk without channels that could be turned; one head has such, in two layers."""
+
+    def __init__(self, head: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU())
+        more = [nn.Conv2d(16, 16, 1)] if head == "pair" else []
+        self.head = nn.Sequential(*more, nn.Conv2d(16, 1, 1))
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return {"answer": self.head(self.trunk(images)).relu() + 1}
+
+
+def make_both(seed: int) -> nn.Module:
+    return Both(seed)
+
+
+def make_plain(head: str) -> nn.Module:
+    return Plain(head)
 
 
 def recipe(head: str, seed: int = 1, extra: str = "rescore: false") -> str:
@@ -282,3 +328,109 @@ def test_groups_that_a_head_makes_too_are_not_the_trunks() -> None:
 def test_features_are_whatever_a_trunk_gives_of_each_image(given: object, columns: int) -> None:
     rows = sketches.rows_of(given)
     assert (rows is None and not columns) or rows.shape == (2, columns)
+
+
+def both(seed: int, keep: str, extra: str = "rescore: false", tasks: str = "depth room") -> str:
+    known = {"depth": "depth: {output: depth, kind: depth}",
+             "room": "room: {output: room, kind: classification, classes: 4}"}  # fmt: skip
+    said = "{" + ", ".join(known[name] for name in tasks.split()) + "}"
+    text = RECIPE.replace("nets:make", "nets:make_both").replace(
+        "head: HEAD, seed: SEED", f"seed: {seed}"
+    )
+    return text.replace("TASKS", said + f"\nkeep: [{keep}]").replace("EXTRA", extra)
+
+
+ASK = "rescore: false, warm_start: library, similarity: mean_feature"
+
+
+def test_two_kept_tasks_do_not_share_what_was_refitted_to_a_strangers_trunk(first: Path) -> None:
+    text = both(3, "depth", ASK)
+    job, made = planned(first, text)
+    assert [donor.tasks for donor in made.donors] == [()]
+    assert merged_network(job, made.donors) is not None  # and now it is in the cache
+    job, made = planned(first, both(3, "room", ASK))
+    found = merged_network(job, made.donors)
+    alone = merged_network(replace(job, cache=StageCache(first / "empty")), made.donors)
+    assert found is not None and alone is not None
+    for name, tensor in alone.state_dict().items():
+        assert torch.equal(found.state_dict()[name], tensor), name
+
+
+@pytest.fixture
+def with_room(capsys, project: Path) -> Path:
+    """The library ``both``, with a cut for rooms of the network that has depth, too."""
+    (project / "both.yaml").write_text(both(3, "room").replace("{path: lib}", "{path: both}"))
+    arguments = ("--cache", project / "cache", "--target", TARGET, "--out", project / "of-both")
+    code, _, stderr = run(capsys, "build", project / "both.yaml", *arguments)
+    assert code == 0, stderr
+    return project
+
+
+def test_weights_for_a_task_that_goes_were_not_recovered_for_the_one_kept(with_room: Path) -> None:
+    text = both(3, "depth", ASK).replace("{path: lib}", "{path: both}")
+    job, made = planned(with_room, text)
+    assert [donor.tasks for donor in made.donors] == [("room",)]
+    begun = begin_cut(job, made.scored.groups, made.plan)
+    _, origin, _ = best_start(job, made, begun)
+    assert origin and origin.donors and not origin.recovered
+
+
+def test_a_task_that_the_recipe_does_not_list_leaves_the_trunk_to_vote(with_room: Path) -> None:
+    text = both(3, "depth", ASK, tasks="depth").replace("{path: lib}", "{path: both}")
+    _, made = planned(with_room, text)
+    [donor] = made.donors
+    assert donor.tasks == ()
+    assert all(name.startswith("network.trunk.") for name in donor.network.weights)
+
+
+def test_channels_in_axes_that_ours_are_not_in_stay_out(first: Path) -> None:
+    """A head there may read the trunk's last channels in a way that lets them be turned."""
+    library = open_library(first / "lib")
+    entry = load_entry(library, find_entries(library)[0].id)
+    axes = {**entry.axes, "trunk.last": np.eye(32)}
+    add_entry(open_library(first / "turned"), replace(entry, axes=axes, scores={}))
+    text = asking("depth", similarity="mean_feature").replace("{path: lib}", "{path: turned}")
+    _, made = planned(first, text)
+    [donor] = made.donors
+    assert "network.trunk.blocks.0.0.weight" in donor.network.weights
+    assert not [name for name in donor.network.weights if "trunk.last" in name]
+
+
+def test_what_a_recipe_made_is_told_by_network_and_data_too(first: Path) -> None:
+    library = open_library(first / "lib")
+    [entry] = find_entries(library)
+    facts = entry.facts
+
+    def ids(network: str, data: str) -> set[str]:
+        return ids_of_recipe(library, facts.parent, facts.recipe, network=network, data=data)
+
+    assert ids(facts.network, facts.data) == {entry.id}
+    assert ids("another", facts.data) == ids(facts.network, "other images") == set()
+
+
+@pytest.mark.parametrize("head", ["pair", "one"])
+def test_a_trunk_without_turned_channels_is_in_the_axes_it_was_trained_in(
+    project: Path, head: str
+) -> None:
+    text = recipe("depth").replace("nets:make", "nets:make_plain").replace(", seed: 1", "")
+    text = text.replace("head: depth", f"head: {head}")
+    job = turn_axes(open_job(parse_recipe(text, project / "x.yaml"), StageCache(project / "cache")))
+    assert (job.basis == "original") == (head == "one")
+    assert job.library_basis == "original"
+
+
+@pytest.mark.parametrize("norm", [nn.GroupNorm(1, 8), nn.LayerNorm(8), nn.BatchNorm2d(8)])
+def test_norms_over_channels_do_not_bear_zeros(norm: nn.Module) -> None:
+    task = Task("a", "a", "depth", "a")
+    model = MultiTaskModel(nn.Sequential(norm), [task])
+    donor = Donor("x", ("a",), SubNetwork({}, {("network.0", "out"): {1}}, {}), 1.0)
+    assert has_narrowed_norms(model, donor) == (not isinstance(norm, nn.BatchNorm2d))
+
+
+@pytest.mark.parametrize(("start", "count"), [("library", 12), ("none", 16)])
+def test_starts_are_judged_on_images_that_no_refit_saw(
+    project: Path, start: str, count: int
+) -> None:
+    text = recipe("room", extra=f"warm_start: {start}").replace("images: 8}", "images: 100}")
+    job = open_job(parse_recipe(text, project / "x.yaml"), StageCache(project / "cache"))
+    assert len(job.train) == 16 and len({*refit_indices(job)}) == count

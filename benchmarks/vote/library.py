@@ -142,7 +142,7 @@ def searched(root: Path, widths: Widths, entries: int) -> dict[str, Any]:
     own = entry_of(widths, rng)
     start = time.perf_counter()
     known = find_axes(library, own.facts.parent)  # what a plan asks first, and which are its own
-    skip = ids_of_recipe(library, own.facts.parent, "this recipe")
+    skip = ids_of_recipe(library, own.facts.parent, "this recipe", data=own.facts.data)
     near = nearest(library, own.sketches, own.facts.parent, MEASURE, NEIGHBOURS, skip=skip)
     keeps = [{cut.name: keep_opinion(cut.width, cut.kept)
               for cut in load_entry(library, each.id).plan.cuts}

@@ -54,7 +54,8 @@ def main() -> None:
         out = ROOT / "out" / "vote-product"
         tasks = Cifar().new_tasks()[: options.tasks]
         rows = measured(out, tasks, options.steps, GENERIC_STEPS)
-    write_suite("vote_product", "python benchmarks/vote/product.py", [0], rows, claims(rows))
+    command = f"python benchmarks/vote/product.py --tasks {len(tasks)}"
+    write_suite("vote_product", command, [0], rows, claims(rows))
     exit_status(claims(rows))
 
 
@@ -80,7 +81,7 @@ def measured(
                 "top1 of the uncut network": manifest.accuracy.parent["label"]["top1"],
                 "macs": manifest.cost.macs / manifest.cost_parent.macs,
                 "voters": len(said.get("voters", ())), "why cold": said.get("cold", ""),
-                "started from": (manifest.plan.get("start") or {}).get("chosen", ""),
+                "started from": (said.get("weights") or {}).get("chosen", ""),
             })  # fmt: skip
             print(task.name, name, count, f"{top1(manifest):.1f} %", flush=True)
     return rows

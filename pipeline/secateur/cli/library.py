@@ -163,7 +163,8 @@ def nearest(
     own = load_entry(opened, find_id(opened, entry))
     result = find_nearest(
         opened, own.sketches, own.facts.parent, measure, count,
-        basis=own.facts.basis, budget=_around(budget), skip=[own.id], data=own.facts.data,
+        basis=own.facts.basis, budget=_around(budget), wanted=budget or own.facts.budget,
+        skip=[own.id], data=own.facts.data,
     )  # fmt: skip
     if as_json:
         _print_json({"entry": own.id, "measure": measure, **asdict(result)})

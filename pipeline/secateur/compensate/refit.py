@@ -133,12 +133,15 @@ def _refit(
             for chunk in chunks
         ]  # fmt: skip
         for name, layer in track(layers.items(), "refitting", len(layers)):
+            if only is not None and name not in only:
+                for theirs, ours in pairs:
+                    theirs.next()
+                    ours.next()
+                continue
             norm = norms.get(name)
             gone = dropped.get((name, "out"), set())
             positions = settings.positions(layer, len(images))
             read = [_read(layer, norm, theirs, ours, gone, positions) for theirs, ours in pairs]
-            if only is not None and name not in only:
-                continue
             mask = masks.get(f"{name}.weight")
             support = None if mask is None else mask.bool().flatten(1)
             change, offset = _fitted(layer, readers.clips.get(name), read, settings, support)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -198,15 +199,54 @@ def _source_file(kind: type) -> str:
     return file if Path(file).is_file() else ""
 
 
-def output_difference(model: MultiTaskModel, other: MultiTaskModel, images: Tensor) -> float:
-    """Return how far any output of ``other`` is off, as a share of that output's largest value."""
-    with evaluating(model), evaluating(other):
-        wanted, given = model(images), other(images)
+def output_difference(
+    model: MultiTaskModel,
+    other: MultiTaskModel,
+    images: Tensor,
+    layers: Mapping[str, Sequence[int] | None] = MappingProxyType({}),
+) -> float:
+    """Return how far any output of ``other`` is off, as a share of that output's largest value.
+
+    Outputs of ``layers``, convolutions and linear ones by name, are compared as well: what follows
+    may hide a difference, as a ReLU does that gives nothing but zeros. To each the channels are
+    told that ``other`` still has, or None where it has all.
+    """
+    wanted = _outputs(model, images, layers)
+    given = _outputs(other, images, dict.fromkeys(layers))
     off = [
         (wanted[name] - given[name]).abs().max() / wanted[name].abs().max().clamp(min=1e-30)
         for name in wanted
+        if wanted[name].numel()
     ]
     return float(torch.stack(off).max())  # NaN where any is
+
+
+def _outputs(
+    model: MultiTaskModel, images: Tensor, layers: Mapping[str, Sequence[int] | None]
+) -> dict[str, Tensor]:
+    """Return the outputs by task, and of each call of a layer those of the channels told."""
+    found: dict[str, Tensor] = {}
+
+    def note(name: str, module: nn.Module, output: Tensor) -> None:
+        axis, channels = 1 if isinstance(module, nn.Conv2d) else -1, layers[name]
+        stay = range(output.shape[axis]) if channels is None else channels
+        # a copy: an activation may follow in place
+        kept = output.index_select(axis, torch.tensor(stay, device=output.device))
+        found[f"{name}, call {len(found)}"] = kept
+
+    hooks = [
+        model.get_submodule(name).register_forward_hook(
+            lambda module, _, output, name=name: note(name, module, output)
+        )
+        for name in layers
+    ]
+    try:
+        with evaluating(model):
+            outputs: dict[str, Tensor] = model(images)
+        return outputs | found
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def parameter_count(model: nn.Module) -> int:

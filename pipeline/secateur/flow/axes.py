@@ -57,9 +57,10 @@ def turn_axes(job: Job) -> Job:
     axes = _axes(job, model, groups)
     images = image_batch(job.train, spread(job.train, NORM_IMAGES), job.spec)
     turned = apply_axes(model, groups, axes, images)
+    of_trunk = _axes_of(within(groups, job.trunk), axes)
     turned_job = replace(
         job, scored=turned, selected=turned, basis=_basis(job, axes), axes=axes,
-        trunk_basis=_basis(job, _axes_of(within(groups, job.trunk), axes)),
+        trunk_basis=_basis(job, of_trunk) if of_trunk else job.basis,
     )  # fmt: skip
     if job.scored is job.selected:
         return turned_job

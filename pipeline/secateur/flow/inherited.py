@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from secateur.core.model import MultiTaskModel, model_fingerprint
 from secateur.core.plan import dropped_indices, dropped_of_parameters
 from secateur.data.loading import image_batch, spread
 from secateur.flow.job import Job
-from secateur.flow.merged import THE_PARENT, layer_of, of_merged, start_loss, with_biases
+from secateur.flow.merged import (
+    THE_PARENT,
+    has_narrowed_norms,
+    layer_of,
+    of_merged,
+    start_loss,
+    with_biases,
+)
 from secateur.flow.recovery import forgets_weights
 from secateur.flow.stages import begin_cut, compensated
 from secateur.flow.warm_start import Planned
 from secateur.fusion.weights import reestimate_norms
-from secateur.vote.inherit import SubNetwork, inherit
+from secateur.vote.inherit import Donor, SubNetwork, inherit
 
 NORM_IMAGES = 256
+MERGED = "merged"
 
 
 @dataclass(frozen=True)
@@ -28,7 +38,7 @@ class Origin:
     ``losses`` are, per start, the mean over tasks of the loss relative to the parent's, on
     training images that compensation did not see (recovered weights may have: they are judged
     kindly). ``donors`` are entries' ids, ``share`` (0..1) of the numbers came from them, and
-    ``of_tasks`` says whether one of them was for tasks of this network. ``reason`` says why there
+    ``of_tasks`` says whether one of them was for a task that is kept. ``reason`` says why there
     was nothing to compare.
     """
 
@@ -87,20 +97,35 @@ def best_start(
     starts = {THE_PARENT: begun, "inherited": taken}
     if job.recipe.compensate is not False:
         starts["inherited and compensated"] = compensated(job, groups, plan, taken)
-        rest = {layer_of(name) for name in own} - {layer_of(name) for name in result.given}
+        rest = _fittable(taken) - {layer_of(name) for name in result.given}
         if rest:
             starts["inherited, the rest refitted"] = compensated(
                 job, groups, plan, taken, only=rest
             )
     if planned.merged is not None:
-        starts["merged"] = begin_cut(of_merged(job, planned.merged), groups, plan)
+        starts[MERGED] = begin_cut(of_merged(job, planned.merged), groups, plan)
     loss = start_loss(job)
     losses = {name: loss(model) for name, model in starts.items()}
     chosen = min(losses, key=lambda name: losses[name])
-    ids, of_tasks = tuple(donor.id for donor in donors), any(donor.tasks for donor in donors)
+    ids, of_tasks = tuple(donor.id for donor in donors), _were_for(job, donors, chosen)
     origin = Origin(chosen, losses, ids, result.share, of_tasks)
     key = model_fingerprint(starts[chosen]) if origin.inherited else ""
     return starts[chosen], origin, key
+
+
+def _fittable(model: MultiTaskModel) -> set[str]:
+    layers = model.named_modules()
+    return {name for name, layer in layers if isinstance(layer, nn.Conv2d | nn.Linear)}
+
+
+def _were_for(job: Job, donors: Sequence[Donor], chosen: str) -> bool:
+    """Say whether weights of the ``chosen`` start were recovered for a task that is kept."""
+    kept = {task.name for task in job.tasks}
+    return any(
+        kept & {*donor.tasks}
+        and not (chosen == MERGED and has_narrowed_norms(job.selected, donor))  # has no part in it
+        for donor in donors
+    )
 
 
 def _why_not(job: Job, planned: Planned) -> str:

@@ -21,25 +21,26 @@ from secateur.flow.cache import load_weights, save_weights
 from secateur.flow.job import Job
 from secateur.flow.recovery import forgets_weights
 from secateur.flow.scoring import meaning
-from secateur.flow.stages import refit_images, refit_indices
+from secateur.flow.stages import refit_images, refit_indices, refit_settings
 from secateur.fusion.weights import MergeSettings, merge_networks
 from secateur.tasks import select_tasks
 from secateur.vote.inherit import Donor, embed
 
 THE_PARENT = "parent"
 JUDGE_IMAGES = 64
+NORMS_OF_CHANNELS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 def merged_network(job: Job, donors: Sequence[Donor]) -> MultiTaskModel | None:
     """Return the neighbours' networks merged, in the parent's shape; None where there is none.
 
     Each task's expert is the nearest neighbour that has it, or else the parent; none is one whose
-    layer norms saw fewer channels. A neighbour did not keep what the others did: with zeros for
-    what it dropped it computes what it did, so that all can be merged (``fusion.weights``, rule
-    ``cut``), on unlabelled training images. Where no neighbour has a kept task, but some has the
-    trunk, that of the nearest is taken and the rest refitted to it. There is none where the recipe
-    inherits or compensates nothing or starts from random weights, and where the networks cannot be
-    parted or merged.
+    layer or group norms saw fewer channels. A neighbour did not keep what the others did: with
+    zeros for what it dropped it computes what it did, so that all can be merged
+    (``fusion.weights``, rule ``cut``), on unlabelled training images. Where no neighbour has a kept
+    task, but some has the trunk, that of the nearest is taken and the rest refitted to it. There is
+    none where the recipe inherits or compensates nothing or starts from random weights, and where
+    the networks cannot be parted or merged.
     """
     prune = job.recipe.prune
     if prune.inherit == "none" or forgets_weights(job) or job.recipe.compensate is False:
@@ -49,7 +50,7 @@ def merged_network(job: Job, donors: Sequence[Donor]) -> MultiTaskModel | None:
     try:
         experts = _experts(job, base, donors)
         if not experts.keys() - {THE_PARENT}:
-            strangers = [d for d in donors if not d.tasks and not _has_narrowed_norms(base, d)]
+            strangers = [d for d in donors if not d.tasks and not has_narrowed_norms(base, d)]
             return _on_trunk(job, base, strangers[0]) if strangers else None
         if len(experts) == 1:
             [whole] = experts.values()
@@ -103,8 +104,10 @@ def _merged(
     job: Job, base: MultiTaskModel, experts: Mapping[str, MultiTaskModel]
 ) -> MultiTaskModel:
     key = [(name, _meaning(own.tasks)) for name, own in experts.items()]
-    folder = job.cache.folder("merged", job.selected_key, key, job.train.fingerprint,
-                              refit_indices(job), asdict(job.spec))  # fmt: skip
+    folder = job.cache.folder(
+        "merged", job.selected_key, key, sorted(base.state_dict()), job.train.fingerprint,
+        refit_indices(job), asdict(job.spec),
+    )  # fmt: skip
     merged = copy.deepcopy(base)
     if load_weights(folder / "weights.safetensors", merged):
         return merged
@@ -115,14 +118,18 @@ def _merged(
 
 def _on_trunk(job: Job, base: MultiTaskModel, donor: Donor) -> MultiTaskModel:
     """Return ``base`` with the donor's trunk, and all other layers refitted to read that."""
-    folder = job.cache.folder("on_trunk", job.selected_key, donor.id, job.train.fingerprint,
-                              refit_indices(job), asdict(job.spec))  # fmt: skip
+    folder = job.cache.folder(
+        "on_trunk", job.selected_key, _meaning(job.tasks), sorted(base.state_dict()), donor.id,
+        sorted(donor.network.weights), str(job.recipe.compensate), job.train.fingerprint,
+        refit_indices(job), asdict(job.spec),
+    )  # fmt: skip
+    known = copy.deepcopy(base)
+    if load_weights(folder / "weights.safetensors", known):
+        return known
     whole = _embedded(base, donor)
-    if load_weights(folder / "weights.safetensors", whole):
-        return whole
     given = {layer_of(name) for name in donor.network.weights}
     rest = {layer_of(name) for name in base.state_dict()} - given
-    whole = refit_layers(base, whole, rest, refit_images(job))
+    whole = refit_layers(base, whole, rest, refit_images(job), refit_settings(job))
     save_weights(folder / "weights.safetensors", whole)
     return whole
 
@@ -138,7 +145,7 @@ def _experts(job: Job, base: MultiTaskModel, donors: Sequence[Donor]) -> dict[st
     experts = {}
     for donor in donors:
         own = [task for task in left if task in donor.tasks]
-        if own and not _has_narrowed_norms(base, donor):
+        if own and not has_narrowed_norms(base, donor):
             left = [task for task in left if task not in own]
             experts[donor.id] = select_tasks(_embedded(base, donor), own, job.example).eval()
     if left:
@@ -146,11 +153,11 @@ def _experts(job: Job, base: MultiTaskModel, donors: Sequence[Donor]) -> dict[st
     return experts
 
 
-def _has_narrowed_norms(base: MultiTaskModel, donor: Donor) -> bool:
-    """Say whether a layer norm saw fewer channels there: zeros in a whole one would change it."""
+def has_narrowed_norms(base: MultiTaskModel, donor: Donor) -> bool:
+    """Say whether a norm over channels saw fewer there: zeros in a whole one would change it."""
     layers = dict(base.named_modules())
     return any(
-        gone and isinstance(layers.get(layer), nn.LayerNorm)
+        gone and isinstance(layers.get(layer), NORMS_OF_CHANNELS)
         for (layer, _), gone in donor.network.gone.items()
     )
 

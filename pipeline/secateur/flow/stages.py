@@ -119,8 +119,14 @@ def compensated(
     wanted = job.recipe.compensate
     if wanted is False:
         return pruned
-    settings = RefitSettings(ridge=wanted.ridge)
-    return refit(job.selected, pruned, groups, plan, refit_images(job), settings, only=only)
+    images, settings = refit_images(job), refit_settings(job)
+    return refit(job.selected, pruned, groups, plan, images, settings, only=only)
+
+
+def refit_settings(job: Job) -> RefitSettings:
+    """Return how the recipe wants layers fitted; as usual where it has nothing to say."""
+    wanted = job.recipe.compensate
+    return RefitSettings(ridge=wanted.ridge) if wanted else RefitSettings()
 
 
 def refit_images(job: Job) -> Tensor:
@@ -135,9 +141,11 @@ def refit_indices(job: Job) -> list[int]:
     if wanted is False:
         return []
     pixels = job.spec.height * job.spec.width
-    # Of small images more, but not all: some are left to judge by.
-    usual = max(USUAL_IMAGES, min(USUAL_PIXELS // pixels, 3 * len(job.train) // 4))
+    most = 3 * len(job.train) // 4  # the others are to judge by
+    usual = max(USUAL_IMAGES, min(USUAL_PIXELS // pixels, most))
     count = min(wanted.images or usual, REFIT_PIXELS // pixels)
+    if job.recipe.prune.warm_start == "library":  # starts are compared
+        count = min(count, most)
     return spread(job.train, max(count, 2))
 
 

@@ -207,11 +207,14 @@ def _nearest(job: Job, device: str, library: Library, sketches: Sketches, count:
     A recipe that is built again finds the library as it was, as far as it changed it itself.
     """
     wanted, window = job.recipe.prune, votable(job.kept_share)
-    own = ids_of_recipe(library, job.library_key, job.recipe.source, device)
+    data = job.train.fingerprint
+    own = ids_of_recipe(
+        library, job.library_key, job.recipe.source, device, network=job.network_key, data=data
+    )
     return nearest(
         library, sketches, job.library_key, wanted.similarity, count,
         basis=job.library_basis, budget=window, wanted=job.kept_share, skip=own,
-        data=job.train.fingerprint,
+        data=data,
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ for other subsets of its tasks vote too. A cut of another network on the same tr
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from secateur.vote.inherit import Donor, SubNetwork
 from secateur.vote.library import Library, load_entry
 from secateur.vote.nearest import Nearest, Neighbour
 
-SAME_BUDGET = 0.02  # shares of MACs closer than this are one budget, met a little differently
+SAME_BUDGET = 1.05  # shares of MACs within this factor are one budget, met a little differently
 
 
 class _Refusal(Exception):
@@ -70,7 +71,7 @@ def find_witnesses(
     tasks are to be heard alike, however often each was cut.
     """
     refused = Counter(each.why for each in found.refused)
-    of_tasks: dict[tuple[str, ...], tuple[ChannelGroup, ...]] = {}
+    of_tasks: dict[tuple[str, ...], tuple[ChannelGroup, ...]] = {}  # groups by tasks
     witnesses: list[Witness] = []
     heard = set()
     heard_at: dict[tuple[object, ...], float] = {}  # the budget that tasks were first heard at
@@ -83,19 +84,13 @@ def find_witnesses(
             if neighbour.similarity <= 0:
                 raise _Refusal("its tasks are not similar at all")
             before = heard_at.get((*tasks, neighbour.similarity), facts.budget)
-            if abs(before - facts.budget) > SAME_BUDGET:
+            if abs(math.log(before / facts.budget)) > math.log(SAME_BUDGET):
                 raise _Refusal("a cut of the same tasks to a budget nearer yours votes")
             entry = load_entry(library, neighbour.id)
             _check_scores(job, entry)
             if (tasks, entry.plan.cuts) in heard:
                 raise _Refusal("a nearer one has the same tasks and keeps the same channels")
-            if facts.network in ("", job.network_key) and _same_axes(job, groups, entry):
-                if tasks not in of_tasks:
-                    of_tasks[tasks] = _groups_of(job, tasks[1:])
-                witness = _witness(groups, neighbour, entry, of_tasks[tasks])
-            else:
-                witness = _of_trunk(job, groups, neighbour, entry)
-            witnesses.append(witness)
+            witnesses.append(_heard(job, groups, neighbour, entry, of_tasks))
             heard.add((tasks, entry.plan.cuts))
             heard_at.setdefault((*tasks, neighbour.similarity), facts.budget)
         except _Refusal as refusal:
@@ -103,6 +98,32 @@ def find_witnesses(
         except SecateurError as error:  # a damaged entry says nothing, and stops nobody
             refused[error.message] += 1
     return witnesses, dict(refused)
+
+
+def _heard(
+    job: Job,
+    groups: Sequence[ChannelGroup],
+    neighbour: Neighbour,
+    entry: Entry,
+    of_tasks: dict[tuple[str, ...], tuple[ChannelGroup, ...]],
+) -> Witness:
+    """Return what an entry says: of the whole network where it can, else of the trunk, if named.
+
+    ``of_tasks`` remembers the parent's groups by the tasks kept.
+
+    Raises:
+        _Refusal: it can say nothing.
+    """
+    if neighbour.facts.network == job.network_key and _same_axes(job, groups, entry):
+        tasks = tuple(sorted(neighbour.facts.task_names))
+        try:
+            if tasks not in of_tasks:
+                of_tasks[tasks] = _groups_of(job, tasks)
+            return _witness(groups, neighbour, entry, of_tasks[tasks])
+        except _Refusal:
+            if not job.trunk:
+                raise
+    return _of_trunk(job, groups, neighbour, entry)
 
 
 def _check_scores(job: Job, entry: Entry) -> None:
@@ -156,10 +177,14 @@ def _same_axes(job: Job, groups: Sequence[ChannelGroup], entry: Entry) -> bool:
         return True
     trunks = {group.name for group in within(groups, job.trunk)}
     others = (job.axes.keys() | entry.axes.keys()) - trunks
-    return all(
-        name in job.axes and name in entry.axes and np.array_equal(job.axes[name], entry.axes[name])
-        for name in others
-    )
+    return all(_in_same_axes(job, entry, name) for name in others)
+
+
+def _in_same_axes(job: Job, entry: Entry, group: str) -> bool:
+    mine, theirs = job.axes.get(group), entry.axes.get(group)
+    if mine is None or theirs is None:
+        return mine is theirs
+    return np.array_equal(mine, theirs)
 
 
 def _of_trunk(
@@ -176,7 +201,12 @@ def _of_trunk(
     theirs = {cut.name: cut.width for cut in entry.plan.cuts if cut.name.startswith(part)}
     if theirs != {group.name: group.width for group in groups if group.name.startswith(part)}:
         raise _Refusal("its trunk's channel groups are not those that yours has")
-    shared = tuple(group for group in within(groups, job.trunk) if group.name in theirs)
+    shared = tuple(
+        group
+        for group in within(groups, job.trunk)
+        # in other axes where a head there reads it in another way: then it is not the trunk's alone
+        if group.name in theirs and _in_same_axes(job, entry, group.name)
+    )
     if not shared:
         raise _Refusal("no channel group is its trunk's alone")
     known = {group.name for group in shared}

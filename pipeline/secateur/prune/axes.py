@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from secateur.core.channels import ChannelGroup, Member
 from secateur.core.model import MultiTaskModel, output_difference
 from secateur.core.norms import following_norms, is_affine_norm, norm_parts, settle_norms
-from secateur.prune.layer_norms import is_normalised, is_plain_norm, kept_ones
+from secateur.prune.layer_norms import is_normalised, is_plain_norm, kept_ones, read_by
 
 Matrix = NDArray[np.float64]
 Dense = nn.Conv2d | nn.Linear
@@ -37,7 +37,8 @@ def linear_groups(
     """Return the groups whose channels may be mixed: by any invertible matrix or, where layer norms
     stand before readers, by rotations that keep the all-ones vector (``layer_norms``).
 
-    Tried, not guessed: a random rotation of the group must leave every output as it was.
+    Tried, not guessed: a random rotation of the group must leave every output as it was, and what
+    each reader of the group makes of it.
     """
     after = _norm_after(model, example[:1])
     found = []
@@ -46,7 +47,7 @@ def linear_groups(
             continue
         turned = copy.deepcopy(model)
         _turn(turned, group, after, _rotation(model, group))
-        if output_difference(model, turned, example) <= TOLERANCE:
+        if output_difference(model, turned, example, read_by(group)) <= TOLERANCE:
             found.append(group)
     return tuple(found)
 

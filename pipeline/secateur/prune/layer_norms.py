@@ -39,9 +39,14 @@ def fold_layer_norms(
         folded = copy.deepcopy(model)
         for norm in norms:
             _fold(folded, norm, group, _readers(model, norm, group, example))
-        if output_difference(model, folded, example) <= TOLERANCE:
+        if output_difference(model, folded, example, read_by(group)) <= TOLERANCE:
             model = folded
     return model
+
+
+def read_by(group: ChannelGroup) -> dict[str, None]:
+    """Return the layers that read a group, as ``output_difference`` takes them."""
+    return {member.layer: None for member in group.members if member.axis == "in"}
 
 
 def is_normalised(model: nn.Module, group: ChannelGroup) -> bool:

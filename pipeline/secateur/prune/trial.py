@@ -101,7 +101,26 @@ def _can_go(
                     weight.data[:, list(member.indices[channel])] = 0
     for other in (unread, cut):
         _without_norms(other, scales)
-    return output_difference(unread, cut, example) <= TOLERANCE
+    return output_difference(unread, cut, example, _compared(model, groups, gone)) <= TOLERANCE
+
+
+def _compared(
+    model: MultiTaskModel, groups: Sequence[ChannelGroup], gone: Mapping[str, list[int]]
+) -> dict[str, list[int]]:
+    """Return, by each layer that reads one of the groups, which of its outputs stay."""
+    out: dict[str, set[int]] = {}
+    for group in groups:
+        for member in group.members:
+            places = [member.indices[channel] for channel in gone.get(group.name, ())]
+            if member.axis == "out":
+                out.setdefault(member.layer, set()).update(*places)
+    found = {}
+    for name in {m.layer for group in groups for m in group.members if m.axis == "in"}:
+        layer = model.get_submodule(name)
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            width = len(layer.weight)
+            found[name] = [i for i in range(width) if i not in out.get(name, set())]
+    return found
 
 
 def _is_norm(module: nn.Module) -> bool:

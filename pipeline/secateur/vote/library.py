@@ -156,17 +156,23 @@ def find_entries(
     return [each for each in found if tasks is None or {*tasks} & {*each.facts.task_names}]
 
 
-def ids_of_recipe(library: Library, parent: str, recipe: str, device: str = "") -> set[str]:
-    """Return the ids of what a recipe, by its text, made of a parent: for one device, or any.
+def ids_of_recipe(
+    library: Library, parent: str, recipe: str, device: str = "", *, network: str = "", data: str
+) -> set[str]:
+    """Return the ids of what a recipe, by its text, made of a network, for one device or any.
 
-    An entry that does not say its device counts as one for any; one that cannot be read is none.
+    The text may leave the network and the data to variables, and networks share a ``parent`` where
+    that is a trunk. An entry that does not say its device or its network counts as one for any; one
+    that cannot be read is none.
     """
     with connect(library.index) as connection:
         rows = connection.execute(
             "SELECT id FROM (SELECT id, CASE WHEN json_valid(facts) THEN facts ELSE '{}' END "
             "AS said FROM entries WHERE parent = ?) WHERE json_extract(said, '$.recipe') = ? "
+            "AND json_extract(said, '$.data') = ? "
+            "AND coalesce(json_extract(said, '$.network'), '') IN ('', ?) "
             "AND (? = '' OR coalesce(json_extract(said, '$.device'), '') IN ('', ?))",
-            (parent, recipe, device, device),
+            (parent, recipe, data, network, device, device),
         )
         return {row[0] for row in rows}
 
