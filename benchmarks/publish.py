@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rivals_table import fusion_table, parts_table, recoveries_table, rules_table, spread
 from starts_table import starts_table
 
 HERE = Path(__file__).resolve().parent
@@ -62,76 +63,6 @@ def table(suite: dict[str, Any]) -> str:
         f"{suite['host']['cpu']}).",
     ]
     return "\n".join([*lines, ""])
-
-
-def fusion_table(suite: dict[str, Any], *, parts: bool = False) -> str:
-    """Return ΔT per method at each budget, best first at 70 % removed.
-
-    ``parts``: also of our own cut with a part left out or another rule, all on the first seed,
-    since most of these have no other.
-    """
-    parent, recovery = "nyuv2_lite0_96x128", 0.15
-    cells = {(row["method"], row["keep"]): row for row in suite["rows"]
-             if (row["parent"], row["recovery"]) == (parent, recovery)
-             and "unreached" not in row}  # fmt: skip
-    ours = ("rule ", "cut, ", "tp_group_taylor, ")
-    shown = ("cut, scored once", "cut, label-free", "cut, no refit")
-
-    def at_70(method: str) -> float:
-        cell = cells[method, 0.3]
-        return float(cell["delta_t_by_seed"]["0"] if parts else cell["delta_t"]["mean"])
-
-    methods = sorted(
-        {
-            method
-            for method, keep in cells
-            if keep < 1 and (parts or method in shown or not method.startswith(ours))
-        },
-        key=lambda m: (-at_70(m) if (m, 0.3) in cells else 1e9, m),
-    )
-    lines = ["", "| MACs removed | 50 % | 70 % | 90 % | 70 %, before recovery | seeds |",
-             "|---|---|---|---|---|---|"]  # fmt: skip
-    if parts:
-        lines = ["", "| MACs removed | 50 % | 70 % | 90 % |", "|---|---|---|---|"]
-    for method in methods:
-        found = [cells.get((method, keep)) for keep in (0.5, 0.3, 0.1)]
-        extra = max(cell["steps_before"] for cell in found if cell)
-        name = f"{method} (+{extra} steps)" if extra else method
-        if parts:
-            values = [f"{cell['delta_t_by_seed']['0']:+.1f}" if cell else "" for cell in found]
-            lines.append(f"| {name} | {' | '.join(values)} |")
-            continue
-        values = [_spread(cell["delta_t"]) if cell else "" for cell in found]
-        before = _spread(found[1]["delta_t_before"]) if found[1] else ""
-        counts = [str(len(cell["seeds"])) if cell else "-" for cell in found]
-        seeds = counts[0] if len(set(counts)) == 1 else ", ".join(counts)
-        lines.append(f"| {name} | {' | '.join(values)} | {before} | {seeds} |")
-    lines += [
-        "",
-        "ΔT in % on the 654 test images, "
-        + ("first seed;" if parts else "mean ± standard deviation over the seeds;"),
-        "EfficientNet-Lite0 with segmentation, depth and normals at 96x128; every method",
-        "recovers for 15 % of the parent's steps, with the same loss and rate (`label-free`: with",
-        "its distance to the parent's outputs alone).",
-        "(+n steps): training that the method's cut takes itself.",
-    ]
-    if parts:
-        lines += [
-            "A refit leaves batch norms that fit the cut network; recovery freezes them half-way",
-            "(if short, after a mild cut, at once), `frozen norms` from the first step (a rival's",
-            "after re-estimating them), `trained norms` never.",
-        ]
-    control = next((c for (_, keep), c in cells.items() if keep == 1.0), None)
-    if control:
-        lines.append(f"The same recovery without any cut changes the parent by "
-                     f"{_spread(control['delta_t'])} % ({len(control['seeds'])} seed(s)): read the "
-                     "rows against that.")  # fmt: skip
-    return "\n".join([*lines, ""])
-
-
-def _spread(value: dict[str, float]) -> str:
-    spread = f" ± {value['std']:.1f}" if value["std"] else ""
-    return f"{value['mean']:+.1f}{spread}"
 
 
 PARENT_NAMES = {
@@ -221,7 +152,7 @@ def merging_table(suite: dict[str, Any]) -> str:
     lines = ["", "| three experts in one backbone | merged | recovered | worst task, recovered |",
              "|---|---|---|---|"]  # fmt: skip
     for row in sorted(rows, key=lambda row: row["merged_delta_t"]["mean"]):
-        values = [_spread(row[key]) for key in
+        values = [spread(row[key]) for key in
                   ("merged_delta_t", "recovered_delta_t", "recovered_worst")]  # fmt: skip
         lines.append(f"| {row['row']} | {' | '.join(values)} |")
     merged = next(row for row in suite["rows"] if row["what"] == "merged")
@@ -389,8 +320,14 @@ def index(suites: dict[str, Any]) -> str:
             )
     lines += [
         "",
-        "## Every rule, rival and part of the cut",
-        fusion_table(suites["fusion"], parts=True),
+        "## Rules that fuse the tasks' scores",
+        rules_table(suites["fusion"]),
+        "",
+        "## Less and more recovery",
+        recoveries_table(suites["fusion"]),
+        "",
+        "## Every rival and part of the cut",
+        parts_table(suites["fusion"]),
         "",
         *(
             ["## Peers, side by side", peers_table(suites["peers"], whole=True), ""]

@@ -169,11 +169,13 @@ def _read(
 
 
 def _is_plain(module: nn.Module) -> TypeGuard[Layer]:
-    """Say whether a layer computes just what its class says.
+    """Say whether a layer computes just what its class says, by weights of its own.
 
-    Subclasses that pad or standardise their weights in ``forward``, and padding other than zeros,
-    are left as the cut made them.
+    Subclasses that pad or standardise their weights in ``forward``, weights that are computed
+    (``torch.nn.utils.parametrize``) and padding other than zeros are left as the cut made them.
     """
+    if "weight" not in module._parameters:
+        return False
     if type(module).forward is nn.Linear.forward:
         return True
     return type(module).forward is nn.Conv2d.forward and module.padding_mode == "zeros"

@@ -7,6 +7,7 @@ back as much of that error as its inputs can express.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -33,7 +34,8 @@ def partners(
     ends: dict[int, str] = {}  # id of a layer's normalised output -> the layer
     starts: dict[str, int] = {}
     alive: list[Tensor] = []  # keeps tensors alive, so that ids stay unique
-    found: dict[str, Place] = {}
+    candidates: dict[str, list[Place]] = {}
+    visits: Counter[Place] = Counter()
     clock = [0]
     times: dict[int, int] = {}
     after_norm = {id(norm): layer for layer, norm in norms.items()}
@@ -42,6 +44,7 @@ def partners(
         if isinstance(tensor, Tensor):
             clock[0] += 1
             alive.append(tensor)
+            visits[place] += 1
             times.setdefault(id(tensor), clock[0])
             made.setdefault(id(tensor), []).append(place)
 
@@ -70,7 +73,7 @@ def partners(
             if layer is None or not isinstance(other, Tensor) or other.shape != own.shape:
                 continue
             if id(other) in made and times[id(other)] <= starts[layer]:
-                found[layer] = made[id(other)][0]
+                candidates[layer] = list(made[id(other)])
 
     hooks: list[torch.utils.hooks.RemovableHandle] = []
     for name, module in model.named_modules():
@@ -82,7 +85,10 @@ def partners(
     finally:
         for handle in hooks:
             handle.remove()
-    return found
+    # at a place that is passed twice, as one ReLU for all of a block is, another tensor may be next
+    once = {layer: [place for place in places if visits[place] == 1]
+            for layer, places in candidates.items()}  # fmt: skip
+    return {layer: places[0] for layer, places in once.items() if places}
 
 
 class _Adds(TorchFunctionMode):

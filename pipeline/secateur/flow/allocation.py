@@ -8,6 +8,7 @@ chooses between sums that the exact planner may keep.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -236,7 +237,7 @@ class RelativeLoss:
         }
 
     def __call__(self, model: MultiTaskModel) -> float:
-        """Return that loss; 1 is the parent's."""
+        """Return that loss; 1 is the parent's, infinite where a loss is no number."""
         with evaluating(model):
             outputs = model(self._judged.images)
         shares = []
@@ -246,4 +247,5 @@ class RelativeLoss:
             else:
                 loss = float(kind.distillation_loss(outputs[name], self._parent[name]))
             shares.append(loss / max(self._reference.setdefault(name, loss), 1e-9))
-        return sum(shares) / len(shares)
+        mean = sum(shares) / len(shares)
+        return mean if math.isfinite(mean) else math.inf

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from secateur.core.channels import ChannelGroup
 from secateur.core.errors import SecateurError
 from secateur.core.files import value_digest
-from secateur.core.model import MultiTaskModel
+from secateur.core.model import MultiTaskModel, output_difference
 from secateur.core.task import Task
 from secateur.data.loading import image_batch, spread
 from secateur.flow.channel_scores import STOPPED, covers, score_key, score_stream
@@ -29,6 +29,7 @@ from secateur.prune.layer_norms import fold_layer_norms, is_normalised, rotated_
 from secateur.tasks import select_tasks
 from secateur.vote.library import find_axes, load_entry, open_library
 
+UNTOUCHED, JUDGED = 1e-2, 8  # of an output's largest value, on so many images
 NORM_IMAGES = 64  # tell batch norms what their turned channels hold
 BUDGET_FACTOR = 2.0  # cuts to between half and twice the new budget may vote
 WORST_CONDITION, ROTATION = 1e8, 1e-4  # of axes that another machine made
@@ -57,6 +58,8 @@ def turn_axes(job: Job) -> Job:
     axes = _axes(job, model, groups)
     images = image_batch(job.train, spread(job.train, NORM_IMAGES), job.spec)
     turned = apply_axes(model, groups, axes, images)
+    if not output_difference(model, turned, images[:JUDGED]) <= UNTOUCHED:
+        return job  # the trial on noise was wrong, or the axes are too uneven for these numbers
     of_trunk = _axes_of(within(groups, job.trunk), axes)
     turned_job = replace(
         job, scored=turned, selected=turned, basis=_basis(job, axes), axes=axes,

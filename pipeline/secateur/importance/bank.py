@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
+from torch import Tensor
 
 from secateur.core.channels import ChannelGroup
 from secateur.core.errors import DataError
@@ -20,7 +21,7 @@ from secateur.core.progress import track
 from secateur.core.task import Task
 from secateur.data.loading import Batch
 from secateur.importance.criterion import Scores, TaskBatch, TaskData, criterion_of
-from secateur.metrics.kind import kind_of
+from secateur.metrics.kind import TaskKind, kind_of
 
 GroupScores = Mapping[str, NDArray[np.float64]]
 Stream = Callable[[], Iterable[Batch]]
@@ -86,9 +87,16 @@ def task_data(
                         generator = torch.Generator().manual_seed(number)
                         targets[name] = kinds[name].sample_target(outputs[name], generator)
             losses = {name: partial(kinds[name].loss, target=targets[name]) for name in names}
-            yield TaskBatch(batch.images, losses)
+            own = {name: partial(_by_image, kinds[name], target=targets[name]) for name in names}
+            yield TaskBatch(batch.images, losses, own)
 
     return TaskData(names, batches, kept)
+
+
+def _by_image(kind: TaskKind, output: Tensor, target: Tensor) -> Tensor:
+    """Return the sum over images of each one's own loss."""
+    pairs = zip(torch.split(output, 1), torch.split(target, 1), strict=True)
+    return torch.stack([kind.loss(made, wanted) for made, wanted in pairs]).sum()
 
 
 def save_scores(path: Path, scores: GroupScores) -> None:

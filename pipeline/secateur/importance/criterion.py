@@ -7,7 +7,8 @@ A criterion is a file with one function, ``score``. Those that read gradients go
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -28,10 +29,25 @@ Loss = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class TaskBatch:
-    """``images`` (N, C, H, W), and what each task's output on them should have been."""
+    """``images`` (N, C, H, W), and what each task's output on them should have been.
+
+    ``own`` are the same losses of each image by itself, added up. Where labels are of few pixels,
+    or of few images, a mean over the batch is no mean of these; where ``own`` is empty, it is.
+    """
 
     images: Tensor
     losses: Mapping[str, Loss]
+    own: Mapping[str, Loss] = field(default_factory=dict)
+
+    def by_image(self) -> TaskBatch:
+        """Return the batch with the sum over images of each one's own loss, per task."""
+        size = len(self.images)
+        sums = {task: partial(_times, size, loss) for task, loss in self.losses.items()}
+        return replace(self, losses={**sums, **self.own})
+
+
+def _times(factor: int, loss: Loss, output: Tensor) -> Tensor:
+    return factor * loss(output)
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def gate_pass(
             count += size
             with _gated(layers, batch.images) as gates:
                 wanted = [gate.values for gate in gates.values()]
-                for task, gradients in backwards(model, wanted, batch, data.tasks):
+                for task, gradients in backwards(model, wanted, batch.by_image(), data.tasks):
                     gradient_of = dict(zip(gates, gradients, strict=True))
 
                     def value_of(
@@ -88,8 +88,7 @@ def gate_pass(
                         gradient = found[place.layer]
                         if gradient is None:
                             return None
-                        # the batch's loss is a mean: len(gradient) makes it each sample's own
-                        own = place.per_channel(gradient * len(gradient))
+                        own = place.per_channel(gradient)
                         return change(own, gates[place.layer].positions)
 
                     _add(totals[task], places, value_of)

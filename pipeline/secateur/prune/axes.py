@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from secateur.core.channels import ChannelGroup, Member
-from secateur.core.model import MultiTaskModel, output_difference
+from secateur.core.model import MultiTaskModel
 from secateur.core.norms import following_norms, is_affine_norm, norm_parts, settle_norms
+from secateur.prune.bent import bent_difference
 from secateur.prune.layer_norms import is_normalised, is_plain_norm, kept_ones, read_by
 
 Matrix = NDArray[np.float64]
@@ -47,7 +48,7 @@ def linear_groups(
             continue
         turned = copy.deepcopy(model)
         _turn(turned, group, after, _rotation(model, group))
-        if output_difference(model, turned, example, read_by(group)) <= TOLERANCE:
+        if bent_difference(model, turned, example, read_by(group)) <= TOLERANCE:
             found.append(group)
     return tuple(found)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,7 +13,7 @@ from secateur.core.channels import Axis, ChannelGroup, Member
 from secateur.core.model import MultiTaskModel
 from secateur.prune.attention import head_groups
 from secateur.prune.conv_groups import conv_groups, is_grouped
-from secateur.prune.tracing import ROOT_TYPES, coupled_sets, dependency_graph
+from secateur.prune.tracing import ROOT_TYPES, coupled_sets, dependency_graph, differentiable
 from secateur.prune.trial import removable
 
 
@@ -30,9 +30,9 @@ def output_layers(model: MultiTaskModel, example: Tensor) -> list[nn.Module]:
         if parameter.numel() > 1  # a learnt scale after the last layer is not that layer
     }
     found: list[nn.Module] = []
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    for output in model(example).values():
+    with differentiable(model):
+        outputs = model(example)
+    for output in outputs.values():
         frontier, seen = [output.grad_fn], set()
         while frontier:
             node = frontier.pop()
@@ -67,7 +67,7 @@ def find_groups(model: MultiTaskModel, example: Tensor) -> tuple[ChannelGroup, .
     graph = dependency_graph(model, example)
     names = {module: name for name, module in model.named_modules()}
     bare = {id(parameter): name for name, parameter in model.named_parameters()}
-    fixed = set(_uncounted_layers(model))
+    fixed = {*_uncounted_layers(model), *_tied_layers(model)}
     by_head = {model.get_submodule(group.root) for group in heads}  # not row by row
     protected = [*output_layers(model, example), *fixed, *by_head]
     plain: list[Group] = []
@@ -88,6 +88,16 @@ def _uncounted_layers(model: nn.Module) -> list[nn.Module]:
         for module in model.modules()
         if any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
         and not isinstance(module, counted)
+    ]
+
+
+def _tied_layers(model: nn.Module) -> list[nn.Module]:
+    """Return layers that share a parameter with another: narrowed, each would have its own."""
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    return [
+        module
+        for module in model.modules()
+        if any(p is not None and owners[id(p)] > 1 for p in module._parameters.values())
     ]
 
 

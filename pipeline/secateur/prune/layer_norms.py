@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from secateur.core.channels import ChannelGroup, Member
-from secateur.core.model import MultiTaskModel, evaluating, output_difference
+from secateur.core.model import MultiTaskModel, evaluating
+from secateur.prune.bent import Bent, bent_difference
 
 Matrix = NDArray[np.float64]
 TOLERANCE = 1e-3  # of an output's largest value
@@ -39,7 +40,7 @@ def fold_layer_norms(
         folded = copy.deepcopy(model)
         for norm in norms:
             _fold(folded, norm, group, _readers(model, norm, group, example))
-        if output_difference(model, folded, example, read_by(group)) <= TOLERANCE:
+        if bent_difference(model, folded, example, read_by(group)) <= TOLERANCE:
             model = folded
     return model
 
@@ -138,7 +139,7 @@ def _readers(
         for name in members
     ]
     try:
-        with evaluating(model):
+        with evaluating(model), Bent():
             model(example)
     finally:
         for hook in hooks:

@@ -5,6 +5,7 @@ Whatever is still followed wrongly shows in ``trial``.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -15,9 +16,10 @@ from torch_pruning import DependencyGraph, ops
 from torch_pruning.dependency import Group, index_mapping, shape_infer
 
 from secateur.core.errors import ModelError
-from secateur.core.model import MultiTaskModel
+from secateur.core.model import MultiTaskModel, attributes_kept
 
 ROOT_TYPES = (nn.Conv2d, nn.Linear)
+STEPS, LEAST_STEPS = 20, 1000  # from one layer: per operator of the graph, and at least
 
 
 def dependency_graph(model: MultiTaskModel, example: Tensor) -> DependencyGraph:
@@ -26,11 +28,9 @@ def dependency_graph(model: MultiTaskModel, example: Tensor) -> DependencyGraph:
     Raises:
         ModelError: the model cannot be traced.
     """
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)  # the graph is read off autograd
     model.eval()
     try:
-        with warnings.catch_warnings(), _mended():
+        with warnings.catch_warnings(), _mended(), differentiable(model):
             warnings.simplefilter("ignore")  # torch-pruning warns of each unwrapped parameter
             graph = DependencyGraph().build_dependency(
                 model,
@@ -46,14 +46,29 @@ def dependency_graph(model: MultiTaskModel, example: Tensor) -> DependencyGraph:
     return graph
 
 
+@contextmanager
+def differentiable(model: nn.Module) -> Iterator[None]:
+    """Let every parameter be in autograd's graph for a block; then leave the model as it was."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(parameter.is_floating_point())
+        with attributes_kept(model):
+            yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
 def coupled_sets(graph: DependencyGraph, protected: Sequence[nn.Module]) -> list[Group]:
     """Return torch-pruning's groups; a layer from which it cannot follow its channels has none."""
     ignored, started = list(protected), list[nn.Module]()
-    follow = graph.get_pruning_group
+    follow, most = graph.get_pruning_group, max(LEAST_STEPS, STEPS * len(graph.module2node))
 
     def noted(root: nn.Module, *rest: Any) -> Group:
         started.append(root)
-        return follow(root, *rest)
+        with _counting(most):
+            return follow(root, *rest)
 
     graph.get_pruning_group = noted
     while True:
@@ -62,6 +77,26 @@ def coupled_sets(graph: DependencyGraph, protected: Sequence[nn.Module]) -> list
             return list(every)
         except (IndexError, RuntimeError, ValueError, TypeError, AttributeError, KeyError):
             ignored.append(started[-1])
+
+
+@contextmanager
+def _counting(most: int) -> Iterator[None]:
+    """Raise RuntimeError beyond so many steps from one layer.
+
+    torch-pruning 1.6 follows slices of one tensor that meet again round and round.
+    """
+    add, steps = Group.add_dep, itertools.count()
+
+    def counted(group: Group, *what: Any, **named: Any) -> None:
+        if next(steps) > most:
+            raise RuntimeError("channels are coupled without end")
+        add(group, *what, **named)
+
+    Group.add_dep = counted
+    try:
+        yield
+    finally:
+        Group.add_dep = add
 
 
 @contextmanager

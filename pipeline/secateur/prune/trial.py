@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from secateur.core.channels import ChannelGroup
-from secateur.core.model import MultiTaskModel, evaluating, output_difference
+from secateur.core.model import MultiTaskModel, evaluating
 from secateur.core.progress import track
+from secateur.prune.bent import bent_difference
 from secateur.prune.narrow import drop_channels
 
 TOLERANCE = 1e-4  # of an output's largest value
@@ -101,7 +102,7 @@ def _can_go(
                     weight.data[:, list(member.indices[channel])] = 0
     for other in (unread, cut):
         _without_norms(other, scales)
-    return output_difference(unread, cut, example, _compared(model, groups, gone)) <= TOLERANCE
+    return bent_difference(unread, cut, example, _compared(model, groups, gone)) <= TOLERANCE
 
 
 def _compared(
@@ -133,12 +134,12 @@ def _is_norm(module: nn.Module) -> bool:
 
 def _norm_scales(model: MultiTaskModel, example: Tensor) -> dict[str, float]:
     """Return by how much each norm scales its input as a whole."""
-    scales: dict[str, float] = {}
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def note(name: str, inputs: tuple[object, ...], output: object) -> None:
         first = inputs[0] if inputs else None
         if isinstance(first, Tensor) and isinstance(output, Tensor) and first.shape == output.shape:
-            scales[name] = float(output.std() / first.std().clamp(min=1e-12))
+            seen[name] = first.clone(), output.clone()
 
     hooks = [
         module.register_forward_hook(lambda _, x, y, name=name: note(name, x, y))
@@ -146,12 +147,44 @@ def _norm_scales(model: MultiTaskModel, example: Tensor) -> dict[str, float]:
         if _is_norm(module)
     ]
     try:
-        with evaluating(model), torch.no_grad():
+        with evaluating(model):
             model(example)
     finally:
         for hook in hooks:
             hook.remove()
-    return scales
+    return {
+        name: float(_size(made) / _size(given).clamp(min=1e-12))
+        for name, (given, made) in seen.items()
+        if _treats_channels_alike(model.get_submodule(name), given, made)
+    }
+
+
+def _size(tensor: Tensor) -> Tensor:
+    return tensor.square().mean().sqrt()
+
+
+def _treats_channels_alike(module: nn.Module, given: Tensor, made: Tensor) -> bool:
+    """Say whether shuffled channels, with their parameters, come out shuffled and else the same.
+
+    A norm's do; one with groups of channels, or a module that moves channels about, is no such
+    norm, and is tried as it is. Channels are those of an axis with a parameter for each; of a
+    module whose parameters are single numbers, those of both axes that may hold any.
+    """
+    own = {len(p) for p in module.parameters(recurse=False)}
+    axes = {1, given.dim() - 1} & {*range(given.dim())}
+    fitting = {axis for axis in axes if own == {given.shape[axis]}}
+
+    def alike(axis: int) -> bool:
+        order = torch.from_numpy(np.random.default_rng(0).permutation(given.shape[axis]))
+        shuffled = copy.deepcopy(module)
+        if axis in fitting:
+            for parameter in shuffled.parameters(recurse=False):
+                parameter.data = parameter.data[order]
+        with torch.no_grad():
+            off = shuffled(given.index_select(axis, order)) - made.index_select(axis, order)
+        return float(off.abs().max()) <= TOLERANCE * float(made.abs().max())
+
+    return any(map(alike, fitting)) if fitting else all(map(alike, axes))
 
 
 def _without_norms(model: nn.Module, scales: Mapping[str, float]) -> None:

@@ -76,12 +76,21 @@ class _Tracer(fx.Tracer):
     """Keeps layers of other libraries that derive from torch's, such as timm's, whole.
 
     torch.fx would take them apart into functions of bare parameters, which no later stage knows as
-    layers. One that holds more than a weight and a bias may be of a task, and is taken apart.
+    layers. One that holds more than a weight and a bias may be of a task, and is taken apart. What
+    asks whether it is in training, as stochastic depth does, would be traced in one of its ways.
     """
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         plain = {name for name, _ in m.named_parameters()} <= {"weight", "bias"}
-        return (isinstance(m, LAYERS) and plain) or super().is_leaf_module(m, module_qualified_name)
+        whole = (isinstance(m, LAYERS) and plain) or _differs_in_training(m)
+        return whole or super().is_leaf_module(m, module_qualified_name)
+
+
+def _differs_in_training(module: nn.Module) -> bool:
+    """Say whether a module without weights, children or buffers asks whether it is in training."""
+    code = getattr(type(module).forward, "__code__", None)
+    held = (module._parameters, module._buffers, module._modules)
+    return code is not None and "training" in code.co_names and not any(held)
 
 
 class _Sizes(fx.Interpreter):
