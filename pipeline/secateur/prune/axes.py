@@ -20,10 +20,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from secateur.core.bent import bent_difference
 from secateur.core.channels import ChannelGroup, Member
 from secateur.core.model import MultiTaskModel
 from secateur.core.norms import following_norms, is_affine_norm, norm_parts, settle_norms
-from secateur.prune.bent import bent_difference
 from secateur.prune.layer_norms import is_normalised, is_plain_norm, kept_ones, read_by
 
 Matrix = NDArray[np.float64]

@@ -157,6 +157,6 @@ def _adds(module: nn.Module, given: Tensor) -> bool:
         for parameter in empty.parameters():
             parameter.zero_()
         try:
-            return torch.equal(empty(given.clone()), given)
+            return bool(given.any()) and torch.equal(empty(given.clone()), given)
         except Exception:  # what a module makes of zeros is its own; then it is no block
             return False

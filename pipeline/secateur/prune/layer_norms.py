@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from secateur.core.bent import Bent, bent_difference
 from secateur.core.channels import ChannelGroup, Member
 from secateur.core.model import MultiTaskModel, evaluating
-from secateur.prune.bent import Bent, bent_difference
 
 Matrix = NDArray[np.float64]
 TOLERANCE = 1e-3  # of an output's largest value

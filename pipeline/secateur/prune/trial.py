@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from secateur.core.bent import bent_difference
 from secateur.core.channels import ChannelGroup
 from secateur.core.model import MultiTaskModel, evaluating
 from secateur.core.progress import track
-from secateur.prune.bent import bent_difference
 from secateur.prune.narrow import drop_channels
 
 TOLERANCE = 1e-4  # of an output's largest value
