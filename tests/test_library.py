@@ -23,11 +23,11 @@ from secateur.vote import library as library_module
 from secateur.vote import store
 from secateur.vote.archive import export_entries, import_entries
 from secateur.vote.entry import Entry, Facts, TaskMark, digest_of, pack
+from secateur.vote.garbage import collect_garbage
 from secateur.vote.library import (
     Library,
     add_entries,
     add_entry,
-    collect_garbage,
     find_axes,
     find_entries,
     find_id,

@@ -30,11 +30,11 @@ from secateur.core.plan import GroupCut, PrunePlan
 from secateur.core.progress import track
 from secateur.vote.ballot import keep_opinion, tally, vote_weights
 from secateur.vote.entry import Entry, Facts, TaskMark
+from secateur.vote.garbage import collect_garbage
 from secateur.vote.library import (
     Library,
     add_entries,
     add_entry,
-    collect_garbage,
     find_axes,
     find_entries,
     ids_of_recipe,

@@ -243,7 +243,7 @@ def gc(
 
     Example: secateur library gc --older-than 60
     """
-    from secateur.vote.library import collect_garbage
+    from secateur.vote.garbage import collect_garbage
 
     garbage = collect_garbage(_opened(library), older_than_s=60 * older_than)
     if as_json:

@@ -2,7 +2,7 @@
 
 ``index.sqlite`` says what there is (``store``); ``blobs/<sha256>.safetensors`` hold scores,
 weights and axes. A blob is written whole under its digest before the one transaction that names
-it, so a process killed in between leaves an orphan, which ``collect_garbage`` removes, and never an
+it, so a process killed in between leaves an orphan, which ``garbage`` removes, and never an
 entry without its arrays.
 """
 
@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from secateur.core.plan import PrunePlan
 from secateur.vote.entry import Entry, Facts, Packed, digest_of, pack, parsed, unpack
 from secateur.vote.store import connect, prepare_index, transaction
 
-GARBAGE_AGE_S = 600.0  # younger orphans may belong to an entry that is being added
 OTHER_FOLDER = "choose a writable folder with free space, with SECATEUR_LIBRARY"
 
 
@@ -55,19 +53,6 @@ class Listed:
     sketches: tuple[str, ...]
     scored: bool
     with_weights: bool
-
-
-@dataclass(frozen=True)
-class Garbage:
-    """``removed`` files and their ``bytes``; what is wrong with the blobs that entries name.
-
-    ``missing`` and ``altered`` are (entry id, digest).
-    """
-
-    removed: tuple[str, ...]
-    bytes: int
-    missing: tuple[tuple[str, str], ...]
-    altered: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -257,7 +242,7 @@ def find_id(library: Library, start: str) -> str:
 
 
 def remove_entry(library: Library, entry: str) -> None:
-    """Remove the entry with this id; ``collect_garbage`` frees its arrays.
+    """Remove the entry with this id; ``garbage`` frees its arrays.
 
     Raises:
         LibraryError: there is none.
@@ -265,57 +250,6 @@ def remove_entry(library: Library, entry: str) -> None:
     with connect(library.index) as connection, transaction(connection):
         if not connection.execute("DELETE FROM entries WHERE id = ?", (entry,)).rowcount:
             raise _unknown(entry)
-
-
-def collect_garbage(library: Library, *, older_than_s: float = GARBAGE_AGE_S) -> Garbage:
-    """Remove files under ``blobs`` that no entry names and that are older than so many seconds.
-
-    Nothing is committed meanwhile, so no entry can come to name a file that is being removed.
-    Afterwards every other file is read: has each entry its arrays, as they were written?
-    """
-    removed, freed = [], 0
-    with connect(library.index) as connection, transaction(connection):
-        named = list(_named(connection))
-        used = {library.blob(digest).name for _, digest in named}
-        for path in sorted(library.blobs.iterdir()):
-            try:
-                facts = path.stat()
-                if path.name in used or time.time() - facts.st_mtime < older_than_s:
-                    continue
-                path.unlink()
-            except FileNotFoundError:  # another process's temporary file: renamed by now
-                continue
-            except OSError as error:
-                raise LibraryError(
-                    f"cannot remove {path}: {error.strerror}",
-                    hint="it is no array of the library's; remove it yourself",
-                ) from error
-            removed.append(path.name)
-            freed += facts.st_size
-        missing = tuple(pair for pair in named if not library.blob(pair[1]).is_file())
-    bad = {digest for digest in {digest for _, digest in named} if _altered(library, digest)}
-    altered = tuple(pair for pair in named if pair[1] in bad)
-    return Garbage(tuple(removed), freed, missing, altered)
-
-
-def _altered(library: Library, digest: str) -> bool:
-    """Say whether a blob is there and other than it was written.
-
-    Raises:
-        LibraryError: it cannot be read.
-    """
-    path = library.blob(digest)
-    try:
-        return digest_of(path.read_bytes()) != digest
-    except (
-        FileNotFoundError,
-        IsADirectoryError,
-    ):  # told as missing, or its entry is removed by now
-        return False
-    except OSError as error:
-        raise LibraryError(
-            f"cannot read {path}: {error.strerror}", hint="make the file readable again"
-        ) from error
 
 
 def write_blob(library: Library, data: bytes) -> str:
@@ -372,13 +306,6 @@ def _insert(library: Library, connection: sqlite3.Connection, row: _Row) -> None
             "INSERT INTO sketches (entry, name, data) VALUES (?, ?, ?)",
             [(packed.id, name, data) for name, data in packed.sketches.items()],
         )
-
-
-def _named(connection: sqlite3.Connection) -> Iterator[tuple[str, str]]:
-    for entry, *digests in connection.execute("SELECT id, scores, weights, axes FROM entries"):
-        for digest in digests:
-            if digest is not None:
-                yield entry, digest
 
 
 def _read_blob(library: Library, entry: str, digest: str | None) -> bytes | None:
