@@ -293,7 +293,25 @@ def arm_table(suite: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
+def budgets_table(suite: dict[str, Any]) -> str:
+    """Return ΔT and the worst task at each budget, in a sentence."""
+    found = []
+    for keep in sorted({row["keep"] for row in suite["rows"]}, reverse=True):
+        rows = [row["accuracy"] for row in suite["rows"] if row["keep"] == keep]
+        change = sum(row["delta_t"] for row in rows) / len(rows)
+        worst = sum(row["change_percent"][row["worst_task"]] for row in rows) / len(rows)
+        found.append(f"{change:+.1f} ({worst:+.1f}) at {100 - 100 * keep:.0f} %")
+    return "\n".join([
+        "",
+        "With all three tasks kept, ΔT and, in brackets, the worst task, by the MACs removed: "
+        f"{', '.join(found)}",
+        f"({len(suite['seeds'])} seed(s), the same recovery).",
+        "",
+    ])  # fmt: skip
+
+
 TABLES = {
+    "nyuv2_budgets": budgets_table,
     "peers": peers_table,
     "fusion": fusion_table,
     "compensation": training_free_table,
