@@ -15,10 +15,11 @@ from starts_table import starts_table
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
 INDEX = HERE / "README.md"
+RESULTS = HERE / "results"
 
 
 def main() -> None:
-    suites = {path.stem: json.loads(path.read_text()) for path in (HERE / "results").glob("*.json")}
+    suites = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
     pages = {README: readme(README.read_text(), suites), INDEX: index(suites)}
     stale = [path for path, text in pages.items() if not path.exists() or path.read_text() != text]
     if "--check" in sys.argv and stale:
@@ -319,6 +320,11 @@ TABLES = {
 }
 
 
+def _picture(name: str, what: str) -> list[str]:
+    """Return lines that show ``results/<name>.png``, if it was drawn."""
+    return [f"![{what}](results/{name}.png)", ""] if (RESULTS / f"{name}.png").exists() else []
+
+
 def index(suites: dict[str, Any]) -> str:
     """Return the index: every claim, its command and its last value."""
     lines = [
@@ -338,6 +344,7 @@ def index(suites: dict[str, Any]) -> str:
             )
     lines += [
         "",
+        *_picture("fusion", "Change of the tasks against MACs removed, rivals and rules"),
         "## Rules that fuse the tasks' scores",
         rules_table(suites["fusion"]),
         "",
@@ -352,10 +359,16 @@ def index(suites: dict[str, Any]) -> str:
             if "peers" in suites
             else []
         ),
+        *_picture("overlap", "Overlap of what the tasks keep, by depth"),
         "## How many channels, and which",
         allocation_table(suites["compensation"]),
         *(
-            ["## Starts from earlier cuts", starts_table(suites["vote_cifar"])]
+            [
+                "## Starts from earlier cuts",
+                starts_table(suites["vote_cifar"]),
+                *_picture("vote_cifar", "Accuracy on unseen tasks against iterations and seconds"),
+                *_picture("vote_overlap", "Overlap of what similar and other tasks keep, by depth"),
+            ]
             if "vote_cifar" in suites
             else []
         ),
