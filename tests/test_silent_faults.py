@@ -285,3 +285,7 @@ def test_a_loss_that_is_no_number_is_never_the_best() -> None:
     broken = copy.deepcopy(model)
     broken.get_parameter("network.last.weight").data.fill_(math.nan)
     assert judge(model) == pytest.approx(1) and judge(broken) == math.inf
+    unlabelled = RelativeLoss(model, Batch(NOISE, {}, ("", "")))
+    other = copy.deepcopy(model)
+    other.get_parameter("network.last.weight").data *= 0.5
+    assert unlabelled(broken) == math.inf and unlabelled(other) == pytest.approx(1)

@@ -246,6 +246,8 @@ class RelativeLoss:
                 loss = float(kind.loss(outputs[name], self._judged.targets[name]))
             else:
                 loss = float(kind.distillation_loss(outputs[name], self._parent[name]))
-            shares.append(loss / max(self._reference.setdefault(name, loss), 1e-9))
+            if math.isfinite(loss):  # what is no number sets no scale for the others
+                self._reference.setdefault(name, loss)
+            shares.append(loss / max(self._reference.get(name, 1.0), 1e-9))
         mean = sum(shares) / len(shares)
         return mean if math.isfinite(mean) else math.inf
