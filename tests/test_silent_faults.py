@@ -105,6 +105,21 @@ def test_a_clamp_that_noise_does_not_reach_is_no_line(between, linear: bool) -> 
     assert ("a" in {group.name for group in found}) == linear
 
 
+def test_a_module_of_two_inputs_with_a_scale_is_no_norm_and_no_traceback() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(8, 1, 1).flatten())
+
+        def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+            return x * gate.sigmoid() * self.scale[:, None, None]
+
+    gated = Gated()
+    net = Net(lambda x: gated(x, x))
+    net.gated = gated
+    assert "b" in names(model_of(net))
+
+
 def test_what_reads_past_a_norm_is_not_scaled_as_if_it_read_it() -> None:
     class Past(nn.Module):
         def __init__(self) -> None:
