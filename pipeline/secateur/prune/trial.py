@@ -2,8 +2,9 @@
 
 A dependency graph knows layers; a model may also reshape by numbers it was built with, split,
 shuffle or multiply channels. So channels of every group are removed for trial: the network must
-still run, and compute what it computes when nobody reads them. Single ones first: two might come
-from two heads of attention and leave them equally wide by chance. Groups that do not pass stay
+still run, and compute what it computes when nobody reads them: its outputs, and what each layer
+makes that reads a group, since what follows may hide a difference. Single ones first: two might
+come from two heads of attention and leave them equally wide by chance. Groups that do not pass stay
 whole.
 """
 
