@@ -11,6 +11,7 @@ from typing import Any
 
 from rivals_table import fusion_table, parts_table, recoveries_table, rules_table, spread
 from starts_table import starts_table
+from suite import shown_value
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
@@ -338,8 +339,9 @@ def index(suites: dict[str, Any]) -> str:
     ]
     for suite in (suites[name] for name in sorted(suites)):
         for show in suite["shows"]:
+            target = f"{show['sense']} {show['target']:g}"
             lines.append(
-                f"| {show['claim']} | {show['value']:.4g} | {show['sense']} {show['target']:g} "
+                f"| {show['claim']} | {shown_value(show['value'])} | {target} "
                 f"| {'yes' if show['ok'] else '**no**'} | `{suite['command']}` |"
             )
     lines += [

@@ -11,12 +11,12 @@ NAMES = {"resnet": "a ResNet-18 of a quarter of the width", "vit": "a ViT, six b
 
 def starts_table(suite: dict[str, Any]) -> str:
     """Return accuracy on new tasks per start and share, then what that answers, by network."""
-    told = [row for row in suite["rows"] if row.get("part") == "new"]
     lines: list[str] = []
-    for network in sorted({row["network"] for row in told}):
-        own = [row for row in told if row["network"] == network]
-        lines += ["", f"CIFAR-100, {NAMES[network]}:", *_accuracies(own)]
-        lines += _answers([row for row in suite["rows"] if row["network"] == network])
+    for network in sorted({row["network"] for row in suite["rows"] if row.get("part") == "new"}):
+        every = [row for row in suite["rows"] if row["network"] == network]
+        own = [row for row in every if row.get("part") == "new"]
+        lines += ["", f"CIFAR-100, {NAMES[network]}:", *_accuracies(own), *_answers(every)]
+        lines += _library([row for row in every if row.get("part") == "bank"])
     lines += [
         "",
         "Five-way tasks of 20 classes that neither parent nor library has seen: accuracy in %,",
@@ -39,6 +39,22 @@ def _accuracies(rows: Sequence[Row]) -> list[str]:
                   f"{row['seconds_mean']:.0f} s" if row else "" for row in found]  # fmt: skip
         counts = dict.fromkeys(str(row["runs"]) for row in found if row)
         lines.append(f"| {start} | {iterations} | {' | '.join(values)} | {', '.join(counts)} |")
+    return lines
+
+
+def _library(rows: Sequence[Row]) -> list[str]:
+    """Return what the library's cuts took, once."""
+    if not rows:
+        return []
+    shares = sorted({row["share"] for row in rows}, reverse=True)
+    cells = {(row["start"], row["share"]): row for row in rows}
+    head = [f"{1 - share:.0%} removed" for share in shares]
+    lines = ["", f"| the library, made once | runs | {' | '.join(head)} |",
+             f"|---|---|{'---|' * len(head)}"]  # fmt: skip
+    for start in dict.fromkeys(row["start"] for row in rows):
+        own = [cells[start, share] for share in shares]
+        values = [f"{row['seconds_mean']:.0f} s" for row in own]
+        lines.append(f"| {start}, down to | {own[0]['runs']} | {' | '.join(values)} |")
     return lines
 
 

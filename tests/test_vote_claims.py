@@ -41,7 +41,7 @@ def test_seconds_are_compared_with_the_cheapest_cold_schedule_as_accurate(
         row("new", "new00", COLD, iterations, accuracy, seconds)
         for iterations, accuracy, seconds in ((100, 70, 4), (300, 80, 10), (1000, 90, 40))
     ]
-    ahead, spent = claims(rows)
+    ahead, spent = (show for show in claims(rows) if show.value is not None)
     assert ahead.value == ours - 90
     assert f"({cheapest} iterations)" in spent.claim and spent.value == pytest.approx(share)
 
@@ -66,3 +66,24 @@ def test_measures_are_compared_on_the_tasks_that_both_saw() -> None:
     [told] = answers(rows)
     assert told["points"] == 3.0 and told["runs"] == 1
     assert (told["start"], told["against"]) == (f"{start}, by task2vec", "by leep")
+
+
+def test_a_target_whose_runs_are_missing_is_told_as_such_and_not_met() -> None:
+    told = {show.claim: show for show in claims([])}
+    assert len(told) == 10, "four shares and the seconds, of two networks"
+    assert all(show.value is None and not show.ok for show in told.values())
+
+
+def test_numbers_of_neighbours_are_compared_with_the_usual_one() -> None:
+    rows = [row("measures", "new00", f"average of weights{count}", 30, accuracy)
+            for count, accuracy in (("", 60.0), (", N = 2", 61.0), (", N = 20", 57.0))]  # fmt: skip
+    told = {each["start"]: (each["against"], each["points"]) for each in answers(rows)}
+    assert told == {"average of weights, N = 2": ("N = 5", 1.0),
+                    "average of weights, N = 20": ("N = 5", -3.0)}  # fmt: skip
+
+
+def test_measures_of_similarity_are_compared_with_the_usual_one() -> None:
+    rows = [row("measures", "new00", "votes", 30, accuracy, measure=measure)
+            for measure, accuracy in (("task2vec", 58.0), ("leep", 60.0))]  # fmt: skip
+    [told] = answers(rows)
+    assert (told["start"], told["against"], told["points"]) == ("votes, by task2vec", "by leep", -2)

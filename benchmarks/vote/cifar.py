@@ -6,8 +6,9 @@ A parent that knows 80 classes (``benchmarks/parents/cifar_*``); a library of 40
 these, each cut to 50, 20, 10 and 2 % of the MACs; and twelve new tasks of 20 classes that neither
 has seen, three seeds each. ``choose`` finds the best library start on six tasks of the library,
 each left out of it; ``new`` then runs every row on the new tasks; ``measures`` compares neighbours
-by other measures of similarity. A stopped run goes on; two may run side by side. ``--quick`` takes
-one task, a small library made in haste and few iterations, and writes nothing.
+by other measures of similarity, and other numbers of them. A stopped run goes on; two may run side
+by side. ``--quick`` takes one task, a small library made in haste and few iterations, and writes
+nothing.
 """
 
 from __future__ import annotations
@@ -25,15 +26,22 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from secateur.core.progress import shown
 from suite import RESULTS, append_row, read_rows, write_suite
-from vote.cifar_claims import ITERATIONS, SECONDS_AT, answers, claims, ranking, summary
+from vote.cifar_claims import (
+    ITERATIONS,
+    NETWORKS,
+    SECONDS_AT,
+    answers,
+    claims,
+    ranking,
+    summary,
+)
 from vote.cifar_plots import draw_curves
 from vote.lab import COLD, ITERATIVE, LIBRARIES, MEASURES, SHARES, STAGED, UNCUT, Effort, Lab, Row
-from vote.starts import STARTS
+from vote.starts import BY_COUNT, COUNTED, STARTS
 from vote.turns import turn
 
 CELLS = RESULTS / "vote_cifar.cells.jsonl"
 CLAIMS = LIBRARIES / "claims"
-NETWORKS = ("resnet", "vit")
 SEEDS = (0, 1, 2)
 CHOOSING, FINAL = 6, 2  # tasks of the library to choose the best start on; starts in the last round
 SHORT, MIDDLE, LONG = 100, 300, 1000
@@ -63,6 +71,7 @@ def main() -> None:
             lab = Lab(network)
             if options.part in (None, "bank"):
                 make_library(lab, end)
+                tell_library(lab)
             if lab.missing():
                 print(f"{network}: cold starts alone, for the library still lacks "
                       f"{', '.join(lab.missing())}")  # fmt: skip
@@ -87,6 +96,14 @@ def make_library(lab: Lab, end: float) -> None:
             if ours and name in lab.missing():  # else another process makes it, or did meanwhile
                 lab.make(name)
                 print(lab.network, name, "made", flush=True)
+
+
+def tell_library(lab: Lab) -> None:
+    """Write down what the library took, once it is whole."""
+    told = {cell_of(row) for row in read_rows(CELLS)}
+    for row in [] if lab.missing() else lab.made():
+        if cell_of({"part": "bank", **row}) not in told:
+            append_row(CELLS, {"part": "bank", **row})
 
 
 def fill(lab: Lab, part: str, end: float) -> None:
@@ -166,11 +183,14 @@ def _told(lab: Lab) -> Iterator[Cell]:
 
 
 def _measuring(lab: Lab) -> Iterator[Cell]:
-    """The starts that depend on who is nearest, by each measure of similarity."""
+    """The starts that depend on who is nearest, by each measure and from so many neighbours."""
     starts = ("votes of the nearest", "nearest task's weights")
     for task, measure, start in product(lab.data.new_tasks(), MEASURES, starts):
         yield ("measures", lab.network, task.name, 0, MEASURED_SHARE, start, MEASURED_ITERATIONS,
                measure)  # fmt: skip
+    for task, start in product(lab.data.new_tasks(), (*COUNTED, *BY_COUNT)):
+        yield ("measures", lab.network, task.name, 0, MEASURED_SHARE, start, MEASURED_ITERATIONS,
+               "leep")  # fmt: skip
 
 
 def cell_of(row: Row) -> Cell:

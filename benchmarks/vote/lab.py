@@ -19,7 +19,7 @@ from secateur.vote.similarity import leep, mean_feature, score_cosine, task2vec
 from suite import read_json
 from train_parent import PARENTS, SEEN
 from vote.probed import pretrained
-from vote.starts import STARTS, Asked, Earlier, begin
+from vote.starts import BY_COUNT, STARTS, Asked, Earlier, begin
 from vote.tasks import BANK, SPEC, Cifar, FiveWay, Images
 from vote.training import (
     Clock,
@@ -100,6 +100,19 @@ class Lab:
         self._cut_all(name, parent, images, self._effort.iterations,
                       self.data.images(task.classes, "test"))  # fmt: skip
 
+    def made(self) -> list[Row]:
+        """Return what the library's cuts took: seconds of all of a task's down to each share."""
+        found = []
+        for name in (GENERIC, *(task.name for task in self.bank)):
+            whose, iterations = ((GENERIC, self._effort.generic) if name == GENERIC
+                                 else ("a task", self._effort.iterations))  # fmt: skip
+            for one in read_json(self.folder / f"{name}.json"):
+                found.append({"network": self.network, "task": name, "seed": 0,
+                              "share": one["share"], "start": whose, "iterations": iterations,
+                              "measure": NO_LIBRARY, "accuracy": one["accuracy"],
+                              "seconds": one["seconds"]})  # fmt: skip
+        return found
+
     def ask(self, task: FiveWay, share: float, seed: int, measure: str) -> Asked:
         """Return what a start for the task is made from; the task itself is not in the library.
 
@@ -169,7 +182,7 @@ class Lab:
         if start in NOBODY_NEAR:
             measure = NO_LIBRARY if start in COLD else ""
         asked = self.ask(task, first_share, seed, measure)
-        first = headed(begin(asked, STARTS[start]), asked.images)
+        first = headed(begin(asked, {**STARTS, **BY_COUNT}[start]), asked.images)
         if not staged:
             return first, lambda *_: None
         when = in_steps(share, iterations, first_share, self._effort.cuts)

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from fusion.overlap import depth_of
 from secateur.vote.ballot import overlap
 from suite import RESULTS, read_json, write_suite
-from vote.cifar import NETWORKS
+from vote.cifar_claims import NETWORKS
 from vote.lab import SHARES, Lab
 from vote.starts import NEIGHBOURS
 

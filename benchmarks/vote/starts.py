@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -62,8 +63,12 @@ class Asked:
     @property
     def nearest(self) -> list[tuple[Earlier, float]]:
         """The nearest tasks' cuts, and their say."""
-        say = vote_weights(self.similarities[:NEIGHBOURS])
-        return list(zip(self.earlier[:NEIGHBOURS], say.tolist(), strict=True))
+        return self.nearest_of(NEIGHBOURS)
+
+    def nearest_of(self, count: int) -> list[tuple[Earlier, float]]:
+        """Return the cuts of so many tasks, and their say."""
+        say = vote_weights(self.similarities[:count])
+        return list(zip(self.earlier[:count], say.tolist(), strict=True))
 
     @property
     def own(self) -> dict[str, NDArray[np.float64]]:
@@ -87,9 +92,9 @@ def refitted(asked: Asked) -> MultiTaskModel:
                  asked.images.images[chosen])  # fmt: skip
 
 
-def votes_of_nearest(asked: Asked) -> MultiTaskModel:
+def votes_of_nearest(asked: Asked, count: int = NEIGHBOURS) -> MultiTaskModel:
     """The channels that the nearest tasks' keep-sets vote for (MVP), the parent's weights."""
-    return asked.parent.cut(_voted(asked, asked.nearest))
+    return asked.parent.cut(_voted(asked, asked.nearest_of(count)))
 
 
 def votes_of_random(asked: Asked) -> MultiTaskModel:
@@ -122,14 +127,15 @@ def inherited(asked: Asked) -> MultiTaskModel:
     return _as_it_was(asked.parent, asked.earlier[0])
 
 
-def inherited_average(asked: Asked) -> MultiTaskModel:
+def inherited_average(asked: Asked, count: int = NEIGHBOURS) -> MultiTaskModel:
     """The voted channels, weights averaged over the voters that have them."""
-    plan = _voted(asked, asked.nearest)
+    voters = asked.nearest_of(count)
+    plan = _voted(asked, voters)
     model = asked.parent.cut(plan)
     state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-    donors = [_sub_network(asked.parent, each.weights, each.plan) for each, _ in asked.nearest]
+    donors = [_sub_network(asked.parent, each.weights, each.plan) for each, _ in voters]
     found = inherit(_sub_network(asked.parent, state, plan), donors,
-                    [weight for _, weight in asked.nearest])  # fmt: skip
+                    [weight for _, weight in voters])  # fmt: skip
     return _loaded(model, found.weights)
 
 
@@ -150,6 +156,13 @@ STARTS: Mapping[str, Start] = {
     "nearest task's weights": inherited,
     "average of weights": inherited_average,
     "generic weights": inherited_generic,
+}
+COUNTS = (1, 2, 10, 20, 39)  # neighbours, besides NEIGHBOURS; the last are all
+COUNTED = {"votes of the nearest": votes_of_nearest, "average of weights": inherited_average}
+BY_COUNT: Mapping[str, Start] = {
+    f"{name}, N = {count}": partial(start, count=count)
+    for name, start in COUNTED.items()
+    for count in COUNTS
 }
 
 
