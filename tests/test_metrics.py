@@ -104,6 +104,34 @@ def test_delta_is_the_mean_within_a_task_then_over_tasks() -> None:
     assert (result.worst_task, result.worst) == ("a", pytest.approx(-10.0))
 
 
+@pytest.mark.parametrize(("before", "after", "change"), [
+    ({"up": 0.0, "down": 2.0}, {"up": 2.0, "down": 4.0}, -100.0),  # a gain on 0 says nothing
+    ({"up": 50.0, "down": 0.0}, {"up": 50.0, "down": 0.1}, -50.0),  # a loss on 0 counts as whole
+    ({"up": 0.0, "down": 0.0}, {"up": 3.0, "down": 0.0}, 0.0),
+])  # fmt: skip
+def test_nothing_is_relative_to_zero(
+    before: dict[str, float], after: dict[str, float], change: float
+) -> None:
+    found = delta({"t": before}, {"t": after}, {"t": {"up": True, "down": False}})
+    assert found.per_task["t"] == pytest.approx(change)
+
+
+@pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])
+def test_a_task_that_is_no_number_is_the_worst(order: tuple[str, str]) -> None:
+    after = {"a": {"up": 5.0}, "b": {"up": math.nan}}
+    parent, up = {"a": {"up": 10.0}, "b": {"up": 10.0}}, {"a": {"up": True}, "b": {"up": True}}
+    found = delta(parent, {name: after[name] for name in order}, up)
+    assert found.worst_task == "b" and math.isnan(found.worst) and math.isnan(found.mean)
+
+
+def test_normals_that_are_unknown_give_no_gradient() -> None:
+    output = torch.ones(1, 3, 1, 2, requires_grad=True)
+    target = torch.tensor([[0.0, 0, 1], [math.nan] * 3]).T.reshape(1, 3, 1, 2)
+    kind("normals").loss(output, target).backward()
+    assert output.grad is not None and output.grad.isfinite().all()
+    assert output.grad[..., 1].eq(0).all() and output.grad[..., 0].ne(0).any()
+
+
 @pytest.mark.parametrize("unknown", [math.nan, math.inf, -math.inf, 0.0])
 def test_depth_that_is_unknown_gives_no_loss_and_no_gradient(unknown: float) -> None:
     output = torch.ones(1, 1, 2, 2, requires_grad=True)

@@ -24,7 +24,7 @@ from secateur.flow.cache import StageCache
 from secateur.flow.job import Job, open_job
 from secateur.flow.planning import make_plan
 from secateur.flow.recipe import parse_recipe
-from secateur.flow.recovery import check_recovery, freeze_norms
+from secateur.flow.recovery import check_recovery, freeze_norms, pieces
 from secateur.flow.stages import begin_cut, finish_cut, make_cut
 from secateur.recover import TrainSettings, freeze_after, reinitialised, train
 from secateur.recover.balance import (
@@ -372,6 +372,34 @@ def test_averaged_weights_follow_their_formula() -> None:
             assert torch.allclose(tensor, 0.25 * first[name] + 0.75 * second[name], atol=1e-6)
     without = train(tiny_model(), reader, SPEC, replace(plain, ema=1e-12)).model.state_dict()
     assert all(torch.allclose(without[name], tensor) for name, tensor in second.items())
+
+
+def test_averaged_weights_keep_indices() -> None:
+    """57 read back as 56 is another pixel's bias: a mean of whole numbers is rounded down."""
+
+    class Shuffled(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("index", torch.arange(512).flip(0))
+            self.weight = torch.nn.Parameter(torch.ones(512))
+
+        def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"room": image.mean((1, 2, 3))[:, None] * self.weight[self.index][None, :4]}
+
+    task = Task("room", "room", "classification", "room", classes=4)
+    settings = TrainSettings(epochs=1, batch_size=4, ema=0.997)
+    trained = train(MultiTaskModel(Shuffled(), (task,)), scenes(8), SPEC, settings).model
+    assert torch.equal(trained.network.index, torch.arange(512).flip(0))
+
+
+@pytest.mark.parametrize(("size", "count", "length", "wanted"), [
+    (14, 6, 8, [8, 9, 10, 11, 12, 13]),  # one piece: the last images
+    (12, 4, 2, [4, 5, 10, 11]),
+    (12, 4, 1, [2, 5, 8, 11]),
+    (5, 5, 2, [0, 1, 2, 3, 4]),
+])  # fmt: skip
+def test_what_is_held_out_is_spread(size: int, count: int, length: int, wanted: list[int]) -> None:
+    assert pieces(size, count, length) == wanted
 
 
 class Stop(Exception):

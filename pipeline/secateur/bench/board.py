@@ -21,7 +21,7 @@ from secateur.bench.layout import Box, arrange, extent
 from secateur.bench.legend import ROW, DepthRange, Legend, Shown, entries_of, flow
 from secateur.bench.lettering import DIM, INK, Colour, chip, fitted, lay, rounded, text
 from secateur.bench.wording import milliseconds
-from secateur.data.transforms import DENSE
+from secateur.data.labels import DENSE
 
 Answers = Mapping[str, NDArray[np.generic]]
 GROUND, PLATE = (15, 18, 24), (12, 14, 18)

@@ -22,14 +22,16 @@ from secateur.bench.colours import (
 from secateur.core.files import atomic_path
 from secateur.core.model import ModelInput
 from secateur.core.task import Task
+from secateur.data.labels import DENSE
 from secateur.data.sample import Reader
-from secateur.data.transforms import DENSE, image_tensor, target_tensor
+from secateur.data.transforms import image_tensor, target_tensor
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 Outputs = Mapping[str, Tensor]
+CHANNELS = 128
 
 
 def contact_sheet(
@@ -122,8 +124,12 @@ def _pictures(
 
 
 def _resize(answer: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
-    maps = cv2.resize(np.ascontiguousarray(answer.transpose(1, 2, 0)), size[::-1])
-    return np.asarray(maps.reshape(*size, -1), np.float32)
+    parts = np.array_split(answer, -(-len(answer) // CHANNELS))  # what OpenCV 5 takes at a time
+    maps = [
+        cv2.resize(np.ascontiguousarray(part.transpose(1, 2, 0)), size[::-1]).reshape(*size, -1)
+        for part in parts
+    ]
+    return np.concatenate(maps, axis=2, dtype=np.float32)
 
 
 def _numbers(values: NDArray[np.generic]) -> str:

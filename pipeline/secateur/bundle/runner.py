@@ -33,6 +33,7 @@ from secateur.bundle.engine_run import EngineSession, has_engine
 from secateur.bundle.ncnn_run import NcnnProblem, NcnnSession
 
 MANIFEST_SCHEMA = 1
+CHANNELS = 128
 DENSE_KINDS = ("segmentation", "depth", "normals", "edges")
 
 
@@ -55,14 +56,25 @@ def preprocess(image, contract):
     return np.ascontiguousarray(normal.transpose(2, 0, 1), dtype=np.float32)[None]
 
 
+def resized(maps, size):
+    """(C, h, w) -> (height, width, C), by parts: OpenCV 5 takes 128 channels at a time."""
+    parts = [
+        cv2.resize(np.ascontiguousarray(part.transpose(1, 2, 0)), (size[1], size[0]),
+                   interpolation=cv2.INTER_LINEAR).reshape(*size, -1)
+        for part in (maps[at : at + CHANNELS] for at in range(0, len(maps), CHANNELS))
+    ]  # fmt: skip
+    return np.concatenate(parts, axis=2) if len(parts) > 1 else parts[0]
+
+
 def decode(output, task, size):
     """One task's output (1, ...) -> what a user wants, dense ones at ``size`` = (height, width)."""
     kind = task["kind"]
     if kind in DENSE_KINDS:
-        maps = output[0].transpose(1, 2, 0)
-        maps = cv2.resize(maps, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
+        maps = resized(output[0], size)
+        if kind in ("depth", "edges"):
+            maps = maps[:, :, 0]
         if kind == "segmentation":
-            return maps.reshape(*size, -1).argmax(axis=2).astype(np.uint8)
+            return maps.argmax(axis=2).astype(np.uint8 if maps.shape[2] <= 256 else np.uint16)
         if kind == "normals":
             return maps / np.maximum(np.linalg.norm(maps, axis=2, keepdims=True), 1e-6)
         return 1 / (1 + np.exp(-maps)) if kind == "edges" else maps

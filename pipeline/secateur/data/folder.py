@@ -53,7 +53,14 @@ class Folder:
             file = Path(name)
             hidden = any(part.startswith((".", "__")) for part in file.parts)
             if file.suffix.lower() in SUFFIXES and len(file.parts) <= 2 and not hidden:
-                folders.setdefault(file.parent.as_posix(), {})[file.stem] = name
+                files = folders.setdefault(file.parent.as_posix(), {})
+                if file.stem in files:
+                    raise DataError(
+                        f"{files[file.stem]} and {name} in {path} have one name but for their "
+                        "ends, so a label could be of either",
+                        hint="give one of them another name, and its labels, too",
+                    )
+                files[file.stem] = name
         own, beside = folders.pop("image", {}), folders.pop(".", {})
         self._images = own or beside
         self._dense = {
@@ -89,7 +96,7 @@ class Folder:
         return unit_normals(stored) if label == "normals" else stored
 
     def _read_csv(self) -> dict[str, dict[str, Array]]:
-        text = self._archive.read("labels.csv").decode("utf-8", errors="replace")
+        text = self._archive.read("labels.csv").decode("utf-8-sig", errors="replace")
         rows = csv.DictReader(io.StringIO(text))
         result: dict[str, dict[str, Array]] = {}
         if "name" not in (rows.fieldnames or ()):
@@ -102,6 +109,8 @@ class Folder:
         for number, row in enumerate(rows, start=2):
             try:
                 stem = Path(row.pop("name")).stem
+                if stem in result:
+                    raise ValueError(f"a second line for image '{stem}'")
                 result[stem] = {key: np.array(float(value)) for key, value in row.items()}
             except (TypeError, ValueError) as error:
                 raise DataError(

@@ -14,6 +14,7 @@ from torch import Tensor
 from secateur.core.errors import DataError
 from secateur.core.model import ModelInput, MultiTaskModel, model_fingerprint
 from secateur.core.task import Task
+from secateur.data.labels import check_known
 from secateur.data.loading import InMemory, open_reader
 from secateur.data.sample import Reader
 from secateur.devices.latency_table import LatencyTable, channel_grid
@@ -173,7 +174,8 @@ def open_data(recipe: Recipe, spec: DataSpec) -> Reader:
     """Return the reader of ``data.train`` or ``data.eval``; what it decodes it keeps.
 
     Raises:
-        DataError: there is no such reader, it finds no images, or a label is called like none.
+        DataError: there is no such reader, it finds no images, a label is called like none, or
+            has but one class beside what is unknown.
     """
     reader = open_reader(spec.reader, recipe.data_root(spec), spec.split, **spec.options)
     misnamed = getattr(reader, "misnamed", {})  # of the reader of folders
@@ -185,4 +187,6 @@ def open_data(recipe: Recipe, spec: DataSpec) -> Reader:
                 f"'{reader[0].id}'",
                 hint="give a label the name of its image, or take the folder away",
             )
-    return InMemory(reader)
+    kept = InMemory(reader)
+    check_known(kept, recipe.all_tasks())
+    return kept

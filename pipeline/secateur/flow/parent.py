@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from secateur.core.errors import ModelError, first_line
 from secateur.core.model import MultiTaskModel, check_outputs
 from secateur.core.task import Task
-from secateur.data.transforms import DENSE
+from secateur.data.labels import DENSE
 from secateur.flow.recipe import Recipe
 
 

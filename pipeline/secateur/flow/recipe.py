@@ -49,10 +49,16 @@ class TaskSpec(_Strict):
     kind: str
     label: str | None = None
     classes: int | None = Field(default=None, ge=2)
-    ignore_index: int = 255
+    ignore_index: int | None = None
     max_drop: float | None = Field(default=None, ge=0)
     weight: float = Field(default=1.0, gt=0)
     floor: float | None = Field(default=None, gt=0, lt=1)
+
+    def unknown_class(self) -> int:
+        """Return the label of what is unknown: by default 255, unless that is a class itself."""
+        if self.ignore_index is not None:
+            return self.ignore_index
+        return 255 if (self.classes or 0) <= 255 else -1
 
 
 class DataSpec(_Strict):
@@ -222,7 +228,7 @@ class Recipe(_Strict):
                 kind=spec.kind,
                 label=spec.label or name,
                 classes=spec.classes,
-                ignore_index=spec.ignore_index,
+                ignore_index=spec.unknown_class(),
                 max_drop=spec.max_drop,
                 weight=spec.weight,
             )

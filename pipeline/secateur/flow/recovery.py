@@ -8,6 +8,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
 
+import numpy as np
+
 from secateur.bench.accuracy import evaluate_model, score_model
 from secateur.core.errors import DataError, RecipeError
 from secateur.core.files import write_json
@@ -32,6 +34,7 @@ from secateur.recover import (
 )
 
 JUDGE_IMAGES = 64
+PIECE = 8  # images in a run, held out for an early stop
 # Recovery is short: zooms and colour jitter would move batch norm away from deployment's images.
 AUGMENTS = {"none": None, "flip": Augment(scale=1.0, jitter=0.0), "full": Augment()}
 
@@ -160,15 +163,26 @@ def _epochs(job: Job, wanted: RecoverSpec) -> float:
 def _split(job: Job, wanted: RecoverSpec) -> tuple[Reader, Reader | None]:
     """Return what is trained on and, with an early stop, what is held out.
 
-    The last images are held out, in one piece: neighbours often show the same scene.
+    These come in pieces, spread over all: neighbours often show the same scene, and sorted images
+    end with a class of their own.
     """
     reader = job.train
     if wanted.augment != "full":  # nothing zooms, so every sample is resized once
         reader = resized_reader(reader, job.spec, job.tasks if wanted.labels else ())
     if not wanted.early_stop:
         return reader, None
-    first = len(reader) - wanted.early_stop.images
-    return Subset(reader, range(first)), Subset(reader, range(first, len(reader)))
+    classes = any(task.kind in ("classification", "multilabel") for task in job.tasks)
+    held_out = set(pieces(len(reader), wanted.early_stop.images, 1 if classes else PIECE))
+    rest = [index for index in range(len(reader)) if index not in held_out]
+    return Subset(reader, rest), Subset(reader, sorted(held_out))
+
+
+def pieces(size: int, count: int, length: int) -> list[int]:
+    """Return ``count`` of ``size`` indices, in runs of ``length`` spread evenly over all."""
+    runs = np.array_split(np.arange(count), -(-count // length))
+    room = size - count
+    skipped = np.linspace(0, room, len(runs) + 1).round().astype(int)[1:]
+    return [int(i) for skip, run in zip(skipped, runs, strict=True) for i in run + skip]
 
 
 def _validation(job: Job, held_out: Reader) -> Callable[[MultiTaskModel], float]:

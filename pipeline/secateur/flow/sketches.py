@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from secateur.core.errors import RecipeError
 from secateur.core.model import MultiTaskModel, evaluating
 from secateur.core.task import Task
+from secateur.data.labels import DENSE
 from secateur.data.loading import Batch, Subset, batches, has_labels, spread
-from secateur.data.transforms import DENSE
 from secateur.flow.channel_scores import score_bank, score_key
 from secateur.flow.job import Job
 from secateur.flow.trunk import within

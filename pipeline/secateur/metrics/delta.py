@@ -7,9 +7,11 @@ better), then the mean over tasks (the convention of AdaShare, arXiv 1911.12423)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+ZERO = 1e-9
 Metrics = Mapping[str, Mapping[str, float]]
 
 
@@ -30,20 +32,24 @@ class Delta:
 def delta(parent: Metrics, other: Metrics, higher: Mapping[str, Mapping[str, bool]]) -> Delta:
     """Compare ``other`` with ``parent``; each is ``{task: {metric: value}}``.
 
-    ``higher`` says per task and metric whether higher is better.
+    ``higher`` says per task and metric whether higher is better. Nothing is relative to 0: a metric
+    that is 0 in the parent counts as -100 % if it became worse, else not at all.
     """
-    per_task = {
-        task: sum(
-            _relative_percent(parent[task][name], other[task][name], up)
-            for name, up in higher[task].items()
-        )
-        / len(higher[task])
-        for task in other
-    }
-    worst = min(per_task, key=lambda task: per_task[task])
+    per_task = {task: _task_percent(parent[task], other[task], higher[task]) for task in other}
+    worst = min(per_task, key=lambda task: (not math.isnan(per_task[task]), per_task[task]))
     return Delta(per_task, sum(per_task.values()) / len(per_task), worst)
 
 
-def _relative_percent(before: float, after: float, higher_is_better: bool) -> float:
-    change = 100 * (after - before) / max(abs(before), 1e-9)
-    return change if higher_is_better else -change
+def _task_percent(
+    before: Mapping[str, float], after: Mapping[str, float], higher: Mapping[str, bool]
+) -> float:
+    changes = [_relative_percent(before[name], after[name], up) for name, up in higher.items()]
+    told = [change for change in changes if change is not None]
+    return sum(told) / len(told) if told else 0.0
+
+
+def _relative_percent(before: float, after: float, higher_is_better: bool) -> float | None:
+    gain = after - before if higher_is_better else before - after
+    if abs(before) < ZERO and not math.isnan(gain):
+        return -100.0 if gain < 0 else None
+    return 100 * gain / abs(before)

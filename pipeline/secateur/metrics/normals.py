@@ -24,8 +24,9 @@ class Normals:
     }
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        cosine = _cosine(resized(output, target), target)
-        return masked_mean(1 - cosine, target.square().sum(1) > 0.25)
+        valid = target.square().sum(1) > 0.25
+        target = torch.where(valid[:, None], target, 0)  # NaN would spoil gradients, times 0 too
+        return masked_mean(1 - _cosine(resized(output, target), target), valid)
 
     def distillation_loss(self, output: Tensor, parent: Tensor) -> Tensor:
         return (1 - _cosine(output, parent)).mean()

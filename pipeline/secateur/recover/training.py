@@ -176,6 +176,7 @@ class _Run:
         self.optimizer.step()
         if self.average is not None:
             self.average.update_parameters(self.model)
+            _copy_indices(self.average.module, self.model)
         return values
 
     def result(self) -> MultiTaskModel:
@@ -203,6 +204,13 @@ def _judge(
         state = model.state_dict()
         progress.best = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
     progress.scores.append(score)
+
+
+def _copy_indices(average: nn.Module, network: nn.Module) -> None:
+    """Give the average the network's whole numbers: a mean of such is rounded down."""
+    for own, other in zip(average.buffers(), network.buffers(), strict=True):
+        if not own.is_floating_point():
+            own.copy_(other)
 
 
 def _freeze_statistics(network: nn.Module) -> None:
