@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 from pathlib import Path
 
 import cv2
@@ -83,6 +84,17 @@ def expect_error(capsys, folder: Path, *arguments, says: str, code: int = 2) -> 
         (("images: 16}", "images: 16, criterion: tailor}"), "'tailor' is not a criterion"),
         (("images: 16}", "images: 16, fusion: cutt}"), "'cutt' is not a fusion rule"),
         (("keep: [", "keep: [["), "is not YAML"),
+        (("keep: [", "source: x\nkeep: ["), "unknown key 'source'"),
+        (("  room:", "  image:"), "'image' cannot be a task's name"),
+        (("  room:", "  'a,b':"), "'a,b' cannot be a task's name"),
+        (
+            ("images: 16}", "images: 16, warm_start: library, similarity: leap}"),
+            "'leap' is not a measure",
+        ),
+        (
+            ("keep: [", "precision: {mode: int8, pin: {steem: fp32}}\nkeep: ["),
+            "no torch module 'steem'",
+        ),
         (("split: train", "split: train, root: '${NO_SUCH_VARIABLE}'"), "which is not set"),
     ],
 )
@@ -109,6 +121,24 @@ def test_a_checkpoint_with_missing_and_unexpected_keys(capsys, tmp_path: Path) -
         capsys, tmp_path, "build", recipe,
         says="1 missing keys (first 'stem.weight') and 1 unexpected keys (first 'stranger')",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "says"), [
+    (b"weights to follow\n", "is no checkpoint: it begins with b'weights to follow"),
+    (b"<!doctype html><title>Sign in</title>", "is no checkpoint: it begins with b'<!doctype"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "get it with `git lfs pull`"),
+    (bytes(range(1, 200)), "is no checkpoint"),
+    (b"", "is no checkpoint: it begins with b''"),
+])  # fmt: skip
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_a_file_that_is_no_checkpoint(
+    capsys, tmp_path: Path, content: bytes, says: str, suffix: str
+) -> None:
+    recipe = make_project(tmp_path, RECIPE.replace("tiny.safetensors", f"weights.{suffix}"))
+    (tmp_path / f"weights.{suffix}").write_bytes(content)
+    if suffix == "safetensors" and b"lfs" not in content:
+        says = "cannot read the checkpoint"
+    expect_error(capsys, tmp_path, "build", recipe, says=says)
 
 
 class Payload:
@@ -211,6 +241,25 @@ def test_a_folder_that_is_no_bundle(capsys, tmp_path: Path, verb: str) -> None:
 def test_errors_are_json_when_asked(capsys) -> None:
     code, stdout, _ = run(capsys, "plan", "absent.yaml", "--json")
     assert code == 2 and '"hint"' in stdout
+
+
+def test_a_model_file_that_fails_where_it_is_imported(capsys, tmp_path: Path) -> None:
+    recipe = make_project(tmp_path, RECIPE.replace("tinyproject:make", "broken_factory:make"))
+    (tmp_path / "broken_factory.py").write_text(f"WIDTH = wdth\n{FACTORY}")
+    expect_error(capsys, tmp_path, "build", recipe, says="NameError")
+    assert "broken_factory" not in sys.modules, "the next import is to start anew"
+
+
+def test_a_second_target_is_looked_at_before_the_first_ones_work(capsys, tmp_path: Path) -> None:
+    recipe = make_project(tmp_path, RECIPE.replace("keep: [", "engine: {dla: 5}\nkeep: ["))
+    targets = ("--target", "x86-64-cpu", "--target", "jetson-orin-nx-16gb")
+    expect_error(capsys, tmp_path, "build", recipe, *targets, says="DLA cores, got core 5")
+
+
+def test_a_bench_counts_on_one_cpu_model(capsys, tmp_path: Path) -> None:
+    code, _, stderr = run(capsys, "bench", tmp_path, "--device", "emulated:cortex-a53",
+                          "--cpu", "cortex-a72")  # fmt: skip
+    assert code == 2 and "counts on one CPU model, got cortex-a53, cortex-a72" in stderr
 
 
 def test_a_factory_that_returns_no_module(capsys, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,14 @@ import numpy as np
 import pytest
 from secateur.bench.pictures import _pictures
 from secateur.bundle.runner import decode
-from secateur.core.errors import DataError
+from secateur.core import registry
+from secateur.core.errors import DataError, RuntimeMissing
 from secateur.core.model import ModelInput
 from secateur.core.task import Task
+from secateur.data.archive import ImageArchive
 from secateur.data.folder import create
 from secateur.data.labels import check_known
+from secateur.data.loading import InMemory, open_reader
 from secateur.data.sample import Array, Sample
 from secateur.data.transforms import View, fit_sample, target_tensor
 from secateur.flow.recipe import TaskSpec
@@ -155,3 +159,38 @@ def test_names_that_two_files_have_are_refused(
 def test_a_table_as_excel_writes_it_is_read(tmp_path: Path) -> None:
     reader = create(write(tmp_path, ["a.png"], "\ufeffname,age\na.png,3\n"), ".")
     assert reader[0].labels["age"] == 3
+
+
+def test_a_readers_own_fault_is_told_as_its_own() -> None:
+    """Third parties write readers; what these raise is no fault of the program."""
+
+    class Faulty(Stored):
+        def __getitem__(self, index: int) -> Sample:
+            raise ZeroDivisionError("no pixels")
+
+    with pytest.raises(DataError, match=r"Faulty failed on its sample 3: ZeroDivisionError"):
+        InMemory(Faulty([mask(0)] * 4))[3]
+
+
+def test_a_third_partys_module_that_cannot_be_imported_is_told(monkeypatch, tmp_path: Path) -> None:
+    (tmp_path / "their_reader.py").write_text("import no_such_library\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(registry, "entries", lambda _package: {"theirs": "their_reader"})
+    with pytest.raises(RuntimeMissing, match=r"cannot be imported from their_reader.*no_such_lib"):
+        open_reader("theirs", tmp_path, "train")
+
+
+def damaged_zip(path: Path) -> Path:
+    """A zip whose member is compressed, and does not unpack any more."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.png", bytes(1000))
+        start = archive.infolist()[0].header_offset
+    data = bytearray(path.read_bytes())
+    data[start + 30 + len("a.png") : start + 30 + len("a.png") + 4] = b"\xff" * 4
+    path.write_bytes(data)
+    return path
+
+
+def test_a_damaged_member_of_a_zip_is_told(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"cannot read a\.png in"):
+        ImageArchive(damaged_zip(tmp_path / "data.zip")).read("a.png")

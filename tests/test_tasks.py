@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,7 @@ from secateur.runtimes.base import runtime_of
 from secateur.tasks import apply_folds, decompose, draw_use, plan_folds, select_tasks
 from secateur.tasks.reparam import LoraLayer, RcmConv, TapsLayer, TaskPasses, set_task
 from secateur.tasks.stub import Stub
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 NAMES = ("a", "b", "c")
@@ -408,21 +410,38 @@ def test_torchscript_is_refused_in_words() -> None:
         decompose(MultiTaskModel(network, MODELS["branches"].tasks), IMAGE)
 
 
+class Own(HardSharing):
+    """A network that selects by itself; ``says`` is what its smaller one gives of an output."""
+
+    def __init__(self, says: Callable[[Tensor], Tensor] = lambda output: output) -> None:
+        super().__init__()
+        self.says = says
+
+    def select_outputs(self, names: Collection[str]) -> nn.Module:
+        return Smaller(self, list(names))
+
+
+class Smaller(nn.Module):
+    def __init__(self, whole: Own, names: list[str]) -> None:
+        super().__init__()
+        self.whole, self.names = copy.deepcopy(whole), names
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        outputs = self.whole(image)
+        return {name: self.whole.says(outputs[name]) for name in self.names}
+
+
 def test_select_outputs_goes_first() -> None:
-    class Own(HardSharing):
-        def select_outputs(self, names):
-            return SimpleSelected(names)
+    assert isinstance(select_tasks(model_of(Own()), ["a"], IMAGE).network, Smaller)
 
-    class SimpleSelected(nn.Module):
-        def __init__(self, names) -> None:
-            super().__init__()
-            self.names = list(names)
 
-        def forward(self, image):
-            return dict.fromkeys(self.names, image)
-
-    selected = select_tasks(model_of(Own()), ["a"], IMAGE)
-    assert isinstance(selected.network, SimpleSelected)
+def test_select_outputs_is_checked() -> None:
+    with pytest.raises(ModelError, match=r"after select_outputs\(\['a'\]\), 'a' changes"):
+        select_tasks(model_of(Own(lambda output: output + 1)), ["a"], IMAGE)
+    broken = Own()
+    broken.select_outputs = lambda names: names["a"]  # type: ignore[method-assign]
+    with pytest.raises(ModelError, match=r"select_outputs\(\['a'\]\) failed: TypeError"):
+        select_tasks(model_of(broken), ["a"], IMAGE)
 
 
 def test_an_opaque_split_is_selected_once_an_image_shows_its_parts() -> None:
@@ -614,7 +633,7 @@ def test_inspect_tells_private_shared_and_total(capsys, tmp_path, monkeypatch) -
 
 
 FOLDING = """\
-from torch import nn
+from torch import Tensor, nn
 from secateur.tasks.reparam import LoraLayer, TaskPasses
 
 def make():

@@ -57,35 +57,36 @@ def build(
     """
     from secateur.flow.build import build as run_build
     from secateur.flow.cache import StageCache
+    from secateur.flow.ncnn import target_of
     from secateur.flow.precision import Device
+    from secateur.flow.preflight import open_checked
     from secateur.flow.recipe import load_recipe
     from secateur.flow.there import check_there, finish_there
 
     loaded = load_recipe(recipe)
     command = "secateur " + shlex.join(sys.argv[1:])
-    results, reports, tell = [], [], teller(quiet=as_json)
+    results, rows, tell = [], [], teller(quiet=as_json)
     names = target or [DEFAULT_TARGET]
     for name in names if device else ():
         check_there(loaded, name, device or "")  # before the long work
+    for name in names[1:]:  # the first one's turn comes at once
+        with shown(quiet=as_json):
+            open_checked(loaded, target_of(loaded, name), StageCache(cache), table)
     for name in names:
         with shown(quiet=as_json):
             made = run_build(loaded, name, out, cache=StageCache(cache), table=table,
                              device=Device(device or "", tell), command=command)  # fmt: skip
+        report = finish_there(made.folder, device, tell) if device else None
         results.append(made)
-        reports.append(finish_there(results[-1].folder, device, tell) if device else None)
-    if as_json:
-        rows = [
-            {**result_json(result), **({report.key: report.told} if report else {})}
-            for result, report in zip(results, reports, strict=True)
-        ]
-        typer.echo(json.dumps(rows, indent=2))
-    else:
-        for result, report in zip(results, reports, strict=True):
-            if len(results) > 1:
-                Console().rule(result.manifest.device)
-            print_result(result, Console())
+        rows.append({**result_json(made), **({report.key: report.told} if report else {})})
+        if not as_json:
+            if len(names) > 1:
+                Console().rule(made.manifest.device)
+            print_result(made, Console())
             if report:
                 Console().print(f"{report.key:9} {report.file}", soft_wrap=True, highlight=False)
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
     if any(result.manifest.accuracy.too_low or missed(result.manifest) for result in results):
         raise typer.Exit(1)
 

@@ -196,21 +196,15 @@ def plan(
     from secateur.flow.budgets import plan_within
     from secateur.flow.cache import StageCache
     from secateur.flow.estimates import estimate_plan
-    from secateur.flow.job import open_job
     from secateur.flow.ncnn import target_of
-    from secateur.flow.precision import check_precision
+    from secateur.flow.preflight import open_checked
     from secateur.flow.recipe import load_recipe
-    from secateur.flow.sparsity import check_sparse_target, planned_zeros
-    from secateur.flow.stages import check_evaluable
+    from secateur.flow.sparsity import planned_zeros
 
     loaded = load_recipe(recipe)
     profile = target_of(loaded, target)
     with shown(quiet=as_json):
-        job = open_job(loaded, StageCache(cache))
-        check_evaluable(job)
-        check_precision(job, profile)
-        check_sparse_target(job, profile)
-        job = turn_axes(job)
+        job = turn_axes(open_checked(loaded, profile, StageCache(cache), table))
         planned = plan_within(job, profile, table_file=table)
         zeros = planned_zeros(job, planned)
         estimate: PlanEstimate | str = ""

@@ -48,7 +48,8 @@ def verify(
     not at hand, --no-accuracy checks the rest alone.
 
     With --device ssh://host, the bundle's own run.py does it there; run it again to resume.
-    With --device emulated, that runs on emulated Arm CPUs, against this machine.
+    With --device emulated, that runs on emulated Arm CPUs, against this machine: what differs there
+    fails; accuracy is told, and such few images fail no task.
 
     Example: secateur verify out/x86-64-cpu/fp32
     """
@@ -56,7 +57,9 @@ def verify(
 
     cpus = asked_cpus(device, cpu or [])
     if cpus is not None:
-        skipped = _verify_emulated(bundle, cpus, limit, as_json)
+        skipped = _verify_emulated(bundle, cpus, limit, accuracy, as_json)
+        if as_json and skipped and accuracy:
+            raise typer.Exit(1)
     else:
         result = _verified(bundle, device, limit, accuracy, as_json)
         skipped = result.skipped
@@ -123,13 +126,16 @@ def _verified(
     return verify_on_device(bundle, device, teller(quiet=as_json), limit=limit, accuracy=accuracy)
 
 
-def _verify_emulated(bundle: Path, cpus: Sequence[str], limit: int | None, as_json: bool) -> str:
+def _verify_emulated(
+    bundle: Path, cpus: Sequence[str], limit: int | None, accuracy: bool, as_json: bool
+) -> str:
     """Return why accuracy was not judged, "" where it was."""
     from secateur.cli.emulated import print_verified
     from secateur.flow.emulated import IMAGES, verify_emulated
 
     with shown(quiet=as_json):
-        result = verify_emulated(bundle, cpus, limit=IMAGES if limit is None else limit)
+        images = (IMAGES if limit is None else limit) if accuracy else 0
+        result = verify_emulated(bundle, cpus, limit=images)
     if as_json:
         typer.echo(json.dumps(asdict(result), indent=2))
     else:
@@ -295,6 +301,11 @@ def _bench_emulated(bundle: Path, cpus: Sequence[str], as_json: bool) -> None:
     from secateur.cli.emulated import print_benched
     from secateur.flow.emulated_bench import RECORD, bench_emulated
 
+    if len(cpus) > 1:
+        raise DeviceError(
+            f"bench counts on one CPU model, got {', '.join(cpus)}",
+            hint="leave --cpu out where --device names one, or call bench for each",
+        )
     with shown(quiet=as_json):
         record = bench_emulated(bundle, *cpus)
     if as_json:

@@ -11,6 +11,8 @@ import pkgutil
 from importlib.metadata import entry_points
 from types import ModuleType
 
+from secateur.core.errors import RuntimeMissing
+
 
 def entries(package: str) -> dict[str, str]:
     """Return ``{name: module path}`` of every entry in ``package`` and its entry-point group.
@@ -33,5 +35,15 @@ def load(package: str, name: str) -> ModuleType:
 
     Raises:
         KeyError: there is no such entry; callers turn it into an error in their own words.
+        RuntimeMissing: a third party's module cannot be imported.
     """
-    return importlib.import_module(entries(package)[name])
+    module = entries(package)[name]
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # a third party's code may raise anything
+        if module == f"{package}.{name}":
+            raise
+        raise RuntimeMissing(
+            f"'{name}' of {package} cannot be imported from {module}: {error!r}",
+            hint="install what it needs, or mend it: it is no part of secateur",
+        ) from error

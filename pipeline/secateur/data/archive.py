@@ -28,7 +28,13 @@ class ImageArchive:
             self.names = sorted(
                 file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()
             )
-            marks = [(name, _crc32(path / name)) for name in self.names]
+            try:
+                marks = [(name, _crc32(path / name)) for name in self.names]
+            except OSError as error:
+                raise DataError(
+                    f"cannot read {error.filename}: {error.strerror}",
+                    hint="check that the data set is complete, and that you may read it",
+                ) from error
         elif path.is_file():
             try:
                 self._zip = zipfile.ZipFile(path)
@@ -48,7 +54,8 @@ class ImageArchive:
         """Return a member's bytes."""
         try:
             return self._zip.read(name) if self._zip else (self.path / name).read_bytes()
-        except (KeyError, OSError, zipfile.BadZipFile) as error:
+        except (KeyError, OSError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
+            # RuntimeError: encrypted, or compressed in a way that Python cannot
             raise DataError(
                 f"cannot read {name} in {self.path}: {error}",
                 hint="check that the data set is complete",
@@ -71,7 +78,10 @@ class ImageArchive:
 
     def _decode(self, name: str, flags: int) -> NDArray[np.uint8]:
         stored = np.frombuffer(self.read(name), np.uint8)
-        image = cv2.imdecode(stored, flags) if stored.size else None
+        try:
+            image = cv2.imdecode(stored, flags) if stored.size else None
+        except cv2.error:  # more pixels than it takes
+            image = None
         if image is None:
             raise DataError(
                 f"cannot decode image {name} in {self.path}",

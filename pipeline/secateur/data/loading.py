@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from secateur.core import registry
-from secateur.core.errors import DataError
+from secateur.core.errors import DataError, SecateurError
 from secateur.core.model import ModelInput
 from secateur.core.task import Task
 from secateur.data.sample import Reader, Sample
@@ -44,12 +44,18 @@ def open_reader(name: str, root: str | Path | None, split: str, **options: Any) 
     try:
         reader: Reader = module.create(Path(root or "."), split, **options)
         count = len(reader)
-    except (TypeError, ValueError) as error:
-        if isinstance(error, ValueError) and not options:
+    except SecateurError:
+        raise
+    except Exception as error:  # a third party's code may raise anything
+        if options and isinstance(error, (TypeError, ValueError)):
+            raise DataError(
+                f"reader '{name}' does not take these options: {error}",
+                hint=f"see the docstring of {module.__name__}.create",
+            ) from error
+        if not _foreign(module.__name__):
             raise
         raise DataError(
-            f"reader '{name}' does not take these options: {error}",
-            hint=f"see the docstring of secateur.data.{name}.create",
+            f"reader '{name}' failed: {error!r}", hint=f"mend create() in {module.__name__}"
         ) from error
     if count == 0:
         raise DataError(
@@ -57,6 +63,10 @@ def open_reader(name: str, root: str | Path | None, split: str, **options: Any) 
             hint="check the split's name and that its files are there",
         )
     return reader
+
+
+def _foreign(module: str) -> bool:
+    return not module.startswith("secateur.")
 
 
 def class_names(name: str, label: str, classes: int | None) -> tuple[str, ...]:
@@ -93,12 +103,25 @@ class InMemory:
     def __getitem__(self, index: int) -> Sample:
         if index in self._samples:
             return self._samples[index]
-        sample = self.source[index]
+        sample = self._decoded(index)
         size = sample.image.nbytes + sum(label.nbytes for label in sample.labels.values())
         if size <= self._room:
             self._room -= size
             self._samples[index] = sample
         return sample
+
+    def _decoded(self, index: int) -> Sample:
+        try:
+            return self.source[index]
+        except Exception as error:  # a third party's code may raise anything
+            reader = type(self.source)
+            if isinstance(error, SecateurError) or not _foreign(reader.__module__):
+                raise
+            raise DataError(
+                f"the reader {reader.__module__}.{reader.__name__} failed on its sample {index}: "
+                f"{error!r}",
+                hint="mend its __getitem__, or take that sample out of the data",
+            ) from error
 
 
 class Subset:

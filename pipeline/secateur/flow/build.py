@@ -12,25 +12,16 @@ from secateur.bundle.write import prepare_folder
 from secateur.flow.axes import turn_axes
 from secateur.flow.budgets import plan_within, settle
 from secateur.flow.cache import StageCache
-from secateur.flow.engine import check_options
 from secateur.flow.entry import add_build
 from secateur.flow.evidence import gather_evidence
 from secateur.flow.inherited import best_start
-from secateur.flow.job import open_job
-from secateur.flow.limits import load_table_of
 from secateur.flow.ncnn import NCNN, target_of, with_runtime
 from secateur.flow.pack import Made, pack
-from secateur.flow.precision import Device, check_precision, lower_cut
+from secateur.flow.precision import Device, lower_cut
+from secateur.flow.preflight import open_checked
 from secateur.flow.recipe import Recipe
-from secateur.flow.recovery import check_recovery
-from secateur.flow.sparsity import check_sparse_target, plan_zeros, with_zeros
-from secateur.flow.stages import (
-    begin_cut,
-    check_evaluable,
-    exported,
-    finish_cut,
-    torch_accuracy,
-)
+from secateur.flow.sparsity import plan_zeros, with_zeros
+from secateur.flow.stages import begin_cut, exported, finish_cut, torch_accuracy
 from secateur.prune import check_sparsity
 
 
@@ -59,19 +50,16 @@ def build(
     ``table``: a latency table of the target, for a budget in milliseconds, or one of instructions.
     ``device``: where ``auto`` chooses precision and runtime; this machine if it is of that kind.
 
+    A task that lost more than its ``max_drop`` and a budget that is missed are no errors here: the
+    manifest says so (``accuracy.too_low``, ``budgets[name].met``).
+
     Raises:
-        SecateurError: what is wrong; no file of the bundle has been written then.
+        SecateurError: what is wrong. Unless the disk filled up at the very end, no file of an
+            earlier bundle has been touched then.
     """
     clock = _Clock()
     target = target_of(recipe, target_name)
-    job = open_job(recipe, cache or StageCache())
-    check_evaluable(job)
-    check_recovery(job)
-    check_precision(job, target)
-    check_sparse_target(job, target)
-    check_options(recipe, target)
-    if table is not None:
-        load_table_of(job, target, table)
+    job = open_checked(recipe, target, cache or StageCache(), table)
     mode = recipe.precision.mode
     prepare_folder(out / target.name / ("" if mode == "auto" else mode))
     clock.lap("load")

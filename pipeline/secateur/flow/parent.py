@@ -22,6 +22,8 @@ from secateur.core.task import Task
 from secateur.data.labels import DENSE
 from secateur.flow.recipe import Recipe
 
+LFS = b"version https://git-lfs"
+
 
 def load_parent(recipe: Recipe) -> MultiTaskModel:
     """Return the recipe's model with its weights, in eval mode, checked on one noise image and two.
@@ -85,12 +87,13 @@ def new_network(recipe: Recipe) -> nn.Module:
     try:
         module = _import_factory(module_name, recipe.path.parent.resolve())
         factory: Callable[..., nn.Module] = getattr(module, function_name)
-    except (ImportError, AttributeError, SyntaxError) as error:
+    except Exception as error:  # the user's own module may raise anything
         hint = "write it as module:function, importable from the recipe's folder"
         if isinstance(error, ModuleNotFoundError) and error.name != module_name.partition(".")[0]:
             hint = f"what it imports has to be installed: is '{error.name}'?"
+        said = error if isinstance(error, (ImportError, AttributeError)) else repr(error)
         raise ModelError(
-            f"model.factory: cannot import '{recipe.model.factory}': {error}", hint=hint
+            f"model.factory: cannot import '{recipe.model.factory}': {said}", hint=hint
         ) from error
     try:
         network = factory(**recipe.model.arguments)
@@ -119,7 +122,11 @@ def _import_factory(name: str, folder: Path) -> ModuleType:
         raise ImportError(f"cannot load {file}")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # another recipe's module of the same name is replaced
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module
 
 
@@ -136,13 +143,16 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
             warnings.simplefilter("ignore")  # torch warns of old pickle protocols
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        _check_is_checkpoint(path, error)
         raise ModelError(
             f"cannot read the checkpoint {path}: it holds more than tensors, and objects are never "
             "unpickled",
             hint="save the weights alone where you trained it: torch.save(model.state_dict(), "
             f"'{path.name}')",
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+    except (SafetensorError, RuntimeError, EOFError, OSError, LookupError, ValueError,
+            AttributeError) as error:  # fmt: skip
+        _check_is_checkpoint(path, error)
         raise ModelError(
             f"cannot read the checkpoint {path}: {first_line(error)}",
             hint="save the state dict with safetensors, or with torch.save(model.state_dict())",
@@ -155,6 +165,24 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
             f"{path} holds no state dict", hint="save it with torch.save(model.state_dict())"
         )
     return loaded
+
+
+def _check_is_checkpoint(path: Path, error: Exception) -> None:
+    """Raise ModelError where a file is none that torch or safetensors wrote."""
+    try:
+        with path.open("rb") as stream:
+            first = stream.read(64)
+    except OSError:
+        return
+    torch_file = first.startswith((b"PK\x03\x04", b"\x80"))  # a zip, or an old pickle
+    if torch_file or (path.suffix == ".safetensors" and not first.startswith(LFS)):
+        return
+    hint = "give what torch.save(model.state_dict(), path) or safetensors wrote"
+    if first.startswith(LFS):
+        hint = "it stands for a large file that is not here: get it with `git lfs pull`"
+    raise ModelError(
+        f"{path} is no checkpoint: it begins with {first[:24]!r}", hint=hint
+    ) from error
 
 
 def _without_prefix(given: dict[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:

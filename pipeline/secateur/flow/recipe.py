@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from secateur.core.errors import RecipeError
 from secateur.core.model import ModelInput
@@ -20,7 +20,7 @@ from secateur.flow.recipe_errors import check_no_key_twice, recipe_error
 from secateur.importance.criterion import goes_by_scale
 
 VARIABLE = re.compile(r"\$\{(\w+)\}")
-
+RESERVED = ("image", "file", "allow_pickle")  # the input of the ONNX file; arguments of numpy.savez
 
 Positive = Annotated[float, Field(gt=0)]
 
@@ -59,6 +59,16 @@ class TaskSpec(_Strict):
         if self.ignore_index is not None:
             return self.ignore_index
         return 255 if (self.classes or 0) <= 255 else -1
+
+
+def _task_name(name: str) -> str:
+    """Return a name that may be an output of the ONNX file and an array of an .npz."""
+    if not re.fullmatch(r"\w[\w .-]*", name) or name in RESERVED:
+        raise ValueError(
+            f"'{name}' cannot be a task's name: letters, digits and _ . - only, and not "
+            f"{' or '.join(RESERVED)}"
+        )
+    return name
 
 
 class DataSpec(_Strict):
@@ -193,7 +203,7 @@ class Recipe(_Strict):
     """A validated recipe. ``source`` is its text, ``path`` where it was read."""
 
     model: ModelSpec
-    tasks: dict[str, TaskSpec] = Field(min_length=1)
+    tasks: dict[Annotated[str, AfterValidator(_task_name)], TaskSpec] = Field(min_length=1)
     keep: tuple[str, ...] = Field(default=(), validate_default=False)
     data: DataSpecs
     prune: PruneSpec
@@ -341,6 +351,9 @@ def parse_recipe(text: str, path: Path, *, unset: bool = False) -> Recipe:
     check_no_key_twice(root, path)
     if not isinstance(data, dict):
         raise RecipeError(f"{path} is not a recipe", hint="it must be a mapping of keys")
+    for ours in ("source", "path"):  # fields that no file gives
+        if ours in data:
+            raise RecipeError(f"{path}: unknown key '{ours}'", hint="take it out")
     expanded = _expand(data, path, unset)
     try:
         return Recipe.model_validate({**expanded, "source": text, "path": path})

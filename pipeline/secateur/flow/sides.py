@@ -15,8 +15,9 @@ from secateur.bench.wording import count, megabytes
 from secateur.bundle.engine_errors import EngineProblem
 from secateur.bundle.engine_run import EngineSession
 from secateur.bundle.manifest import Cost, Manifest
+from secateur.bundle.ncnn_run import NcnnProblem
 from secateur.bundle.read import check_files, read_bundle
-from secateur.bundle.runner import Runner
+from secateur.bundle.runner import BundleMismatch, Runner
 from secateur.core.errors import BundleError, SecateurError
 from secateur.core.model import model_fingerprint
 from secateur.flow.cache import StageCache
@@ -102,6 +103,11 @@ def _bundle(folder: Path, manifest: Manifest, title: str) -> Model:
         raise BundleError(
             f"the engine in {folder} cannot run here: {problem}",
             hint="build it here with build_engine.py, or delete model.engine",
+        ) from problem
+    except (BundleMismatch, NcnnProblem) as problem:
+        raise BundleError(
+            f"{folder} cannot run here: {problem}",
+            hint="its run.py says the same; install what it needs, or build the bundle again",
         ) from problem
     on_engine = isinstance(session, EngineSession)
     return Model(

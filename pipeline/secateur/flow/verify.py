@@ -92,7 +92,7 @@ def judged(
     Raises:
         VerifyError: an output is not a number, or the build missed a budget.
     """
-    _check_budgets(manifest)
+    check_budgets(manifest)
     try:
         recipe, reader = eval_data(folder, manifest)
         tasks = [task for task in recipe.all_tasks() if task.name in recipe.kept_names()]
@@ -226,7 +226,8 @@ def higher_is_better(manifest: Manifest) -> dict[str, Mapping[str, bool]]:
     }
 
 
-def _check_budgets(manifest: Manifest) -> None:
+def check_budgets(manifest: Manifest) -> None:
+    """Raise VerifyError where the build missed a budget."""
     for name, budget in manifest.budgets.items():
         if budget.met is False:
             shipped = "unknown" if budget.shipped is None else f"{budget.shipped:.4g}"

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator
-from typing import Protocol, runtime_checkable
+from collections.abc import Collection, Iterator, Sequence
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from secateur.core.errors import ModelError
 from secateur.core.model import MultiTaskModel, evaluating, named_outputs
+from secateur.core.task import Task
 from secateur.tasks.graph import eliminate
 from secateur.tasks.stub import stub_unused
 
@@ -30,10 +31,10 @@ def select_tasks(
     """Return a copy of ``model`` that computes only the tasks in ``keep``, in the model's order.
 
     A network with ``select_outputs`` does it itself. Any other is traced with torch.fx, and all
-    that no kept output reads is removed, whatever its name. With an ``example`` (N, C, H, W) more
-    is possible: concats lose the inputs that nobody reads, a network that torch.fx cannot trace
-    has its unneeded parts replaced by zeros (`secateur.tasks.stub`), and the kept outputs are
-    compared bit for bit on random images. So it is with what no output at all is computed from.
+    that no kept output reads is removed, whatever its name. With an ``example`` (N, C, H, W) the
+    kept outputs are compared bit for bit on random images, and more is possible: concats lose the
+    inputs that nobody reads, a network that torch.fx cannot trace has its unneeded parts replaced
+    by zeros (`secateur.tasks.stub`). So it is with what no output at all is computed from.
 
     Raises:
         ModelError: the network cannot be traced, or an output changed.
@@ -41,7 +42,7 @@ def select_tasks(
     tasks = tuple(task for task in model.tasks if task.name in keep)
     names = [task.output for task in tasks]
     if isinstance(model.network, SelectsOutputs):
-        return MultiTaskModel(model.network.select_outputs(names), tasks)
+        return _selected_by_itself(model, tasks, example)
     every = len(tasks) == len(model.tasks) and not _has_unnamed(model, names, example)
     if every and not _has_unread(model, example):
         return copy.deepcopy(model)
@@ -64,6 +65,21 @@ def select_tasks(
             hint="give it a method select_outputs(names) that returns the smaller module, "
             "or keep all its tasks",
         )
+    return selected
+
+
+def _selected_by_itself(
+    model: MultiTaskModel, tasks: Sequence[Task], example: Tensor | None
+) -> MultiTaskModel:
+    names, hint = [task.output for task in tasks], "correct its method select_outputs"
+    try:
+        network = cast(SelectsOutputs, model.network).select_outputs(names)
+    except Exception as error:  # the user's own code may raise anything
+        raise ModelError(f"select_outputs({names}) failed: {error!r}", hint=hint) from error
+    selected = MultiTaskModel(network, tuple(tasks))
+    changed = _changed_task(model, selected, example) if example is not None else None
+    if changed is not None:
+        raise ModelError(f"after select_outputs({names}), {changed}", hint=hint)
     return selected
 
 
