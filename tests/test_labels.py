@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 from secateur.bench.pictures import _pictures
+from secateur.bundle.runner import DENSE_KINDS as RUNNER_KINDS
 from secateur.bundle.runner import decode
 from secateur.core import registry
 from secateur.core.errors import DataError, RuntimeMissing
@@ -18,11 +19,12 @@ from secateur.core.model import ModelInput
 from secateur.core.task import Task
 from secateur.data.archive import ImageArchive
 from secateur.data.folder import create
-from secateur.data.labels import check_known
+from secateur.data.labels import DENSE, check_known
 from secateur.data.loading import InMemory, open_reader
 from secateur.data.sample import Array, Sample
 from secateur.data.transforms import View, fit_sample, target_tensor
 from secateur.flow.recipe import TaskSpec
+from secateur.zoo.compose import DENSE_KINDS as ZOO_KINDS
 
 SPEC = ModelInput(3, 8, 8, (0, 0, 0), (1, 1, 1))
 IMAGE = np.zeros((8, 8, 3), np.uint8)
@@ -121,6 +123,11 @@ def test_a_class_is_never_taken_for_unknown_unless_asked(
 ) -> None:
     spec = TaskSpec(output="0", kind="classification", classes=classes, ignore_index=given)
     assert spec.unknown_class() == unknown
+
+
+def test_the_kinds_of_maps_are_the_same_everywhere() -> None:
+    """The bundle's runner stands alone, and heads are made without knowing of data."""
+    assert {*RUNNER_KINDS} == DENSE == ZOO_KINDS
 
 
 @pytest.mark.parametrize(("classes", "kind"), [(100, np.uint8), (150, np.uint8), (300, np.uint16)])

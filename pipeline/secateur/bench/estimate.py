@@ -57,11 +57,8 @@ def roofline(
     kept: Sequence[int],
     *,
     precision: Precision = "fp32",
-    mode: str | None = None,
 ) -> Estimate:
-    """Return a latency from the target's peak rate and bandwidth.
-
-    ``mode`` is its power mode; without one the fastest counts.
+    """Return a latency from the target's peak rate, in its fastest power mode, and bandwidth.
 
     Each operator takes as long as its arithmetic or its traffic, whichever is more (Williams et
     al., "Roofline", 2009), at the share of the peak that published latencies reach.
@@ -69,7 +66,7 @@ def roofline(
     Raises:
         DeviceError: the profile lacks the peak rate or the bandwidth.
     """
-    macs_per_s = _peak_macs(target, precision, mode)
+    macs_per_s = _peak_macs(target, precision)
     if macs_per_s is None or target.memory is None:
         raise DeviceError(
             f"the profile of {target.name} lacks the peak rate or the memory bandwidth in "
@@ -87,7 +84,7 @@ def roofline(
     return Estimate(1000 * seconds, 1000 * seconds * ROOFLINE_ERROR, "roofline")
 
 
-def _peak_macs(target: Target, precision: Precision, mode: str | None) -> float | None:
+def _peak_macs(target: Target, precision: Precision) -> float | None:
     if target.accelerator == "cpu":
         if target.cpu is None:
             return None
@@ -95,6 +92,5 @@ def _peak_macs(target: Target, precision: Precision, mode: str | None) -> float 
         return rate * min(target.threads, target.cpu.cores)
     if precision == "fp32":
         return None
-    modes = [mode] if mode else [each.name for each in target.power_modes]
-    rates = [target.dense_rate(precision, name) or 0.0 for name in modes]
+    rates = [target.dense_rate(precision, mode.name) or 0.0 for mode in target.power_modes]
     return max(rates, default=0.0) * 1e12 / 2 or None

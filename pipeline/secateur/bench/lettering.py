@@ -61,13 +61,16 @@ def fitted(words: str, size: int, colour: Colour, width: int, *, bold: bool = Fa
     return whole
 
 
+OPACITY = 0.72  # of the plate under a line
+
+
 @lru_cache(maxsize=128)
-def chip(words: str, size: int, ink: Colour, ground: Colour, opacity: float = 0.72) -> Sprite:
+def chip(words: str, size: int, ink: Colour, ground: Colour) -> Sprite:
     """Return a line on a rounded plate that lets some of the picture through."""
     line = text(words, size, ink)
     x, y = round(0.6 * size), round(0.28 * size)
     plate = rounded(line.width + 2 * x, line.height + 2 * y, ground, round(0.45 * size))
-    cover = plate.cover * np.float32(opacity)
+    cover = plate.cover * np.float32(OPACITY)
     colour = np.full((*cover.shape[:2], 3), ground, np.float32)
     inside = np.s_[y : y + line.height, x : x + line.width]
     share = line.cover

@@ -14,7 +14,7 @@
     ├── DeviceError         a target or a device is unknown or unfit
     │   └── ConnectionLost  a device cannot be reached, or not any more
     ├── LibraryError        the library of earlier cuts, an entry or an archive cannot be used
-    └── BundleError         a bundle is incomplete, altered or unwritable
+    └── BundleError         a folder is no bundle, or cannot be read or written
 
 A message says what is wrong, where, what was got and what was expected; the hint says what to
 do. The command line prints both in one place (``cli.app``), so nobody else formats them.

@@ -70,7 +70,7 @@ class PrunePlan:
             return PrunePlan(cuts=cuts, **rest)
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(
-                f"this is not a plan: {error!r}", hint="write it with `secateur plan --json`"
+                f"this is not a plan: {error!r}", hint="build the bundle that it lies in again"
             ) from error
 
 

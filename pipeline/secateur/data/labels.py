@@ -26,7 +26,7 @@ def check_shape(label: Array, task: Task, sample: Sample) -> None:
         raise DataError(
             f"label '{task.label}' of sample {sample.id} has shape {np.shape(label)}, which is no "
             f"{task.kind} ('{task.name}')",
-            hint="set the task's kind, classes or label to what the data holds (docs/recipe.md)",
+            hint="set the task's kind, classes or label to what the data holds",
         )
 
 

@@ -19,6 +19,7 @@ from secateur.data.sample import Array, Reader, Sample
 
 DEPTH_METRES_PER_STEP = 9.99547 / 255  # the zip's depth is 8 bit; README of the data set
 BLOCK = 20  # consecutive images that are held out together
+MAT_CLASSES = 40  # of the official .mat: its most frequent names
 CLASSES_13 = [
     "bed",
     "books",
@@ -127,7 +128,7 @@ class NyuMat:
             import h5py
         except ImportError as error:
             raise RuntimeMissing(
-                "reading nyu_depth_v2_labeled.mat needs h5py", hint="pip install h5py"
+                "reading nyu_depth_v2_labeled.mat needs h5py", hint="pip install 'secateur[mat]'"
             ) from error
         try:
             self._file = h5py.File(path, "r")
@@ -164,13 +165,13 @@ class NyuMat:
         }
         return Sample(f"{i + 1:04d}", image, labels)
 
-    def _frequent_classes(self, keep: int = 40) -> NDArray[np.uint8]:
+    def _frequent_classes(self) -> NDArray[np.uint8]:
         names = self._file["labels"]
         counts = np.zeros(int(np.iinfo(np.uint16).max) + 1, np.int64)
         for i in range(0, names.shape[0], 8):  # every eighth image is enough to rank the classes
             counts += np.bincount(np.asarray(names[i]).ravel(), minlength=counts.size)
         counts[0] = 0  # 0 is "unlabelled"
-        ranked = np.argsort(-counts, kind="stable")[:keep]
+        ranked = np.argsort(-counts, kind="stable")[:MAT_CLASSES]
         lookup = np.full(counts.size, 255, np.uint8)
         ranked = ranked[counts[ranked] > 0]
         lookup[ranked] = np.arange(ranked.size)

@@ -56,7 +56,7 @@ _MODULE_SUMS = (
     ("VDD_GPU", "VDD_CPU_SOC_MSS", "VIN_SYS_5V0"),  # Thor
 )
 # An idle GPU without power has no clock; the video engines' domain (gpu-nvd) is none of ours.
-_GPU_DEVFREQ = re.compile(r"[0-9a-f]{1,16}\.(?:gpu|ga10b|gv11b)|gpu-gpc-\d{1,2}", re.ASCII)
+_GPU_DEVFREQ = re.compile(r"[0-9a-f]{1,16}\.(?:gpu|ga10b|gb10b|gv11b)|gpu-gpc-\d{1,2}", re.ASCII)
 _COLDEST, _HOTTEST = -60.0, 200.0  # deg C; beyond them a sensor is off (-256) or broken
 _SLACK_MHZ = 1.0
 

@@ -28,12 +28,12 @@ def recipe_error(
     where = f"{path}, line {line}" if line else str(path)
     given = first["input"]
     if first["type"] == "missing":
-        return RecipeError(f"{where}: key '{key}' is missing", hint="add it; see docs/recipe.md")
+        return RecipeError(f"{where}: key '{key}' is missing", hint="add it")
     if first["type"] == "extra_forbidden":
         known = _keys(_type_at(recipe, location[:-1]))
         near = difflib.get_close_matches(str(location[-1]), known, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"keys there: {', '.join(known)}"
-        return RecipeError(f"{where}: key '{key}' is not known", hint=f"{hint} (docs/recipe.md)")
+        return RecipeError(f"{where}: key '{key}' is not known", hint=hint)
     if first["type"] in LIST_TYPES:
         return RecipeError(
             f"{where}: {key}: expected a list, got {given!r}",

@@ -207,7 +207,7 @@ def eval_data(folder: Path, manifest: Manifest) -> tuple[Recipe, Reader]:
     spec = recipe.data.eval
     root = Path(manifest.data["eval_root"])
     if not root.exists():  # the bundle has moved to a machine with data of its own
-        root = Path(spec.root or ".")
+        root = recipe.data_root(spec)
     reader = open_reader(spec.reader, root, spec.split, **spec.options)
     if reader.fingerprint != manifest.data["eval"]:
         raise DataError(

@@ -122,7 +122,7 @@ def observe_inputs(
                 if not statistics.add(_computed(extractor, blob)) or not statistics.bounded:
                     raise CalibrationError(
                         f"ncnn's blob '{blob}' is NaN or infinite on {name_of_image}",
-                        hint="build in fp32 and look at the model with `secateur verify`",
+                        hint="build in fp32 first, which tells whether the model itself does that",
                     )
     check_different(len(digests), set(digests))
     return found

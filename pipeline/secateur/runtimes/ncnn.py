@@ -33,7 +33,7 @@ class NcnnSession:
             why = f"there is no {absent[0]}" if absent else "a layer or its weights do not fit"
             raise BundleError(
                 f"ncnn {self._ncnn.__version__} cannot load {model}: {why}",
-                hint="check the files with `secateur verify`",
+                hint="they are damaged, or made for another release: build the bundle again",
             )
         (self._input,) = net.input_names()
         self._outputs = list(net.output_names())
@@ -52,7 +52,7 @@ class NcnnSession:
             if status != 0:
                 raise BundleError(
                     f"ncnn {self._ncnn.__version__} stopped at '{name}' with status {status}",
-                    hint="check the files with `secateur verify`; -100 is a lack of memory",
+                    hint="-100 is a lack of memory; else build the bundle again",
                 )
             found[name] = np.array(array)
         return found

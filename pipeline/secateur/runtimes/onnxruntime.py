@@ -37,7 +37,7 @@ class OnnxRuntimeSession:
         except Exception as error:  # onnxruntime's own exception types share no base
             raise BundleError(
                 f"ONNX Runtime cannot load {model}: {first_line(error)}",
-                hint="check the file with `secateur verify`",
+                hint="it is damaged, or made for another release: build the bundle again",
             ) from error
         self._input = self._session.get_inputs()[0].name
         self._outputs = [output.name for output in self._session.get_outputs()]

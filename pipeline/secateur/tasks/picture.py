@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from secateur.core.errors import RuntimeMissing
 from secateur.core.files import atomic_path
 from secateur.tasks.decompose import Amounts, TaskUse, Users
 
@@ -24,16 +23,11 @@ def draw_use(use: TaskUse, path: Path) -> None:
     A stage is a submodule; the finest level that gives at most 40 bars is drawn.
 
     Raises:
-        RuntimeMissing: matplotlib is not installed.
         BundleError: ``path`` cannot be written.
     """
-    try:
-        from matplotlib import colormaps
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RuntimeMissing(
-            "drawing the picture needs matplotlib", hint="pip install 'matplotlib>=3.8'"
-        ) from error
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
     stages = _stages(list(use.layers))
     order = list(dict.fromkeys(stages.values()))
     sets = {users for amounts in (use.params, use.macs) for split in amounts.values()

@@ -17,6 +17,9 @@ def _conv_bn(inputs: int, outputs: int, kernel: int = 1, groups: int = 1) -> nn.
     )
 
 
+STRIDE = 4  # of what a dense head gives
+
+
 class SeparableBlock(nn.Module):
     """Depth-wise 3x3, then point-wise 1x1, each with batch norm and ReLU6."""
 
@@ -47,14 +50,13 @@ class DenseHead(nn.Module):
         reductions: Sequence[int],
         channels: int,
         width: int = 64,
-        output_stride: int = 4,
     ) -> None:
         super().__init__()
         coarse_first = list(feature_channels)[::-1]
         self.laterals = nn.ModuleList(_conv_bn(c, width) for c in coarse_first)
         self.mixers = nn.ModuleList(SeparableBlock(2 * width, width) for _ in coarse_first[1:])
         finest = reductions[0]
-        doublings = max(0, (finest // output_stride).bit_length() - 1)
+        doublings = max(0, (finest // STRIDE).bit_length() - 1)
         self.upsamplers = nn.ModuleList(SeparableBlock(width, width) for _ in range(doublings))
         self.predict = nn.Conv2d(width, channels, 1)
 
