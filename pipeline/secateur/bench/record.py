@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from secateur.core.errors import BundleError
+from secateur.core.errors import BundleError, first_problem
 
 Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Positive = Milliseconds
@@ -123,8 +123,6 @@ def read_bench(path: Path) -> BenchRecord:
     except OSError as error:
         raise BundleError(f"{path} cannot be read ({error.strerror})", hint=hint) from error
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise BundleError(f"{path}: {where}: {first['msg']}", hint=hint) from error
+        raise BundleError(f"{path}: {first_problem(error)}", hint=hint) from error
     except ValueError as error:
         raise BundleError(f"{path} is not JSON: {error}", hint=hint) from error

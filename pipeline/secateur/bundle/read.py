@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from secateur.bundle.manifest import SCHEMA_VERSION, Manifest
 from secateur.bundle.ncnn_run import NCNN_FILES
-from secateur.core.errors import BundleError, VerifyError
+from secateur.core.errors import BundleError, VerifyError, first_problem
 from secateur.core.files import file_sha256
 
 REQUIRED_FILES = {"model.onnx", "run.py", "check.npz", "plan.json", "recipe.yaml"}
@@ -40,16 +40,19 @@ def read_bundle(folder: Path) -> Manifest:
     try:
         return Manifest.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
         raise BundleError(
-            f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}",
-            hint="build the bundle again",
+            f"{path}: {first_problem(error)}", hint="build the bundle again"
         ) from error
 
 
 def model_files(manifest: Manifest) -> tuple[str, ...]:
     """Return the files of the model that the bundle's runtime opens; the last has the weights."""
     return NCNN_FILES if manifest.runtime == "ncnn" else ("model.onnx",)
+
+
+def weights_sha256(manifest: Manifest) -> str:
+    """Return the digest of the file that has the weights: which model a measurement is of."""
+    return manifest.files[model_files(manifest)[-1]].sha256
 
 
 def run_files(manifest: Manifest) -> tuple[str, ...]:

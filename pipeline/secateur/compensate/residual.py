@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,65 +31,73 @@ def partners(
     ``norms`` gives the batch norm that follows a layer. Only partners that exist before the layer
     runs are returned: a projection shortcut computed later is itself such a layer.
     """
-    made: dict[int, list[Place]] = {}  # tensor id -> where it appears, in order of time
-    ends: dict[int, str] = {}  # id of a layer's normalised output -> the layer
-    starts: dict[str, int] = {}
-    alive: list[Tensor] = []  # keeps tensors alive, so that ids stay unique
-    candidates: dict[str, list[Place]] = {}
-    visits: Counter[Place] = Counter()
-    clock = [0]
-    times: dict[int, int] = {}
-    after_norm = {id(norm): layer for layer, norm in norms.items()}
-
-    def see(tensor: Any, place: Place) -> None:
-        if isinstance(tensor, Tensor):
-            clock[0] += 1
-            alive.append(tensor)
-            visits[place] += 1
-            times.setdefault(id(tensor), clock[0])
-            made.setdefault(id(tensor), []).append(place)
-
-    def before(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            if args:
-                see(args[0], ("in", name))
-            if name in layers:
-                starts[name] = clock[0]
-
-        return hook
-
-    def after(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, _args: Any, output: Any) -> None:
-            see(output, ("out", name))
-            if id(module) in after_norm:
-                ends[id(output)] = after_norm[id(module)]
-            elif name in layers and name not in norms:
-                ends[id(output)] = name
-
-        return hook
-
-    def added(left: Any, right: Any) -> None:
-        for own, other in ((left, right), (right, left)):
-            layer = ends.get(id(own))
-            if layer is None or not isinstance(other, Tensor) or other.shape != own.shape:
-                continue
-            if id(other) in made and times[id(other)] <= starts[layer]:
-                candidates[layer] = list(made[id(other)])
-
+    seen = _Recorder(layers, norms)
     hooks: list[torch.utils.hooks.RemovableHandle] = []
     for name, module in model.named_modules():
-        hooks.append(module.register_forward_pre_hook(before(name)))
-        hooks.append(module.register_forward_hook(after(name)))
+        hooks.append(module.register_forward_pre_hook(partial(seen.before, name)))
+        hooks.append(module.register_forward_hook(partial(seen.after, name)))
     try:
-        with evaluating(model), _Adds(added):
+        with evaluating(model), _Adds(seen.added):
             model(image)
     finally:
         for handle in hooks:
             handle.remove()
-    # at a place that is passed twice, as one ReLU for all of a block is, another tensor may be next
-    once = {layer: [place for place in places if visits[place] == 1]
-            for layer, places in candidates.items()}  # fmt: skip
-    return {layer: places[0] for layer, places in once.items() if places}
+    return seen.found()
+
+
+class _Recorder:
+    """What one pass shows: where and when each tensor appears, and what is added to what."""
+
+    def __init__(self, layers: Collection[str], norms: Mapping[str, nn.Module]) -> None:
+        self._layers, self._norms = layers, norms
+        self._normed = {id(norm): layer for layer, norm in norms.items()}
+        self._alive: list[Tensor] = []  # so that ids stay unique; its length is the time
+        self._places: dict[int, list[Place]] = {}  # by tensor, in order of time
+        self._first: dict[int, int] = {}  # when a tensor appeared
+        self._starts: dict[str, int] = {}  # when a layer ran
+        self._ends: dict[int, str] = {}  # a layer's normalised output -> the layer
+        self._visits: Counter[Place] = Counter()
+        self._partners: dict[str, list[Place]] = {}
+
+    def before(self, name: str, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        """See a module's input."""
+        if args:
+            self._see(args[0], ("in", name))
+        if name in self._layers:
+            self._starts[name] = len(self._alive)
+
+    def after(self, name: str, module: nn.Module, _args: Any, output: Any) -> None:
+        """See a module's output."""
+        self._see(output, ("out", name))
+        if id(module) in self._normed:
+            self._ends[id(output)] = self._normed[id(module)]
+        elif name in self._layers and name not in self._norms:
+            self._ends[id(output)] = name
+
+    def added(self, left: Any, right: Any) -> None:
+        """See a sum: where one side is a layer's output, the other may be its partner."""
+        for own, other in ((left, right), (right, left)):
+            layer = self._ends.get(id(own))
+            if layer is None or not isinstance(other, Tensor) or other.shape != own.shape:
+                continue
+            if id(other) in self._places and self._first[id(other)] <= self._starts[layer]:
+                self._partners[layer] = list(self._places[id(other)])
+
+    def found(self) -> dict[str, Place]:
+        """Return the first place of each layer's partner that is passed once.
+
+        At one that is passed twice, as one ReLU for all of a block is, another tensor may be next.
+        """
+        once = {layer: [place for place in places if self._visits[place] == 1]
+                for layer, places in self._partners.items()}  # fmt: skip
+        return {layer: places[0] for layer, places in once.items() if places}
+
+    def _see(self, tensor: Any, place: Place) -> None:
+        if isinstance(tensor, Tensor):
+            self._alive.append(tensor)
+            self._visits[place] += 1
+            self._first.setdefault(id(tensor), len(self._alive))
+            self._places.setdefault(id(tensor), []).append(place)
 
 
 class _Adds(TorchFunctionMode):

@@ -22,10 +22,21 @@ do. The command line prints both in one place (``cli.app``), so nobody else form
 
 from __future__ import annotations
 
+from pydantic_core import ValidationError
+
 
 def first_line(error: BaseException) -> str:
     """Return the first line of a foreign error's text, or its type where it has none."""
     return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def first_problem(error: BaseException) -> str:
+    """Return where and what pydantic found wrong first; of another error its text."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where}: {first['msg']}" if where else first["msg"]
 
 
 class SecateurError(Exception):

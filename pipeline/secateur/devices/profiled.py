@@ -11,9 +11,9 @@ from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
-from secateur.core.errors import DeviceError
+from secateur.core.errors import DeviceError, first_problem
 from secateur.devices.connection import clean
 
 # What ONNX Runtime adds to the name of a node, or of its result, that it writes anew.
@@ -73,9 +73,9 @@ def read_networks(path: Path, device: str, count: int) -> list[ToldNetwork]:
         if len(told) != count:
             raise ValueError(f"{len(told)} networks, expected {count}")
     except (ValueError, RecursionError) as error:
-        first = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         raise DeviceError(
-            f"what came from {device} about its operators is not valid: {clean(first)}",
+            f"what came from {device} about its operators is not valid: "
+            f"{clean(first_problem(error))}",
             hint="check that the device is the one you mean, and profile again",
         ) from error
     return told

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from secateur.core.errors import BuildError, ConnectionLost, DeviceError
+from secateur.core.errors import BuildError, ConnectionLost, DeviceError, first_problem
 from secateur.core.files import file_sha256, not_writable, value_digest
 from secateur.devices.connection import Connection, clean
 from secateur.devices.remote_job import (
@@ -134,10 +134,8 @@ def _checked(device: str, order: Order, folder: Path, announced: Made) -> Engine
         text = (folder / RECORD).read_text(encoding="utf-8")
         record = EngineRecord.model_validate(json.loads(text))
     except (OSError, ValueError, RecursionError) as error:
-        first = error.errors()[0] if isinstance(error, ValidationError) else None
-        where = ".".join(map(str, first["loc"])) + ": " + first["msg"] if first else str(error)
         raise DeviceError(
-            f"{RECORD} from {device} is not valid: {clean(where)}",
+            f"{RECORD} from {device} is not valid: {clean(first_problem(error))}",
             hint="check that the device is the one you mean, and build again",
         ) from error
     came = {name: sha256 for name, (_, sha256) in announced.items()}

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from secateur.core.errors import ConnectionLost, DeviceError, SecateurError
+from secateur.core.errors import ConnectionLost, DeviceError, SecateurError, first_problem
 from secateur.core.files import file_sha256, not_writable, value_digest
 from secateur.devices import on_bench
 from secateur.devices.connection import RESUMES, Connection, clean
@@ -176,10 +176,9 @@ class RemoteBundle:
                     f"many of each, at least {least}"
                 )
         except (ValueError, RecursionError) as error:
-            first = error.errors()[0] if isinstance(error, ValidationError) else None
-            where = ".".join(map(str, first["loc"])) + ": " + first["msg"] if first else str(error)
             raise DeviceError(
-                f"the latencies from {self._connection.name} are not valid: {clean(where)}",
+                f"the latencies from {self._connection.name} are not valid: "
+                f"{clean(first_problem(error))}",
                 hint="check that the device is the one you mean, and bench again",
             ) from error
         return told

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from secateur.core.errors import DeviceError
+from secateur.core.errors import DeviceError, first_problem
 from secateur.core.shipped import shipped
 from secateur.devices.hardware import Cpu, Dla, Fact, Gpu, Memory, PowerMode, Stack, StandIn, Strict
 from secateur.devices.version import Version, in_series, parse_version
@@ -173,8 +173,7 @@ def target_names(root: Path | None = None) -> list[str]:
 def _first_problem(error: ValidationError | yaml.YAMLError) -> str:
     if isinstance(error, yaml.YAMLError):
         return f"not YAML: {error}"
-    first = error.errors()[0]
-    return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}".removeprefix(": ")
+    return first_problem(error)
 
 
 def load_target(name: str, root: Path | None = None) -> Target:

@@ -19,13 +19,11 @@ from secateur.bench.compare import (
 from secateur.bench.latency import Protocol
 from secateur.bench.record import BenchRecord, NoEnergy, read_bench
 from secateur.bundle.manifest import Manifest
-from secateur.bundle.read import check_files, model_files, read_bundle
-from secateur.bundle.runner import preprocess
-from secateur.bundle.write import CHECK_FILE
+from secateur.bundle.read import check_files, read_bundle, weights_sha256
 from secateur.core.errors import BundleError
 from secateur.devices.target import load_target
 from secateur.flow.predict import bundle_session
-from secateur.flow.verify import higher_is_better
+from secateur.flow.verify import higher_is_better, own_input
 from secateur.metrics.delta import delta
 
 Metrics = Mapping[str, float]
@@ -144,8 +142,7 @@ def _in_turns(a: _Side, b: _Side, protocol: Protocol | None) -> LatencyChange | 
 def _call(folder: Path, manifest: Manifest) -> Callable[[], object]:
     """Return one inference of a bundle, on the image it brings."""
     session = bundle_session(folder, manifest)
-    with np.load(folder / CHECK_FILE, allow_pickle=False) as stored:
-        inputs = preprocess(stored["image"], manifest.input.model_dump())
+    inputs = own_input(folder, manifest)
     return lambda: session.run(inputs)
 
 
@@ -183,7 +180,7 @@ def _stored(a: _Side, b: _Side, notes: list[str]) -> LatencyChange | None:
 
 
 def _is_of(bench: BenchRecord, manifest: Manifest) -> bool:
-    return bench.model_sha256 == manifest.files[model_files(manifest)[-1]].sha256
+    return bench.model_sha256 == weights_sha256(manifest)
 
 
 def _different(a: BenchRecord, b: BenchRecord) -> list[str]:

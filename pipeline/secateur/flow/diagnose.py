@@ -18,11 +18,9 @@ from numpy.typing import NDArray
 from secateur.bench.accuracy import evaluate
 from secateur.bundle.manifest import Manifest, Metrics
 from secateur.bundle.read import check_files, read_bundle
-from secateur.bundle.runner import preprocess
-from secateur.bundle.write import CHECK_FILE, FP32_FILE, QUANT_FILE
+from secateur.bundle.write import FP32_FILE, QUANT_FILE
 from secateur.core.errors import BundleError, CalibrationError, DataError, RecipeError
 from secateur.core.progress import hidden, track
-from secateur.core.task import Task
 from secateur.data.loading import image_batch, spread
 from secateur.data.sample import Reader
 from secateur.flow.ncnn import NCNN
@@ -30,7 +28,7 @@ from secateur.flow.predict import bundle_session, predictor
 from secateur.flow.recipe import Recipe, parse_recipe
 from secateur.flow.trials import Trials, noise_power
 from secateur.flow.usual_inputs import better_input
-from secateur.flow.verify import eval_data, higher_is_better
+from secateur.flow.verify import eval_data, higher_is_better, own_input
 from secateur.lower.quant import (
     CalibrationTable,
     Dialect,
@@ -151,7 +149,7 @@ def _usual_inputs(
     """Prepare images in other usual ways: no model is better with what it never saw."""
     session = bundle_session(folder, manifest)
     spec = recipe.model.input.model_input()
-    better = better_input(predictor(session), _kept_tasks(recipe), reader, spec, limit)
+    better = better_input(predictor(session), recipe.kept_tasks(), reader, spec, limit)
     if better is None:
         return []
     said = (
@@ -162,13 +160,9 @@ def _usual_inputs(
     return [Finding("preprocessing", said)]
 
 
-def _kept_tasks(recipe: Recipe) -> list[Task]:
-    return [task for task in recipe.all_tasks() if task.name in recipe.kept_names()]
-
-
 def _kernels(folder: Path, manifest: Manifest) -> list[Finding]:
     """Compare the runtime with onnx's reference evaluator on the bundle's own image."""
-    image = _check_image(folder, manifest)
+    image = own_input(folder, manifest)
     runtime = runtime_of(manifest.runtime)
 
     def run(path: Path) -> Mapping[str, NDArray[np.float32]]:
@@ -182,13 +176,6 @@ def _kernels(folder: Path, manifest: Manifest) -> list[Finding]:
                 (found.node,), (node_modules(model)[found.node],))
         for found in off
     ]  # fmt: skip
-
-
-def _check_image(folder: Path, manifest: Manifest) -> NDArray[np.float32]:
-    """Return the bundle's own image as (1, C, H, W)."""
-    with np.load(folder / CHECK_FILE, allow_pickle=False) as stored:
-        prepared: NDArray[np.float32] = preprocess(stored["image"], manifest.input.model_dump())
-    return prepared
 
 
 class _Suspect:
@@ -206,7 +193,7 @@ class _Suspect:
         self.trials = Trials(self.model, dialect, runtime, manifest.threads)
         self.modules = node_modules(self.model)
         if reader is None:
-            self.images = _check_image(folder, manifest)
+            self.images = own_input(folder, manifest)
         else:
             spec = recipe.model.input.model_input()
             self.images = image_batch(reader, spread(reader, DISTANCE_IMAGES), spec).numpy()
@@ -261,7 +248,7 @@ class _Suspect:
         if self.reader is None:
             raise DataError("there are no evaluation data", hint="point the recipe at them")
         session = self.trials.runtime.open_session(path, self.trials.threads)
-        tasks = _kept_tasks(self.recipe)
+        tasks = self.recipe.kept_tasks()
         spec = self.recipe.model.input.model_input()
         with hidden():
             return evaluate(predictor(session), tasks, self.reader, spec, limit=self.limit)

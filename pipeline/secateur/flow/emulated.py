@@ -337,7 +337,7 @@ def _accuracy(material: _Material, session: _Recorded) -> dict[str, dict[str, fl
     if material.labelled is None:
         return None
     recipe, reader = material.labelled
-    tasks = [task for task in recipe.all_tasks() if task.name in recipe.kept_names()]
+    tasks = recipe.kept_tasks()
     return evaluate(predictor(session), tasks, reader, recipe.model.input.model_input())
 
 

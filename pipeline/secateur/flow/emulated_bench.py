@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.bundle.manifest import Manifest
-from secateur.bundle.read import model_files, run_files
+from secateur.bundle.read import run_files, weights_sha256
 from secateur.core.files import write_json
 from secateur.devices.emulated import EMULATED, EmulatedConnection, Needs
 from secateur.devices.isa import int8_form
@@ -50,7 +50,7 @@ def bench_emulated(folder: Path, cpu: str = "") -> dict[str, Any]:
             "target": manifest.device,
             "precision": manifest.precision,
             "threads": 1,
-            "model_sha256": manifest.files[model_files(manifest)[-1]].sha256,
+            "model_sha256": weights_sha256(manifest),
             "instructions": _instructions(needs),
             "process_peak_memory_mb": _megabytes(needs.peak_memory),
             "idle_python_peak_memory_mb": _megabytes(connection.idle_memory),

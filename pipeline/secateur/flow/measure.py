@@ -29,9 +29,8 @@ from secateur.bench.latency import (
     sweep_row,
 )
 from secateur.bundle.manifest import Manifest
-from secateur.bundle.read import check_files, model_files, read_bundle
-from secateur.bundle.runner import Runner, preprocess, read_rgb
-from secateur.bundle.write import CHECK_FILE
+from secateur.bundle.read import check_files, model_files, read_bundle, weights_sha256
+from secateur.bundle.runner import Runner, read_rgb
 from secateur.core.errors import DeviceError
 from secateur.core.files import write_json
 from secateur.devices import on_bench
@@ -40,7 +39,7 @@ from secateur.devices.host import host_facts, library_versions
 from secateur.devices.on_bench import OFFLINE_BATCH, offline_samples, throttled, throttling
 from secateur.devices.target import load_target
 from secateur.flow.predict import bundle_session
-from secateur.flow.verify import check_parity
+from secateur.flow.verify import check_parity, own_image, own_input
 from secateur.lower.memory import model_memory
 from secateur.runtimes.base import Session, runtime_of
 
@@ -74,9 +73,7 @@ def bench(
     session = bundle_session(folder, manifest, used)
     check_parity(folder, manifest, session)  # what is measured must be right
     runner = Runner(folder, used, manifest.runtime)
-    with np.load(folder / CHECK_FILE, allow_pickle=False) as stored:
-        image = stored["image"]
-    inputs = preprocess(image, manifest.input.model_dump())
+    image, inputs = own_image(folder), own_input(folder, manifest)
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "image.jpg"
         cv2.imwrite(str(file), image[:, :, ::-1])
@@ -99,7 +96,7 @@ def bench(
         "precision": manifest.precision,
         "runtime": runtime_of(manifest.runtime).version(),
         "threads": used,
-        "model_sha256": manifest.files[model_files(manifest)[-1]].sha256,
+        "model_sha256": weights_sha256(manifest),
         "latency": {name: result.to_json() for name, result in results.items()},
         "offline": many.to_json(),
         "threads_sweep": swept,

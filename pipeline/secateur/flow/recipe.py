@@ -249,6 +249,10 @@ class Recipe(_Strict):
         """Return the kept tasks' names; all of them when ``keep`` is not given."""
         return self.keep or tuple(self.tasks)
 
+    def kept_tasks(self) -> tuple[Task, ...]:
+        """Return the kept tasks, in the recipe's order."""
+        return tuple(task for task in self.all_tasks() if task.name in self.kept_names())
+
     def floors(self) -> dict[str, float]:
         """Return the kept tasks' floors, where they have one."""
         found = {name: self.tasks[name].floor for name in self.kept_names()}

@@ -24,7 +24,7 @@ from secateur.bench.latency import (
 )
 from secateur.bundle.engine_run import has_engine
 from secateur.bundle.manifest import Manifest
-from secateur.bundle.read import check_files, model_files, read_bundle, run_files
+from secateur.bundle.read import check_files, read_bundle, run_files, weights_sha256
 from secateur.core.errors import DeviceError, VerifyError
 from secateur.core.files import file_sha256, write_json
 from secateur.data.sample import Reader
@@ -208,7 +208,7 @@ def bench_on_device(
         "precision": manifest.precision,
         "runtime": told.runtime,
         "threads": used,
-        "model_sha256": manifest.files[model_files(manifest)[-1]].sha256,
+        "model_sha256": weights_sha256(manifest),
         "latency": {name: row.to_json() for name, row in _latencies(told).items()},
         "energy": energy,
         "telemetry": state,

@@ -15,7 +15,7 @@ from secateur.bench.record import BenchRecord, read_bench
 from secateur.bench.report import render
 from secateur.bundle.layers import layer_tasks
 from secateur.bundle.manifest import Manifest
-from secateur.bundle.read import check_files, model_files, read_bundle
+from secateur.bundle.read import check_files, read_bundle, weights_sha256
 from secateur.core.errors import BundleError, PlanError, VerifyError
 from secateur.core.files import write_text
 from secateur.core.plan import PrunePlan
@@ -113,6 +113,6 @@ def _bench(folder: Path, manifest: Manifest) -> BenchRecord | None:
     if not path.is_file():
         return None
     bench = read_bench(path)
-    if bench.model_sha256 != manifest.files[model_files(manifest)[-1]].sha256:
+    if bench.model_sha256 != weights_sha256(manifest):
         raise BundleError("its bench.json was measured on another model", hint="bench it again")
     return bench

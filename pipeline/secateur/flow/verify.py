@@ -95,7 +95,7 @@ def judged(
     check_budgets(manifest)
     try:
         recipe, reader = eval_data(folder, manifest)
-        tasks = [task for task in recipe.all_tasks() if task.name in recipe.kept_names()]
+        tasks = recipe.kept_tasks()
         predict, spec = predictor(open_session(recipe, reader)), recipe.model.input.model_input()
         scores = score(predict, tasks, reader, spec, limit=limit, per_image=True)
         _check_judged(scores, device)
@@ -164,6 +164,11 @@ def own_image(folder: Path) -> NDArray[np.uint8]:
         return np.asarray(stored["image"], dtype=np.uint8)
 
 
+def own_input(folder: Path, manifest: Manifest) -> NDArray[np.float32]:
+    """Return the same as the network takes it, (1, C, H, W)."""
+    return np.asarray(preprocess(own_image(folder), manifest.input.model_dump()), np.float32)
+
+
 def check_parity(folder: Path, manifest: Manifest, session: Session) -> dict[str, Parity]:
     """Compare what a session makes of the bundle's own image with what torch made of it.
 
@@ -171,9 +176,8 @@ def check_parity(folder: Path, manifest: Manifest, session: Session) -> dict[str
         VerifyError: a task differs by more than another CPU may.
     """
     with np.load(folder / CHECK_FILE, allow_pickle=False) as stored:
-        image = stored["image"]
         wanted = {task.name: stored[f"output/{task.name}"] for task in manifest.tasks}
-    outputs = session.run(preprocess(image, manifest.input.model_dump()))
+    outputs = session.run(own_input(folder, manifest))
     try:
         if manifest.precision == "fp32":
             return compare_outputs(wanted, outputs, tolerance=PARITY_TOLERANCE)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 import secateur
-from secateur.core.errors import LibraryError, first_line
+from secateur.core.errors import LibraryError, first_line, first_problem
 from secateur.core.plan import PrunePlan
 
 Array = NDArray[Any]
@@ -232,9 +232,7 @@ def parsed(kind: type[T], text: str, what: str) -> T:
         value: T = _reader(kind).validate_json(text, strict=True)  # type: ignore[arg-type]
         return value
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "it"
-        raise _bad(f"{what}: {place}: {first['msg']}") from error
+        raise _bad(f"{what}: {first_problem(error)}") from error
 
 
 def tensors(arrays: Mapping[str, Array]) -> bytes | None:
