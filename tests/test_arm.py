@@ -259,6 +259,28 @@ def test_a_bundles_own_runner_gives_on_arm_what_it_gives_here(
 
 @pytest.mark.emulated
 @pytest.mark.slow
+def test_what_fails_a_bundle_here_fails_it_on_arm(
+    userland: Userland, built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Data that are not at hand, unless nobody asks for accuracy; a budget that was missed."""
+    copy = Path(shutil.copytree(built, tmp_path / "bundle"))
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["data"]["eval"] = "of other images"
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    words = ["verify", copy, "--device", "emulated:cortex-a76", "--json"]
+    code, out, _ = run(capsys, *words)
+    assert code == 1 and "only the bundle's own image" in json.loads(out)["skipped"]
+    code, out, err = run(capsys, *words, "--no-accuracy")
+    assert code == 0, err
+    assert json.loads(out)["images"] == 1
+    manifest["budgets"]["macs"]["met"] = False
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    code, out, _ = run(capsys, *words, "--no-accuracy")
+    assert code == 1 and "missed its budget macs" in json.loads(out)["error"]
+
+
+@pytest.mark.emulated
+@pytest.mark.slow
 def test_a_bench_counts_instructions_and_never_says_latency(
     userland: Userland, built: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
