@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from secateur.bundle import engine_device
 from secateur.devices import nvpmodel, probe, tegrastats, telemetry, tree
 from secateur.devices.target import load_target, target_names
 from secateur.devices.telemetry import Clock, read_telemetry
@@ -203,6 +204,16 @@ def test_an_ordinary_machine_says_unknown(tmp_path: Path) -> None:
     assert read.throttling.now is None and read.hottest_c is None and read.rails_w == {}
     empty = read_telemetry(tmp_path / "absent")
     assert empty.cpus == {}
+
+
+@pytest.mark.parametrize("files", [NANO, AGX, AGX_6, THOR], ids=["nano", "agx", "agx6", "thor"])
+def test_a_bundles_own_reader_says_the_same(tmp_path: Path, files: dict[str, str]) -> None:
+    """`build_engine.py` stands alone on the device, with a copy of what is known of it here."""
+    read, limits = read_telemetry(planted(tmp_path, files)), engine_device.clock_limits(tmp_path)
+    assert read.gpu and limits
+    assert (limits["gpu_min"], limits["gpu_max"]) == (read.gpu.min_mhz, read.gpu.max_mhz)
+    mode = engine_device.power_mode(tmp_path) or {"id": None, "name": None}
+    assert mode == {"id": read.mode_id, "name": read.mode.name if read.mode else None}
 
 
 def test_a_mode_that_was_set_but_not_applied_is_found(tmp_path: Path) -> None:
@@ -423,6 +434,14 @@ THOR_FILES = {
     "/proc/cpuinfo": "processor : 0\nFeatures : fp asimd fphp asimdhp asimddp sve sve2 i8mm bf16\n"
         "CPU implementer : 0x41\nCPU part : 0xd83\n",
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("files", [NANO_FILES, THOR_FILES], ids=["nano", "thor"])
+def test_a_bundles_own_reader_knows_the_same_module(tmp_path: Path, files: dict[str, str]) -> None:
+    root = planted(tmp_path, {name.removeprefix("/"): text for name, text in files.items()})
+    facts = probe.parse_probe(files, {})
+    told = (engine_device.jetson_module(root), engine_device.l4t_version(root))
+    assert told == (facts.module, facts.l4t)
 
 
 def test_orin_nano_is_recognised() -> None:
