@@ -19,7 +19,8 @@ from secateur.flow.inherited import best_start
 from secateur.flow.job import Job, open_job
 from secateur.flow.merged import has_narrowed_norms, merged_network
 from secateur.flow.recipe import parse_recipe
-from secateur.flow.stages import begin_cut, refit_indices
+from secateur.flow.refit import refit_indices
+from secateur.flow.stages import begin_cut
 from secateur.flow.trunk import check_trunk, weights_digest, within
 from secateur.flow.warm_start import Planned, plan_job
 from secateur.prune import find_groups

@@ -132,11 +132,15 @@ class Bench:
         """Return (count, C, H, W) unlabelled training images: spread evenly, or drawn by seed."""
         return image_batch(self.fit, self._chosen(count, seed), self.spec)
 
+    def some(self, count: int, seed: int = 0) -> Reader:
+        """Return the training images that ``images`` is of."""
+        return Subset(self.fit, self._chosen(count, seed))
+
     def stream(
         self, count: int, seed: int = 0, batch_size: int = 8, *, labels: bool = True
     ) -> Iterator[Batch]:
         """Yield training batches, with labels or without: ``count`` images in all."""
-        some = Subset(self.fit, self._chosen(count, seed))
+        some = self.some(count, seed)
         return batches(some, self.parent.tasks if labels else (), self.spec, batch_size)
 
     def losses(

@@ -182,12 +182,16 @@ def recover(
     *,
     labels: bool = True,
     freeze: float = 1.0,
+    rate: float | None = None,
 ) -> MultiTaskModel:
-    """Return ``model`` after ``steps`` of fine-tuning, equal for all but labels and norms."""
+    """Return ``model`` after ``steps`` of fine-tuning, equal for all but labels and norms.
+
+    ``rate``: another learning rate than all have, for the search of settings (``settings.py``).
+    """
     settings = TrainSettings(
         steps=steps,
         batch_size=BATCH,
-        learning_rate=LEARNING_RATE[bench.name],
+        learning_rate=rate or LEARNING_RATE[bench.name],
         distill=DISTILL,
         seed=seed,
         labels=labels,

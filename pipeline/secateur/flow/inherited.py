@@ -22,7 +22,8 @@ from secateur.flow.merged import (
     with_biases,
 )
 from secateur.flow.recovery import forgets_weights
-from secateur.flow.stages import begin_cut, compensated
+from secateur.flow.refit import compensated
+from secateur.flow.stages import begin_cut
 from secateur.flow.warm_start import Planned
 from secateur.fusion.weights import reestimate_norms
 from secateur.vote.inherit import Donor, SubNetwork, inherit

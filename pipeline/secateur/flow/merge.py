@@ -21,7 +21,8 @@ from secateur.data.sample import Reader
 from secateur.flow.job import open_data
 from secateur.flow.parent import checked_model, load_checkpoint, new_network
 from secateur.flow.recipe import Recipe
-from secateur.flow.stages import REFIT_PIXELS, Metrics
+from secateur.flow.refit import REFIT_PIXELS
+from secateur.flow.stages import Metrics
 from secateur.fusion.weights import MergeSettings, merge_networks
 from secateur.metrics.delta import Delta, delta
 from secateur.metrics.kind import kind_of

@@ -20,8 +20,8 @@ from secateur.flow.allocation import RelativeLoss
 from secateur.flow.cache import load_weights, save_weights
 from secateur.flow.job import Job
 from secateur.flow.recovery import forgets_weights
+from secateur.flow.refit import refit_images, refit_indices, refit_settings
 from secateur.flow.scoring import meaning
-from secateur.flow.stages import refit_images, refit_indices, refit_settings
 from secateur.fusion.weights import MergeSettings, merge_networks
 from secateur.tasks import select_tasks
 from secateur.vote.inherit import Donor, embed

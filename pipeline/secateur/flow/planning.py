@@ -23,7 +23,7 @@ from secateur.flow.channel_scores import (
     task_agreement,
 )
 from secateur.flow.job import Job
-from secateur.flow.stages import compensated
+from secateur.flow.refit import compensated
 from secateur.fusion.scores import NEEDS_AGREEMENT, GroupScores, fuse, rule_of
 from secateur.importance.agreement import agreement
 from secateur.importance.bank import load_scores, save_scores, score_tasks, task_data

@@ -143,6 +143,7 @@ class LibrarySpec(_Strict):
 class CompensateSpec(_Strict):
     images: int | None = Field(default=None, ge=2)
     ridge: float | None = Field(default=None, gt=0)
+    joint: int | None = Field(default=None, ge=0, repr=False)  # no part of the layers' own refit
 
 
 class EarlyStopSpec(_Strict):

@@ -68,8 +68,9 @@ def check_recovery(job: Job) -> None:
 
 
 def recovered(
-    job: Job, plan: PrunePlan, model: MultiTaskModel, origin: str = "", *, inherited: bool = False
-) -> tuple[MultiTaskModel, int]:
+    job: Job, plan: PrunePlan, model: MultiTaskModel, origin: str = "", *, inherited: bool = False,
+    title: str = "recovering",
+) -> tuple[MultiTaskModel, int]:  # fmt: skip
     """Return ``model`` trained as the recipe says, and the optimiser steps that took.
 
     ``origin`` tells weights that the recipe and the plan do not determine from those they do;
@@ -103,7 +104,7 @@ def recovered(
         reinitialised(model, wanted.seed) if wanted.reinit else model,
         training, job.spec, settings,
         parent=job.selected, augment=_augment(job, wanted), checkpoint=folder,
-        validate=_validation(job, held_out) if held_out is not None else None, title="recovering",
+        validate=_validation(job, held_out) if held_out is not None else None, title=title,
     )  # fmt: skip
     write_json(steps, result.steps)
     save_weights(weights, result.model)

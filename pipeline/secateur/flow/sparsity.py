@@ -21,8 +21,9 @@ from secateur.devices.target import Target
 from secateur.flow.channel_scores import score_stream
 from secateur.flow.inherited import best_start
 from secateur.flow.job import Job
+from secateur.flow.refit import refit_images
 from secateur.flow.scoring import meaning
-from secateur.flow.stages import begin_cut, refit_images
+from secateur.flow.stages import begin_cut
 from secateur.flow.warm_start import Planned
 from secateur.fusion.scores import NEEDS_AGREEMENT, fuse
 from secateur.importance.bank import task_data

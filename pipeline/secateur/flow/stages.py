@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
-from secateur.compensate import RefitSettings, refit, views
 from secateur.core.channels import ChannelGroup
 from secateur.core.errors import BuildError, RecipeError
 from secateur.core.files import file_sha256, write_text
 from secateur.core.model import ModelInput, MultiTaskModel, evaluating, model_fingerprint
 from secateur.core.plan import PrunePlan
-from secateur.data.loading import has_labels, image_batch, spread
+from secateur.data.loading import has_labels
 from secateur.data.transforms import image_tensor
 from secateur.flow.cache import StageCache
 from secateur.flow.job import Job
+from secateur.flow.joint import refit_jointly
 from secateur.flow.recovery import forgets_weights, made_worse, recovered
+from secateur.flow.refit import compensated
 from secateur.flow.scoring import session_scores, torch_scores
 from secateur.lower import export_onnx
 from secateur.lower.export import FORM, OPSET
@@ -33,13 +33,6 @@ from secateur.prune import (
 )
 from secateur.runtimes.base import Session
 
-# Memory of the refit goes with pixels, and so does the number of equations: large inputs need
-# fewer images for as much of both (128 images at 192x256).
-REFIT_PIXELS = 6_300_000
-# Least squares want positions, of which a small image has few: at 32x32 the refit is clearly
-# better of a thousand images than of 256.
-USUAL_IMAGES, USUAL_PIXELS = 256, 1_600_000
-FEW_IMAGES = 96  # fewer than these are also shown mirrored and enlarged
 Metrics = dict[str, dict[str, float]]
 
 
@@ -72,7 +65,11 @@ def begin_cut(job: Job, groups: Sequence[ChannelGroup], plan: PrunePlan) -> Mult
 def finish_cut(
     job: Job, plan: PrunePlan, begun: MultiTaskModel, origin: str = "", *, inherited: bool = False
 ) -> Cut:
-    """Recover the cut; ``recovered`` says the rest. Zeros that masks hold stay, the masks go."""
+    """Recover the cut; ``recovered`` says the rest. Zeros that masks hold stay, the masks go.
+
+    Where no recovery follows, compensation ends with a refit of all layers together.
+    """
+    begun = refit_jointly(job, plan, begun, origin)
     final, steps = recovered(job, plan, begun, origin, inherited=inherited)
     worse = bool(steps) and made_worse(job, begun, final)
     begun, final = without_masks(begun), without_masks(final)
@@ -102,51 +99,6 @@ def _check_surgery(job: Job, pruned: MultiTaskModel, plan: PrunePlan) -> None:
                 f"{tuple(tensor.shape)}",
                 hint="report this with the recipe: an output layer was not protected",
             )
-
-
-def compensated(
-    job: Job,
-    groups: Sequence[ChannelGroup],
-    plan: PrunePlan,
-    pruned: MultiTaskModel,
-    *,
-    only: Collection[str] | None = None,
-) -> MultiTaskModel:
-    """Return ``pruned``, cut from ``job.selected``, refitted if the recipe says so.
-
-    ``only`` are the layers to refit, by name; all where it is None.
-    """
-    wanted = job.recipe.compensate
-    if wanted is False:
-        return pruned
-    images, settings = refit_images(job), refit_settings(job)
-    return refit(job.selected, pruned, groups, plan, images, settings, only=only)
-
-
-def refit_settings(job: Job) -> RefitSettings:
-    """Return how the recipe wants layers fitted; as usual where it has nothing to say."""
-    wanted = job.recipe.compensate
-    return RefitSettings(ridge=wanted.ridge) if wanted else RefitSettings()
-
-
-def refit_images(job: Job) -> Tensor:
-    """Return the (N, C, H, W) training images that compensation is fitted on."""
-    images = image_batch(job.train, refit_indices(job), job.spec)
-    return views(images) if len(images) < FEW_IMAGES else images
-
-
-def refit_indices(job: Job) -> list[int]:
-    """Return which training images compensation is fitted on; none where there is no such step."""
-    wanted = job.recipe.compensate
-    if wanted is False:
-        return []
-    pixels = job.spec.height * job.spec.width
-    most = 3 * len(job.train) // 4  # the others are to judge by
-    usual = max(USUAL_IMAGES, min(USUAL_PIXELS // pixels, most))
-    count = min(wanted.images or usual, REFIT_PIXELS // pixels)
-    if job.recipe.prune.warm_start == "library":  # starts are compared
-        count = min(count, most)
-    return spread(job.train, max(count, 2))
 
 
 def torch_accuracy(job: Job, model: MultiTaskModel, title: str) -> Metrics:
