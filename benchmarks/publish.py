@@ -107,7 +107,7 @@ def training_free_table(suite: dict[str, Any]) -> str:
     lines += [
         "",
         "ΔT in % on the test images. Importance and axes read 128 labelled images, and a search",
-        "96; the refit reads 256, no labels, in one pass layer by layer; together, layers take four",
+        "96; the refit reads 256, no labels, in one pass layer by layer; together they take four",
         "more passes, of gradient steps towards the parent's outputs. One seed; blank: not run.",
         "Seconds, on one core of a busy machine:",
         _seconds_without_training(suite["rows"]) + ".",

@@ -58,7 +58,7 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[Key, dict[str, Any]]:
 def _summary(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     def spread(values: Sequence[float]) -> dict[str, float]:
         deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-        return {"mean": round(statistics.fmean(values), 2), "std": round(deviation, 2)}
+        return {"mean": round(statistics.fmean(values), 4), "std": round(deviation, 4)}
 
     tasks = found[0]["after"]["change_percent"]
     return {

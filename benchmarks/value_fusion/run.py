@@ -25,7 +25,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import mean, pstdev
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -307,7 +307,10 @@ def summary(rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
     for stage in ("plain", "merged", "recovered"):
         for value in ("delta_t", "worst"):
             values = [row[stage][value] for row in own]
-            result[f"{stage}_{value}"] = {"mean": mean(values), "std": pstdev(values)}
+            result[f"{stage}_{value}"] = {
+                "mean": mean(values),
+                "std": stdev(values) if len(values) > 1 else 0.0,
+            }
     return result
 
 

@@ -16,6 +16,7 @@ from secateur.prune.macs import count_macs
 from torch import Tensor
 
 TRIALS = 8
+RATIOS = tuple(number / 50 for number in range(25, 50))
 
 
 def cut_as_its_users_do(
@@ -27,30 +28,34 @@ def cut_as_its_users_do(
 ) -> MultiTaskModel:
     """Return the largest network within the budget among the ratios of a bisection.
 
-    Beyond some ratio MACs rise again, for a layer that would be emptied stays whole: GroupTaylor on
-    Lite0 gives .14 of them at least, at a ratio of about .8. Larger shares lie where they fall.
+    Beyond some ratio MACs rise again, for a layer that rounding would empty stays whole, and a
+    bisection may pass by what there is: then ratios are tried one by one.
 
     Raises:
         PlanError: no ratio tried meets the budget.
     """
-    best, best_macs = None, 0
+    tried: list[tuple[int, MultiTaskModel]] = []
+
+    def within(ratio: float) -> bool:
+        model = _pruned(bench, ratio, importance, gradients or {}, options)
+        tried.append((count_macs(model, bench.example), model))
+        return tried[-1][0] <= share * bench.full_macs
+
     low, high = 0.0, 1.0
     for _ in range(TRIALS):
         ratio = (low + high) / 2
-        model = _pruned(bench, ratio, importance, gradients or {}, options)
-        macs = count_macs(model, bench.example)
-        if macs > share * bench.full_macs:
-            low = ratio
-            continue
-        high = ratio
-        if macs > best_macs:
-            best, best_macs = model, macs
-    if best is None:
+        low, high = (low, ratio) if within(ratio) else (ratio, high)
+    for ratio in RATIOS if high == 1.0 else ():
+        within(ratio)
+    meeting = [one for one in tried if one[0] <= share * bench.full_macs]
+    if not meeting:
+        least = min(macs for macs, _ in tried) / bench.full_macs
         raise PlanError(
-            f"torch-pruning meets {share:.0%} of the MACs at no ratio of {TRIALS} bisected",
+            f"torch-pruning, rounding to {GRID} channels, leaves {least:.1%} of the MACs at least, "
+            f"at any of {len(tried)} ratios",
             hint="it leaves a layer whole that its ratio would empty; take a larger share",
         )
-    return best.eval()
+    return max(meeting, key=lambda one: one[0])[1].eval()
 
 
 def _pruned(

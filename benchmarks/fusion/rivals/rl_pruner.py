@@ -5,7 +5,8 @@ their widths. Each stage samples noised distributions, cuts by each (Taylor with
 rewards them by the loss they leave without any training, goes on from the best cut and moves the
 policy towards its distribution. Departures: the reward is minus the summed loss on a few batches
 in place of top-1 accuracy; stages are equal steps in MACs, so cost is no part of the reward; no
-random exploration of worse cuts.
+random exploration of worse cuts; and no training between stages, which the authors' code does (its
+distillation after some of them), so that a row for it tells of the allocation alone.
 """
 
 from __future__ import annotations

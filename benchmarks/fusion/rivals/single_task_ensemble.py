@@ -2,7 +2,8 @@
 
 One network per task, each the parent without the other tasks, cut to an equal part of the joint
 budget by the gate Taylor of its own task. Departures: channels in place of weights or ranks, cost
-in MACs in place of parameters, one-shot scores in place of movement during fine-tuning.
+in MACs in place of parameters, one-shot scores in place of movement during fine-tuning; an equal
+share for each task, from the multi-task parent, where the source takes the best ensemble.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 ``cut``) walks the merged network in execution order instead: for one layer with the merged
 network's own inputs ``X`` and the experts' outputs ``Y_t`` on the same images it solves ::
 
-    min_W  sum_t w_t |S_t^(1/2) (W X - Y_t)|^2  +  ridge * level * |W - W_0|^2
+    min_W  sum_t w_t |S_t^(1/2) (W X - Y_t)|^2  +  ridge * level * |M^(1/2) (W - W_0)|^2
 
 where ``S_t`` (c_out, c_out) says how much task ``t`` depends on the layer's outputs. The first
 sum depends on ``W`` as does ``|M^(1/2) (W X - Y)|^2`` with ``M = sum w_t S_t`` and the mixed

@@ -19,7 +19,7 @@ GroupScores = Mapping[str, Vector]
 Oracle = Callable[[GroupScores], Mapping[str, NDArray[np.bool_]]]
 """From fused scores to the channels, per group, that a cut to the budget would remove."""
 
-ROUNDS = 40  # of the minimax; its worst task moves by < 0.001 after
+ROUNDS = 40  # of the minimax; its worst task moves by < 0.002 after
 NEEDS_AGREEMENT = frozenset({"cosine", "cosine_magnitude"})
 
 
@@ -90,13 +90,14 @@ def cosine_magnitude(ballot: Ballot) -> Vector:
 
 
 def guarded(ballot: Ballot) -> Vector:
-    """Return the weighted mean whose cut hurts the worst-off task least.
+    """Return the weighted mean whose cut hurts the worst-off task least, as far as is found.
 
     ``min over cuts of max_t u_t * lost_t(cut)``, where ``lost_t`` is the share of the task's
-    importance that goes and ``u_t`` its weight over the mean weight. Its dual is a game over
-    weights on the simplex; they are found by multiplicative weights (Freund & Schapire, 1999):
-    the cut answers ``sum_t p_t u_t s_t``, then ``p_t`` grows with what task t lost. The best round
-    is returned; the first is ``mean``, so the worst task never does worse than there.
+    importance that goes and ``u_t`` its weight over the mean weight, is a problem of whole numbers.
+    Its relaxation is a game over weights on the simplex, played by multiplicative weights (Freund &
+    Schapire, 1999): the cut answers ``sum_t p_t u_t s_t``, then ``p_t`` grows with what task t
+    lost. The best round is returned, no proven optimum; the first is ``mean``, so the worst task of
+    that trial cut never does worse than there.
     """
     scaled = len(ballot.weights) * ballot.weights[:, None] * ballot.shares
     log_weights = np.zeros(len(scaled))
@@ -114,7 +115,7 @@ def guarded(ballot: Ballot) -> Vector:
 
 
 RULES: Mapping[str, Callable[[Ballot], Vector]] = {
-    "cut": mean,  # the default; which rule or blend it is, the benchmark of fusion rules decides
+    "cut": mean,  # the default from the start; no rule of the benchmark is clearly better
     "mean": mean,
     "max": maximum,
     "unanimous": unanimous,
