@@ -13,7 +13,7 @@ from secateur.data.loading import image_batch
 from secateur.data.sample import Reader, Sample
 from secateur.flow.cache import StageCache
 from secateur.flow.job import Job, open_job
-from secateur.flow.joint import refit_jointly
+from secateur.flow.joint import Joint, refit_jointly
 from secateur.flow.planning import make_plan
 from secateur.flow.recipe import parse_recipe
 from secateur.flow.recovery import recovered
@@ -84,6 +84,7 @@ def test_all_layers_together_come_nearer_to_the_parent_without_a_label(tmp_path:
     begun = begin_cut(work, groups, plan)
     cut = finish_cut(work, plan, begun)
     assert distance(work, cut.recovered) < 0.95 * distance(work, begun)
+    assert cut.joint == "24 passes over 8 images"
     assert cut.steps == 0 and same(cut.compensated, cut.recovered), "it is no recovery"
     before = [p.shape for p in begun.parameters()]
     assert [p.shape for p in cut.recovered.parameters()] == before
@@ -98,19 +99,19 @@ def test_it_is_left_out_where_nobody_wants_it_or_recovery_follows(
     work = job(tmp_path, joint, recover)
     groups, plan = make_plan(work, 4)
     begun = begin_cut(work, groups, plan)
-    assert refit_jointly(work, plan, begun) is begun
+    assert refit_jointly(work, plan, begun) == Joint(begun)
 
 
 def test_it_is_found_again_and_never_taken_for_a_recovery(tmp_path: Path, monkeypatch) -> None:
     work = job(tmp_path)
     groups, plan = make_plan(work, 4)
     begun = begin_cut(work, groups, plan)
-    first = refit_jointly(work, plan, begun)
+    first = refit_jointly(work, plan, begun).model
     alike = "{epochs: 24, learning_rate: 0.001, labels: false, augment: none, freeze_norms: 0}"
     _, steps = recovered(job(tmp_path, recover=alike), plan, begun)
     assert steps == 48, "of all sixteen images, where eight are what it is fitted on"
     monkeypatch.setattr("secateur.flow.recovery.train", None)
-    again = refit_jointly(work, plan, begun)
+    again = refit_jointly(work, plan, begun).model
     assert same(again, first)
 
 
@@ -119,4 +120,32 @@ def test_what_does_harm_is_undone(tmp_path: Path, monkeypatch) -> None:
     work = job(tmp_path)
     groups, plan = make_plan(work, 4)
     begun = begin_cut(work, groups, plan)
-    assert refit_jointly(work, plan, begun) is begun
+    cut = finish_cut(work, plan, begun)
+    assert same(cut.recovered, begun) and cut.joint.startswith("undone: ")
+
+
+def test_a_neighbours_weights_are_not_pulled_back_to_the_parent(tmp_path: Path) -> None:
+    work = job(tmp_path)
+    groups, plan = make_plan(work, 4)
+    begun = begin_cut(work, groups, plan)
+    cut = finish_cut(work, plan, begun, joint=False)
+    assert same(cut.recovered, begun) and cut.joint == ""
+
+
+class Training(TinyNet):
+    """A network that drops features while it trains, and gives losses in place of outputs."""
+
+    def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": image.mean()} if self.training else super().forward(image)
+
+
+def test_what_a_network_does_in_training_alone_stays_out(tmp_path: Path) -> None:
+    work = job(tmp_path)
+    groups, plan = make_plan(work, 4)
+    begun = begin_cut(work, groups, plan)
+    own = Training()
+    own.load_state_dict(work.selected.network.state_dict(), strict=False)
+    with torch.no_grad():
+        own.seg.weight.mul_(1.5)  # something to put right
+    begun = MultiTaskModel(own, begun.tasks).eval()
+    assert refit_jointly(work, plan, begun).told == "24 passes over 8 images"

@@ -108,12 +108,13 @@ def test_delta_is_the_mean_within_a_task_then_over_tasks() -> None:
     ({"up": 0.0, "down": 2.0}, {"up": 2.0, "down": 4.0}, -100.0),  # a gain on 0 says nothing
     ({"up": 50.0, "down": 0.0}, {"up": 50.0, "down": 0.1}, -50.0),  # a loss on 0 counts as whole
     ({"up": 0.0, "down": 0.0}, {"up": 3.0, "down": 0.0}, 0.0),
+    ({"up": 0.0, "down": 1.0}, {"up": math.nan, "down": 1.0}, math.nan),
 ])  # fmt: skip
 def test_nothing_is_relative_to_zero(
     before: dict[str, float], after: dict[str, float], change: float
 ) -> None:
     found = delta({"t": before}, {"t": after}, {"t": {"up": True, "down": False}})
-    assert found.per_task["t"] == pytest.approx(change)
+    assert found.per_task["t"] == pytest.approx(change, nan_ok=True)
 
 
 @pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])

@@ -392,14 +392,18 @@ def test_averaged_weights_keep_indices() -> None:
     assert torch.equal(trained.network.index, torch.arange(512).flip(0))
 
 
-@pytest.mark.parametrize(("size", "count", "length", "wanted"), [
-    (14, 6, 8, [8, 9, 10, 11, 12, 13]),  # one piece: the last images
-    (12, 4, 2, [4, 5, 10, 11]),
-    (12, 4, 1, [2, 5, 8, 11]),
-    (5, 5, 2, [0, 1, 2, 3, 4]),
-])  # fmt: skip
-def test_what_is_held_out_is_spread(size: int, count: int, length: int, wanted: list[int]) -> None:
-    assert pieces(size, count, length) == wanted
+@given(st.integers(2, 60), st.data())
+def test_what_is_held_out_is_spread_in_pieces(size: int, data: st.DataObject) -> None:
+    count, length = data.draw(st.integers(1, size)), data.draw(st.integers(1, 8))
+    found = pieces(size, count, length)
+    assert len({*found}) == count and found == sorted(found) and 0 <= found[0] <= found[-1] < size
+    runs = np.split(np.array(found), np.flatnonzero(np.diff(found) > 1) + 1)
+    assert len(runs) <= -(-count // length), "images that follow one another stay together"
+
+
+@pytest.mark.parametrize("classes", [2, 5, 10])
+def test_classes_that_take_turns_are_all_held_out(classes: int) -> None:
+    assert {index % classes for index in pieces(640, 64, 1)} == {*range(classes)}
 
 
 class Stop(Exception):

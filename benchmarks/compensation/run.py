@@ -34,7 +34,10 @@ from secateur.compensate import refit
 from secateur.core.model import MultiTaskModel
 from secateur.core.plan import PrunePlan
 from secateur.core.progress import shown
+from secateur.data.loading import Subset, batches, spread
+from secateur.flow.allocation import RelativeLoss
 from secateur.flow.joint import PASSES, joint_spec
+from secateur.flow.recovery import JUDGE_IMAGES
 from secateur.prune import plan_widths
 from secateur.prune.plan import Budget
 from secateur.recover import TrainSettings, train
@@ -162,10 +165,17 @@ def _treated(
 
 
 def together(bench: Bench, model: MultiTaskModel, seed: int) -> MultiTaskModel:
-    """Refit all layers together as a recipe without recovery does (``flow/joint.py``)."""
+    """Refit all layers together as a recipe without recovery does (``flow/joint.py``).
+
+    As there, what leaves the tasks farther from the parent on training images is undone.
+    """
     spec = joint_spec(PASSES).model_dump(exclude={"augment", "early_stop", "reinit"})
-    return train(model, bench.some(REFIT_IMAGES, seed), bench.spec, TrainSettings(**spec),
-                 parent=bench.parent, title="refitting together").model  # fmt: skip
+    fitted = train(model, bench.some(REFIT_IMAGES, seed), bench.spec,
+                   TrainSettings(**spec, as_deployed=True), parent=bench.parent,
+                   title="refitting together").model  # fmt: skip
+    judged = Subset(bench.fit, spread(bench.fit, JUDGE_IMAGES))
+    loss = RelativeLoss(bench.parent, next(batches(judged, [], bench.spec, len(judged))))
+    return fitted if loss(fitted) <= loss(model) else model
 
 
 def claims(rows: list[dict[str, Any]]) -> list[Show]:

@@ -143,6 +143,8 @@ def print_result(result: BuildResult, console: Console) -> None:
         f"{before}; on {accuracy.images} images",
         highlight=False,
     )
+    if together := manifest.plan.get("joint_refit"):
+        console.print(f"refit     all layers together: {together}", soft_wrap=True, highlight=False)
     if unlabelled := manifest.plan.get("without_labels"):
         console.print(f"labels    data.train has none of {', '.join(unlabelled)}: what is not "
                       "learnt from labels is learnt from the parent", soft_wrap=True)  # fmt: skip

@@ -39,30 +39,40 @@ def create(root: Path, split: str, depth_scale: float = 0.001) -> Reader:
     return Folder(path, depth_scale)
 
 
+def twice_named(path: Path, one: str, other: str) -> DataError:
+    """Return the error of two files that only their ends tell apart."""
+    return DataError(
+        f"{one} and {other} in {path} have one name but for their ends, so a label could be of "
+        "either",
+        hint="give one of them another name, and its labels, too",
+    )
+
+
 class Folder:
     """Dense labels are the other sub-folders; scalar labels are the columns of labels.csv.
 
-    ``misnamed``: sub-folders of pictures called like no image, each with its first one's name.
+    ``misnamed``: sub-folders of pictures called like no image, each with its first one's name;
+    ``twice``: those where two files have one name, with these.
     """
 
     def __init__(self, path: Path, depth_scale: float) -> None:
         self._archive = ImageArchive(path)
         self._depth_scale = float(depth_scale)
         folders: dict[str, dict[str, str]] = {}
+        twice: dict[str, tuple[str, str]] = {}  # by folder, two files of one name
         for name in self._archive.names:
             file = Path(name)
             hidden = any(part.startswith((".", "__")) for part in file.parts)
             if file.suffix.lower() in SUFFIXES and len(file.parts) <= 2 and not hidden:
                 files = folders.setdefault(file.parent.as_posix(), {})
                 if file.stem in files:
-                    raise DataError(
-                        f"{files[file.stem]} and {name} in {path} have one name but for their "
-                        "ends, so a label could be of either",
-                        hint="give one of them another name, and its labels, too",
-                    )
+                    twice.setdefault(file.parent.as_posix(), (files[file.stem], name))
                 files[file.stem] = name
         own, beside = folders.pop("image", {}), folders.pop(".", {})
         self._images = own or beside
+        self.twice = twice
+        if (used := "image" if own else ".") in twice:
+            raise twice_named(path, *twice[used])
         self._dense = {
             label: files for label, files in folders.items() if self._images.keys() & files.keys()
         }

@@ -17,7 +17,7 @@ ASPECT_SLACK = 0.1  # of a label's width over height against its image's
 LENGTH_SLACK = 0.01  # of a normal
 UNKNOWN_EDGE = 255
 TOLD_APART = frozenset({"segmentation", "classification", "edges"})  # kinds of classes
-LOOKED_AT = 32  # images, before all of them are
+LEAST_LOOKED_AT, LOOKED_AT, MOST_LOOKED_AT = 8, 32, 512  # images
 
 
 def check_shape(label: Array, task: Task, sample: Sample) -> None:
@@ -98,36 +98,36 @@ def check_known(reader: Reader, tasks: Sequence[Task]) -> None:
     """Raise DataError where what a task should learn is stored as what is unknown.
 
     A mask of 0 and 255 has one class and pixels that nobody judges, when it was meant to have two.
-    One image may be like that rightly; all of them are not.
+    One image may be like that rightly; all of many are not.
     """
     for task in tasks:
-        if task.label not in reader.label_names or task.kind not in TOLD_APART:
-            continue
         unknown = UNKNOWN_EDGE if task.kind == "edges" else task.ignore_index
-        known = _known_values(reader, task.label, unknown)
-        if known is not None and len(known) == 1:
+        told = task.label in reader.label_names and task.kind in TOLD_APART
+        if told and unknown == 255 and _known_values(reader, task.label, unknown) == {0}:
             raise DataError(
-                f"label '{task.label}' has no value but {known.pop():g} and {unknown}, which "
-                f"stands for unknown: task '{task.name}' has nothing to tell apart",
+                f"label '{task.label}' has no value but 0 and 255, which stands for unknown: task "
+                f"'{task.name}' has nothing to tell apart",
                 hint=f"divide masks of 0 and 255 by 255, or set tasks.{task.name}.ignore_index",
             )
 
 
-def _known_values(reader: Reader, label: str, unknown: int) -> set[float] | None:
-    """Return what a label holds beside ``unknown``, or None where some images show no unknown.
+def _known_values(reader: Reader, label: str, unknown: int) -> set[float]:
+    """Return what a label holds beside ``unknown``; nothing where that says too little.
 
-    Once two are found, no further image is looked at.
+    Once two are found, no further image is looked at; nor where the first ones show no unknown.
     """
     found: set[float] = set()
-    step = max(1, len(reader) // LOOKED_AT)
-    some = range(0, len(reader), step)
-    for number, place in enumerate((*some, *(i for i in range(len(reader)) if i % step))):
-        if number == len(some) and unknown not in found:
-            return None
-        found |= {float(value) for value in np.unique(reader[place].labels.get(label, unknown))}
+    places = [int(i) for i in np.linspace(0, len(reader) - 1, min(len(reader), MOST_LOOKED_AT))]
+    order = np.random.default_rng(0).permutation(len(places))
+    for number, place in enumerate(order):
+        if number == LOOKED_AT and unknown not in found:
+            return set()
+        found |= {
+            float(value) for value in np.unique(reader[places[place]].labels.get(label, unknown))
+        }
         if len(found - {unknown}) > 1:
             break
-    return found - {unknown} if unknown in found else None
+    return found - {unknown} if unknown in found and len(places) >= LEAST_LOOKED_AT else set()
 
 
 def _fits(label: Array, task: Task) -> bool:

@@ -90,9 +90,9 @@ def target_tensor(sample: Sample, task: Task, spec: ModelInput, view: View | Non
         )
     label = sample.labels[task.label]
     check_shape(label, task, sample)
-    check_values(label, task, sample.id)
     if task.kind in DENSE:
         label = _dense_label(label, task, sample, spec, view)
+    check_values(label, task, sample.id)
     if task.kind in ("segmentation", "classification"):
         check_classes(label, task, sample.id)
         return torch.from_numpy(np.array(label, dtype=np.int64, order="C"))

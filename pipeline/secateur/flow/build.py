@@ -76,7 +76,8 @@ def build(
     zeros = plan_zeros(job, planned.plan, begun, key)
     begun, key = with_zeros(job, begun, zeros, key)
     inherited = origin is not None and origin.recovered
-    cut = finish_cut(job, planned.plan, begun, key, inherited=inherited)
+    cut = finish_cut(job, planned.plan, begun, key, inherited=inherited,
+                     joint=origin is None or not origin.inherited)  # fmt: skip
     clock.lap("cut_compensate_recover")
     lowered = lower_cut(job, cut, target, protocol, device)
     target = with_runtime(target, NCNN) if lowered.ncnn else target

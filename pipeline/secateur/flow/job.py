@@ -14,6 +14,7 @@ from torch import Tensor
 from secateur.core.errors import DataError
 from secateur.core.model import ModelInput, MultiTaskModel, model_fingerprint
 from secateur.core.task import Task
+from secateur.data.folder import twice_named
 from secateur.data.labels import check_known
 from secateur.data.loading import InMemory, open_reader
 from secateur.data.sample import Reader
@@ -187,6 +188,8 @@ def open_data(recipe: Recipe, spec: DataSpec) -> Reader:
                 f"'{reader[0].id}'",
                 hint="give a label the name of its image, or take the folder away",
             )
+        if task.label in (twice := getattr(reader, "twice", {})):
+            raise twice_named(recipe.data_root(spec), *twice[task.label])
     kept = InMemory(reader)
-    check_known(kept, recipe.all_tasks())
+    check_known(kept, recipe.kept_tasks())
     return kept

@@ -154,7 +154,7 @@ def _recovery(job: Job, made: Made) -> dict[str, Any]:
     inherited = made.origin is not None and made.origin.recovered
     rate = None if wanted == "none" else learning_rate(job, wanted, inherited=inherited)
     return {"recovery_steps": made.cut.steps, "recovery_undone": made.cut.undone,
-            "recovery_learning_rate": rate}  # fmt: skip
+            "recovery_learning_rate": rate, "joint_refit": made.cut.joint}  # fmt: skip
 
 
 def _report(lowered: Lowered) -> Mapping[str, Any] | None:

@@ -178,6 +178,8 @@ def _check_is_checkpoint(path: Path, error: Exception) -> None:
     if torch_file or (path.suffix == ".safetensors" and not first.startswith(LFS)):
         return
     hint = "give what torch.save(model.state_dict(), path) or safetensors wrote"
+    if first[8:9] == b"{":
+        hint = "if safetensors wrote it, let its name end in .safetensors"
     if first.startswith(LFS):
         hint = "it stands for a large file that is not here: get it with `git lfs pull`"
     raise ModelError(

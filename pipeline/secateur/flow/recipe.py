@@ -63,9 +63,9 @@ class TaskSpec(_Strict):
 
 def _task_name(name: str) -> str:
     """Return a name that may be an output of the ONNX file and an array of an .npz."""
-    if not re.fullmatch(r"\w[\w .-]*", name) or name in RESERVED:
+    if not re.fullmatch(r"[^\s,/\\]([^,/\\\n]*[^\s,/\\])?", name) or name in RESERVED:
         raise ValueError(
-            f"'{name}' cannot be a task's name: letters, digits and _ . - only, and not "
+            f"'{name}' cannot be a task's name: no comma and no slash, and not "
             f"{' or '.join(RESERVED)}"
         )
     return name

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -69,12 +70,12 @@ def check_recovery(job: Job) -> None:
 
 def recovered(
     job: Job, plan: PrunePlan, model: MultiTaskModel, origin: str = "", *, inherited: bool = False,
-    title: str = "recovering",
+    title: str = "recovering", as_deployed: bool = False,
 ) -> tuple[MultiTaskModel, int]:  # fmt: skip
     """Return ``model`` trained as the recipe says, and the optimiser steps that took.
 
     ``origin`` tells weights that the recipe and the plan do not determine from those they do;
-    ``inherited``: they are a neighbour's, recovered before.
+    ``inherited``: they are a neighbour's, recovered before. ``as_deployed``: see ``TrainSettings``.
     """
     wanted = job.recipe.recover
     if wanted == "none":
@@ -98,6 +99,7 @@ def recovered(
         **wanted.model_dump(exclude={"augment", "early_stop", "reinit", "freeze_norms"}),
         freeze_norms=freeze,
         patience=wanted.early_stop.patience if wanted.early_stop else 0,
+        as_deployed=as_deployed,
     )
     training, held_out = _split(job, wanted)
     result = train(
@@ -179,10 +181,14 @@ def _split(job: Job, wanted: RecoverSpec) -> tuple[Reader, Reader | None]:
 
 
 def pieces(size: int, count: int, length: int) -> list[int]:
-    """Return ``count`` of ``size`` indices, in runs of ``length`` spread evenly over all."""
+    """Return ``count`` of ``size`` indices, in runs of ``length`` spread over all.
+
+    Each lies by chance within its part: an even stride would meet one class of images in turns.
+    """
     runs = np.array_split(np.arange(count), -(-count // length))
-    room = size - count
-    skipped = np.linspace(0, room, len(runs) + 1).round().astype(int)[1:]
+    parts = np.linspace(0, size - count, len(runs) + 1).round().astype(int)
+    random = np.random.default_rng(0)
+    skipped = [random.integers(low, high + 1) for low, high in pairwise(parts)]
     return [int(i) for skip, run in zip(skipped, runs, strict=True) for i in run + skip]
 
 

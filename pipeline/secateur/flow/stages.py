@@ -18,7 +18,7 @@ from secateur.data.loading import has_labels
 from secateur.data.transforms import image_tensor
 from secateur.flow.cache import StageCache
 from secateur.flow.job import Job
-from secateur.flow.joint import refit_jointly
+from secateur.flow.joint import Joint, refit_jointly
 from secateur.flow.recovery import forgets_weights, made_worse, recovered
 from secateur.flow.refit import compensated
 from secateur.flow.scoring import session_scores, torch_scores
@@ -41,6 +41,7 @@ class Cut:
     """The cut network after compensation and after recovery, and the steps recovery took.
 
     ``undone``: recovery made it worse, so ``recovered`` is the compensated one, after no steps.
+    ``joint`` says what became of the refit of all layers together, where that was wanted.
     """
 
     compensated: MultiTaskModel
@@ -48,6 +49,7 @@ class Cut:
     steps: int
     key: str
     undone: bool = False
+    joint: str = ""
 
 
 def make_cut(job: Job, groups: Sequence[ChannelGroup], plan: PrunePlan) -> Cut:
@@ -63,19 +65,27 @@ def begin_cut(job: Job, groups: Sequence[ChannelGroup], plan: PrunePlan) -> Mult
 
 
 def finish_cut(
-    job: Job, plan: PrunePlan, begun: MultiTaskModel, origin: str = "", *, inherited: bool = False
+    job: Job,
+    plan: PrunePlan,
+    begun: MultiTaskModel,
+    origin: str = "",
+    *,
+    inherited: bool = False,
+    joint: bool = True,
 ) -> Cut:
     """Recover the cut; ``recovered`` says the rest. Zeros that masks hold stay, the masks go.
 
-    Where no recovery follows, compensation ends with a refit of all layers together.
+    Where no recovery follows, compensation ends with a refit of all layers together, unless
+    ``joint`` is False: towards the parent, it would undo what a neighbour's weights have learnt.
     """
-    begun = refit_jointly(job, plan, begun, origin)
+    together = refit_jointly(job, plan, begun, origin) if joint else Joint(begun)
+    begun = together.model
     final, steps = recovered(job, plan, begun, origin, inherited=inherited)
     worse = bool(steps) and made_worse(job, begun, final)
     begun, final = without_masks(begun), without_masks(final)
     if worse:
         return Cut(begun, begun, 0, model_fingerprint(begun), undone=True)
-    return Cut(begun, final, steps, model_fingerprint(final))
+    return Cut(begun, final, steps, model_fingerprint(final), joint=together.told)
 
 
 def _check_surgery(job: Job, pruned: MultiTaskModel, plan: PrunePlan) -> None:

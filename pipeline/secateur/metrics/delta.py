@@ -50,6 +50,8 @@ def _task_percent(
 
 def _relative_percent(before: float, after: float, higher_is_better: bool) -> float | None:
     gain = after - before if higher_is_better else before - after
-    if abs(before) < ZERO and not math.isnan(gain):
+    if math.isnan(gain):
+        return gain
+    if abs(before) < ZERO:
         return -100.0 if gain < 0 else None
     return 100 * gain / abs(before)

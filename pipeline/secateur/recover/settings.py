@@ -25,7 +25,8 @@ class TrainSettings:
     returned (0 is off). ``patience`` epochs without a better validation end the training (0
     never does). ``freeze_norms``: the share of the steps after which batch norms keep their
     statistics (1 is never). From then on the network trains as it will be used; 0 is right only
-    where the statistics are the network's own as it starts, as after a refit.
+    where the statistics are the network's own as it starts, as after a refit. ``as_deployed``: in
+    eval mode, so that dropout and whatever else a network does in training alone stay out.
 
     Raises:
         RecipeError: neither ``epochs`` nor ``steps`` is given, or both.
@@ -46,6 +47,7 @@ class TrainSettings:
     labels: bool = True
     patience: int = 0
     freeze_norms: float = 1.0
+    as_deployed: bool = False
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):

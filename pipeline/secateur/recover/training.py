@@ -143,7 +143,7 @@ class _Run:
 
         ``done``: the share of the whole schedule that each step finds behind it.
         """
-        self.network.train()
+        self.network.train(not self.settings.as_deployed)
         parameters = list(self.network.parameters())
         sums = [0.0] * (len(self.balance.names) + 1)
         for batch, share in zip(stream, done, strict=True):

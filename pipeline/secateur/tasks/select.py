@@ -15,6 +15,8 @@ from secateur.core.task import Task
 from secateur.tasks.graph import eliminate
 from secateur.tasks.stub import stub_unused
 
+ROUNDING = 1e-5  # of an output's range
+
 
 @runtime_checkable
 class SelectsOutputs(Protocol):
@@ -32,9 +34,11 @@ def select_tasks(
 
     A network with ``select_outputs`` does it itself. Any other is traced with torch.fx, and all
     that no kept output reads is removed, whatever its name. With an ``example`` (N, C, H, W) the
-    kept outputs are compared bit for bit on random images, and more is possible: concats lose the
-    inputs that nobody reads, a network that torch.fx cannot trace has its unneeded parts replaced
-    by zeros (`secateur.tasks.stub`). So it is with what no output at all is computed from.
+    kept outputs are compared bit for bit on random images (those of a network that selects by
+    itself but for rounding, since a narrower layer may be computed by another kernel), and more is
+    possible: concats lose the inputs that nobody reads, a network that torch.fx cannot trace has
+    its unneeded parts replaced by zeros (`secateur.tasks.stub`). So it is with what no output at
+    all is computed from.
 
     Raises:
         ModelError: the network cannot be traced, or an output changed.
@@ -73,11 +77,14 @@ def _selected_by_itself(
 ) -> MultiTaskModel:
     names, hint = [task.output for task in tasks], "correct its method select_outputs"
     try:
-        network = cast(SelectsOutputs, model.network).select_outputs(names)
+        network: object = cast(SelectsOutputs, model.network).select_outputs(names)
     except Exception as error:  # the user's own code may raise anything
         raise ModelError(f"select_outputs({names}) failed: {error!r}", hint=hint) from error
+    if not isinstance(network, nn.Module):
+        returned = type(network).__name__
+        raise ModelError(f"select_outputs({names}) returned {returned}, no nn.Module", hint=hint)
     selected = MultiTaskModel(network, tuple(tasks))
-    changed = _changed_task(model, selected, example) if example is not None else None
+    changed = _changed_task(model, selected, example, ROUNDING) if example is not None else None
     if changed is not None:
         raise ModelError(f"after select_outputs({names}), {changed}", hint=hint)
     return selected
@@ -127,8 +134,13 @@ def _has_unread(model: MultiTaskModel, example: Tensor | None) -> bool:
     return any(f"{name}.weight" in unread for name in ran)
 
 
-def _changed_task(model: MultiTaskModel, selected: MultiTaskModel, example: Tensor) -> str | None:
-    """Say how ``selected`` differs from ``model`` on random images; None if it does not."""
+def _changed_task(
+    model: MultiTaskModel, selected: MultiTaskModel, example: Tensor, slack: float = 0.0
+) -> str | None:
+    """Say how ``selected`` differs from ``model`` on random images; None if it does not.
+
+    ``slack``: a difference, as a share of the output's largest value, that is none.
+    """
     with evaluating(model), evaluating(selected):
         for images in _random_images(example):
             before = model(images)
@@ -137,9 +149,15 @@ def _changed_task(model: MultiTaskModel, selected: MultiTaskModel, example: Tens
             except Exception as error:  # the user's own code meets zeros and may raise anything
                 return f"forward fails: {error}"
             for name, tensor in after.items():
-                if not torch.equal(tensor, before[name]):
+                if not _alike(tensor, before[name], slack):
                     return f"'{name}' changes"
     return None
+
+
+def _alike(one: Tensor, other: Tensor, slack: float) -> bool:
+    if one.shape != other.shape or not slack:
+        return torch.equal(one, other)
+    return bool((one - other).abs().max() <= slack * other.abs().max())
 
 
 def _random_images(example: Tensor) -> Iterator[Tensor]:
