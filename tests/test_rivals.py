@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -215,6 +216,22 @@ def test_relaxed_macs_at_whole_channels_are_the_count(bench: TinyBench) -> None:
     assert float(relaxed(torch.ones(sum(widths)))) == pytest.approx(bench.full_macs)
 
 
-def test_torch_pruning_says_when_no_ratio_fits(bench: TinyBench) -> None:
-    with pytest.raises(PlanError, match="no ratio"):
+def test_torch_pruning_says_what_it_leaves_at_least(bench: TinyBench) -> None:
+    with pytest.raises(PlanError, match=r"leaves [1-9][\d.]*% of the MACs at least"):
         RIVALS["tp_magnitude_isomorphic"](bench, 1e-4, 0)
+
+
+def test_a_share_that_a_bisection_steps_over_is_found(bench: TinyBench, monkeypatch) -> None:
+    """MACs rise again beyond some ratio, so a miss does not say on which side the share lies."""
+
+    class Pruned(SimpleNamespace):
+        def eval(self) -> Pruned:
+            return self
+
+    def macs(model: Pruned, _example: torch.Tensor) -> float:
+        return bench.full_macs * (0.05 if 0.55 < model.ratio < 0.7 else 0.5)
+
+    monkeypatch.setattr(pruner, "_pruned", lambda _bench, ratio, *_: Pruned(ratio=ratio))
+    monkeypatch.setattr(pruner, "count_macs", macs)
+    found = pruner.cut_as_its_users_do(bench, 0.1, None)
+    assert 0.55 < found.ratio < 0.7
