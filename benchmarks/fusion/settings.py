@@ -2,8 +2,9 @@
 
     SECATEUR_DATA=... python benchmarks/fusion/settings.py [--quick]
 
-Each method cuts once, to 30 % of the MACs, and its network recovers for 15 % of the parent's steps
-at three learning rates and with its batch norms trained to the end or frozen half-way. Then our own
+Each of four methods cuts once, to 30 % of the MACs, and its network recovers for 15 % of the
+parent's steps with batch norms trained to the end or frozen half-way, all but L2's also at three
+learning rates. Then our own
 ranking is balanced between groups more and less, and with other floors; these cuts are refitted and
 not trained. The test images are not looked at. Resumable.
 """

@@ -78,13 +78,14 @@ def build(
                              device=Device(device or "", tell), command=command)  # fmt: skip
         report = finish_there(made.folder, device, tell) if device else None
         results.append(made)
-        rows.append({**result_json(made), **({report.key: report.told} if report else {})})
-        if not as_json:
-            if len(names) > 1:
-                Console().rule(made.manifest.device)
-            print_result(made, Console())
-            if report:
-                Console().print(f"{report.key:9} {report.file}", soft_wrap=True, highlight=False)
+        if as_json:
+            rows.append({**result_json(made), **({report.key: report.told} if report else {})})
+            continue
+        if len(names) > 1:
+            Console().rule(made.manifest.device)
+        print_result(made, Console())
+        if report:
+            Console().print(f"{report.key:9} {report.file}", soft_wrap=True, highlight=False)
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
     if any(result.manifest.accuracy.too_low or missed(result.manifest) for result in results):

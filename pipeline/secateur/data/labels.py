@@ -107,7 +107,8 @@ def check_known(reader: Reader, tasks: Sequence[Task]) -> None:
             raise DataError(
                 f"label '{task.label}' has no value but 0 and 255, which stands for unknown: task "
                 f"'{task.name}' has nothing to tell apart",
-                hint=f"divide masks of 0 and 255 by 255, or set tasks.{task.name}.ignore_index",
+                hint="divide masks of 0 and 255 by 255"
+                + ("" if task.kind == "edges" else f", or set tasks.{task.name}.ignore_index"),
             )
 
 
