@@ -25,7 +25,14 @@ from secateur.bench.latency import (
     sweep_counts,
 )
 from secateur.devices import on_bench
-from secateur.devices.on_bench import MOST_WINDOWS, many_at_once, throttled, throttling, warm_up
+from secateur.devices.on_bench import (
+    MOST_WINDOWS,
+    many_at_once,
+    take_samples,
+    throttled,
+    throttling,
+    warm_up,
+)
 from secateur.flow.measure import bench
 from secateur.flow.report import report
 from secateur.lower import export_onnx
@@ -103,8 +110,8 @@ def test_our_figures_never_bear_the_name_of_a_benchmark_that_we_have_not_run() -
 # -- warm-up
 
 
-def windows_of(call_ms: Callable[[int], float], monkeypatch: pytest.MonkeyPatch) -> int:
-    """How many windows of 10 ms a runtime warms up whose n-th call takes so long, by its clock."""
+def taking(call_ms: Callable[[int], float], monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Return what takes so many ms when called the n-th time, by the clock of ``on_bench``."""
     clock_ms, calls = [0.0], count()
 
     def call() -> None:
@@ -112,7 +119,12 @@ def windows_of(call_ms: Callable[[int], float], monkeypatch: pytest.MonkeyPatch)
 
     clock = SimpleNamespace(perf_counter=lambda: clock_ms[0] / 1000)
     monkeypatch.setattr(on_bench, "time", clock)  # a busy machine would stretch real calls
-    return warm_up(call, 0.01)
+    return call
+
+
+def windows_of(call_ms: Callable[[int], float], monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many windows of 10 ms a runtime warms up whose n-th call takes so long."""
+    return warm_up(taking(call_ms, monkeypatch), 0.01)
 
 
 def test_warm_up_lasts_until_calls_are_steady(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,6 +135,13 @@ def test_warm_up_lasts_until_calls_are_steady(monkeypatch: pytest.MonkeyPatch) -
 
 def test_warm_up_ends_where_nothing_gets_steady(monkeypatch: pytest.MonkeyPatch) -> None:
     assert windows_of(lambda n: 10.0 * 1.1**n, monkeypatch) == MOST_WINDOWS
+
+
+def test_samples_go_on_until_their_seconds_are_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Two calls warm up; the third, which foretells how many rounds are wanted, is a slow one.
+    call = taking(lambda n: 40.0 if n == 2 else 1.0, monkeypatch)
+    samples = take_samples({"call": call}, warmup_ms=0, seconds=0.2, runs=3)["call"]
+    assert sum(samples) == pytest.approx(200, abs=1.5)
 
 
 # -- clocks lowered

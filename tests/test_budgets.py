@@ -336,7 +336,9 @@ def test_a_table_of_another_machine_is_planned_by(tmp_path, monkeypatch, capsys)
     assert found["latency_estimate"]["plan"]["ms"] < found["latency_estimate"]["parent"]["ms"]
 
 
-def test_a_bundle_tells_its_budgets_and_verify_refuses_a_missed_one(bundle: Path) -> None:
+def test_a_bundle_tells_its_budgets_and_verify_refuses_a_missed_one(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     manifest = read_bundle(bundle)
     macs = manifest.budgets["macs"]
     assert macs.met and macs.shipped == manifest.cost.macs / manifest.cost_parent.macs <= 0.5
@@ -346,3 +348,6 @@ def test_a_bundle_tells_its_budgets_and_verify_refuses_a_missed_one(bundle: Path
     assert missed(late) == ["macs"]
     with pytest.raises(VerifyError, match=r"missed its budget macs .*: 0\.6 of the parent's MACs"):
         verify.judged(bundle, late, "local", {}, lambda *_: None, None)
+    monkeypatch.setattr(verify, "read_bundle", lambda folder: late)
+    with pytest.raises(VerifyError, match="missed its budget"):
+        verify.verify(bundle, accuracy=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from secateur.flow.merged import merged_network
 from secateur.flow.recipe import parse_recipe
 from secateur.flow.sketches import sketch_tasks
 from secateur.flow.stages import begin_cut
-from secateur.flow.warm_start import SPARE, Planned, plan_job
+from secateur.flow.warm_start import MERGED, OWN, SPARE, VOTED, Planned, plan_job
 from secateur.prune import find_groups
 from secateur.prune.axes import linear_groups
 from secateur.vote.entry import Entry
@@ -317,9 +318,9 @@ def test_a_plan_of_merged_weights_goes_by_what_channels_are_worth_there(
 ) -> None:
     line = copied(project, "where", first)
     _, made = planned(project, asking(library=line))
-    assert made.merged is not None and made.vote and made.vote.of_merged
+    assert made.merged is not None and made.vote and made.vote.plan_of == MERGED
     _, own = planned(project, asking(library=line, inherit="none"))
-    assert own.merged is None and own.vote and not own.vote.of_merged
+    assert own.merged is None and own.vote and own.vote.plan_of != MERGED
     assert made.plan.cuts != own.plan.cuts
     monkeypatch.setattr(warm_start, "begin_cut", None)  # both starts' losses are found again
     assert planned(project, asking(library=line))[1].plan == made.plan
@@ -333,9 +334,27 @@ def test_a_merged_network_worse_than_the_parents_cut_is_not_planned_from(
     worse = {name: -3 * array if array.ndim > 1 else array for name, array in first.weights.items()}
     line = copied(project, "worse", replace(stranger(first), weights=worse))
     job, made = planned(project, asking(library=line))
-    assert made.donors and made.merged is None and made.vote and not made.vote.of_merged
+    assert made.donors and made.merged is None and made.vote and made.vote.plan_of != MERGED
     _, origin, _ = best_start(job, made, begin_cut(job, made.scored.groups, made.plan))
     assert origin and origin.losses.keys() == STARTS - {"merged"}
+
+
+@pytest.mark.parametrize(("worth", "expected"), [(1.2, OWN), (1.05, VOTED)])
+def test_votes_that_choose_clearly_worse_are_not_followed(
+    project: Path, first: Entry, monkeypatch, worth: float, expected: str
+) -> None:
+    """``worth``: the loss of the voted cut, that of own scores' being 1."""
+    library = copied(project, "contrary", contrary(first))
+    shutil.rmtree(project / "cache" / "start_losses", ignore_errors=True)
+    losses = iter([worth, 1.0])  # votes, own scores
+    monkeypatch.setattr(warm_start, "start_loss", lambda job: lambda model: next(losses))
+    _, made = planned(project, asking(library=library, inherit="none"))
+    assert made.vote and (made.vote.plan_of, made.vote.losses) == (
+        expected, {VOTED: worth, OWN: 1.0}
+    )  # fmt: skip
+    cold = planned(project, BOTH)[1].plan
+    assert (made.plan.cuts == cold.cuts) == (expected == OWN)
+    assert made.donors  # whose weights may still be taken
 
 
 def test_nothing_is_merged_where_no_neighbour_has_a_kept_task(project: Path, first) -> None:
@@ -437,12 +456,13 @@ def test_cuts_far_from_the_budget_do_not_vote(capsys, project: Path, first: Entr
 def test_what_cannot_be_matched_is_refused(capsys, project: Path, first: Entry) -> None:
     facts = stranger(first).facts
     renamed = replace(facts, tasks=(replace(facts.tasks[0], name="pose"),))
+    another = replace(facts, tasks=(replace(facts.tasks[0], kind="depth", classes=None),))
     shorter = replace(first.plan, cuts=first.plan.cuts[1:])
     fewer = {"room": {cut.name: first.scores["room"][cut.name] for cut in shorter.cuts}}
     unlike = {"score_cosine": np.zeros_like(first.sketches["score_cosine"])}
     damaged = replace(first, facts=facts, weights={"a": np.ones(3, np.float32)})
     line = copied(
-        project, "odd", damaged, replace(first, facts=renamed),
+        project, "odd", damaged, replace(first, facts=renamed), replace(first, facts=another),
         replace(first, facts=facts, plan=shorter, scores=fewer),
         replace(first, facts=facts, sketches=unlike),
     )  # fmt: skip
@@ -451,8 +471,9 @@ def test_what_cannot_be_matched_is_refused(capsys, project: Path, first: Entry) 
             path.unlink()
     vote = plan(capsys, project, asking(library=line))["warm_start"]
     told = " | ".join(vote["refused"])
-    assert vote["cold"] and sum(vote["refused"].values()) == 4
-    for reason in ("a task 'pose'", "not those that its tasks have", "not similar at all",
+    assert vote["cold"] and sum(vote["refused"].values()) == 5
+    for reason in ("a task 'pose'", "task 'room' is depth, yours classification of 4 classes",
+                   "not those that its tasks have", "not similar at all",
                    f"entry {damaged.id} lacks its array file"):  # fmt: skip
         assert reason in told
 

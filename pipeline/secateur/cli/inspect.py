@@ -278,8 +278,9 @@ def _print_vote(vote: Vote, console: Console) -> None:
         console.print(table)
         for each in vote.voters:
             console.print(f"{each.id[:8]}: {each.why}", markup=False, soft_wrap=True)
-        if vote.of_merged:
-            console.print("own scores: of the voters' networks, merged into one")
+        losses = ", ".join(f"{name} {loss:.3f}" for name, loss in vote.losses.items())
+        console.print(f"plan of: {vote.plan_of} (loss of the cut, the parent's is 1: {losses})",
+                      markup=False, soft_wrap=True)  # fmt: skip
         console.print(f"IoU of what is kept with the parent's own choice: {vote.iou_of_all:.3f}")
     for why, count in vote.refused.items():
         console.print(f"{count} refused: {why}", markup=False, soft_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,7 @@ from rich.table import Column, Table
 from secateur.cli.options import JsonOption
 from secateur.cli.verify import BundleArgument
 from secateur.core.errors import LibraryError
+from secateur.core.progress import shown
 
 if TYPE_CHECKING:
     from secateur.vote.entry import Facts
@@ -176,8 +178,8 @@ def nearest(
     console.print(table)
     for neighbour in result.neighbours:
         console.print(f"{neighbour.id[:SHORT]}: {neighbour.why}", markup=False, soft_wrap=True)
-    for refused in result.refused:
-        console.print(f"{refused.id[:SHORT]} refused: {refused.why}", markup=False, soft_wrap=True)
+    for why, count in Counter(refused.why for refused in result.refused).items():
+        console.print(f"{count} refused: {why}", markup=False, soft_wrap=True)
 
 
 @app.command("export")
@@ -196,7 +198,9 @@ def export(
 
     opened = _opened(library)
     wanted = [find_id(opened, each) for each in entries] if entries else None
-    _tell(export_entries(opened, archive, wanted), f"written to {archive}", as_json)
+    with shown(quiet=as_json):
+        written = export_entries(opened, archive, wanted)
+    _tell(written, f"written to {archive}", as_json)
 
 
 @app.command("import")
@@ -212,7 +216,9 @@ def import_(
     from secateur.vote.archive import import_entries
     from secateur.vote.library import open_library
 
-    _tell(import_entries(open_library(library), archive), f"read from {archive}", as_json)
+    with shown(quiet=as_json):
+        read = import_entries(open_library(library), archive)
+    _tell(read, f"read from {archive}", as_json)
 
 
 @app.command()
@@ -245,7 +251,8 @@ def gc(
     """
     from secateur.vote.garbage import collect_garbage
 
-    garbage = collect_garbage(_opened(library), older_than_s=60 * older_than)
+    with shown(quiet=as_json):
+        garbage = collect_garbage(_opened(library), older_than_s=60 * older_than)
     if as_json:
         _print_json(asdict(garbage))
     else:

@@ -53,7 +53,8 @@ def take_samples(
         call()
         fastest = min(fastest, time.perf_counter() - start)
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in progress(range(max(runs, round(seconds / max(fastest, 1e-6))))):
+    foreseen = iter(progress(range(max(runs, round(seconds / max(fastest, 1e-6))))))
+    while next(foreseen, None) is not None or min(map(sum, samples.values())) < 1000 * seconds:
         for name, call in calls.items():
             start = time.perf_counter()
             call()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
@@ -15,6 +17,7 @@ from secateur.flow.job import Job
 from secateur.flow.sketches import sketch_tasks
 from secateur.flow.stages import Cut
 from secateur.flow.warm_start import Planned
+from secateur.flow.witnesses import task_mark
 from secateur.vote.entry import Entry, Facts, TaskMark
 from secateur.vote.library import add_entry, open_library
 
@@ -45,12 +48,12 @@ def _entry_of_build(job: Job, device: str, planned: Planned, cut: Cut, evidence:
     facts = Facts(
         parent=job.library_key,
         parent_name=job.recipe.model.factory,
-        tasks=tuple(TaskMark(task.name, task.kind, task.classes) for task in job.tasks),
+        tasks=tuple(task_mark(task) for task in job.tasks),
         data=job.train.fingerprint,
         budget=_share_of_macs(plan),
         basis=job.library_basis,
         network=job.network_key,
-        accuracy=evidence.accuracy.shipped,
+        accuracy=_numbers(evidence.accuracy.shipped),
         delta_t=evidence.accuracy.delta_t,
         steps=cut.steps,
         recipe=job.recipe.source,
@@ -65,6 +68,14 @@ def _entry_of_build(job: Job, device: str, planned: Planned, cut: Cut, evidence:
         {name: tensor.detach().cpu().numpy() for name, tensor in state.items()},
         job.axes,
     )
+
+
+def _numbers(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Return the metrics that are numbers, as JSON has them: one may have been of no pixel."""
+    return {
+        task: {name: value for name, value in own.items() if math.isfinite(value)}
+        for task, own in metrics.items()
+    }
 
 
 def _share_of_macs(plan: PrunePlan) -> float:
@@ -101,7 +112,7 @@ def entry_of_bundle(folder: Path) -> Entry:
         budget=_share_of_macs(plan),
         basis=manifest.parent.get("basis", _stated_basis(manifest.recipe)),
         network=manifest.parent.get("network", ""),
-        accuracy=manifest.accuracy.shipped,
+        accuracy=_numbers(manifest.accuracy.shipped),
         delta_t=manifest.accuracy.delta_t,
         steps=steps,
         recipe=manifest.recipe,

@@ -48,7 +48,14 @@ from secateur.flow.engine import check_fits
 from secateur.flow.measure import memory_record
 from secateur.flow.recipe import Recipe
 from secateur.flow.second_opinion import asked_opinion, engine_of, trtexec_order
-from secateur.flow.verify import VerifyResult, check_parity, judged, own_image, unjudged
+from secateur.flow.verify import (
+    VerifyResult,
+    check_budgets,
+    check_parity,
+    judged,
+    own_image,
+    unjudged,
+)
 from secateur.flow.watch import Watch, begin_watch, end_watch
 from secateur.lower import Parity
 
@@ -158,6 +165,7 @@ def verify_on_device(
     with _board(folder, device, tell) as board:
         parity = _checked_parity(board)
         if not accuracy:
+            check_budgets(board.manifest)
             return unjudged(board.name, parity)
 
         def session(recipe: Recipe, reader: Reader) -> _InOrder:

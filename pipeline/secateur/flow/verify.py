@@ -66,6 +66,7 @@ def verify(folder: Path, *, limit: int | None = None, accuracy: bool = True) -> 
     session = bundle_session(folder, manifest)
     parity = check_parity(folder, manifest, session)
     if not accuracy:
+        check_budgets(manifest)
         return unjudged("local", parity)
     return judged(folder, manifest, "local", parity, lambda *_: session, limit)
 

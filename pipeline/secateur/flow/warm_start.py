@@ -36,6 +36,10 @@ from secateur.vote.nearest import Nearest, Sketches, nearest
 from secateur.vote.similarity.measure import measure_of
 
 SPARE = 8  # entries looked at per neighbour wanted, and so many times more where too few vote
+VOTED, OWN, MERGED = "votes", "own scores", "votes on the voters' merged network"  # a plan's origin
+UNFOLLOWED = (
+    1.1  # times the loss of own scores' cut: votes that do worse than this are not followed
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,8 @@ class Vote:
     ``refused`` counts the entries by the reason they could not vote for. ``confidence`` and
     ``iou`` are per group, in 0..1: how far the voters agree beyond chance, and the overlap of what
     the plan keeps with as many channels chosen by the parent's scores alone; ``iou_of_all`` is that
-    over all groups. ``of_merged``: own scores are those of the voters' networks merged into one.
+    over all groups. ``plan_of`` says which plan was taken, VOTED, OWN (that without the votes) or
+    MERGED, by ``losses``: of each one's cut, as compensated and relative to the parent's.
     """
 
     library: str
@@ -70,7 +75,8 @@ class Vote:
     confidence: Mapping[str, float] = field(default_factory=dict)
     iou: Mapping[str, float] = field(default_factory=dict)
     iou_of_all: float = 1.0
-    of_merged: bool = False
+    plan_of: str = ""
+    losses: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON-like data."""
@@ -131,7 +137,7 @@ def plan_job(job: Job, grid: int, device: str = "") -> Planned:
         for each, weight in zip(witnesses, weights, strict=True)
         if each.entry.weights
     )
-    plan, merged = _better_plan(job, scored, votes, donors, grid)
+    plan, plan_of, losses, merged = _better_plan(job, scored, votes, donors, grid)
     iou, of_all = _changed(plan, scored.fused)
     vote = replace(
         vote,
@@ -139,48 +145,55 @@ def plan_job(job: Job, grid: int, device: str = "") -> Planned:
         confidence=confidence([each.keeps for each in witnesses], weights),
         iou=iou,
         iou_of_all=of_all,
-        of_merged=merged is not None,
+        plan_of=plan_of,
+        losses=losses,
     )
     return Planned(scored, plan, vote, donors, merged)
 
 
-def _voted(job: Job, scored: Scored, votes: Opinion) -> PrunePlan:
+def _voted(job: Job, scored: Scored, votes: Opinion | None) -> PrunePlan:
+    """Return the plan by own scores and votes, or by own scores alone where there are none."""
+    if votes is None:
+        return plan_scored(job, scored)
     fused = blend(votes, scored.fused, job.recipe.prune.vote_weight)
     return plan_scored(job, replace(scored, fused=fused))
 
 
 def _better_plan(
     job: Job, scored: Scored, votes: Opinion, donors: Sequence[Donor], grid: int
-) -> tuple[PrunePlan, MultiTaskModel | None]:
-    """Return the plan, and the voters' networks in one where the plan is of that.
+) -> tuple[PrunePlan, str, dict[str, float], MultiTaskModel | None]:
+    """Return the plan, which it is, the losses that said so, and the merged network it is of.
 
-    A start of their weights keeps what they recovered together, so that is where its channels show
-    their worth; but only where its cut does better than the parent's.
+    A start of the voters' weights keeps what they recovered together, so that is where its
+    channels show their worth; but only where its cut does better than the parent's. Votes that
+    choose clearly worse than own scores do are not followed.
     """
+    starts: dict[str, tuple[Job, Scored, Opinion | None]] = {
+        VOTED: (job, scored, votes),
+        OWN: (job, scored, None),
+    }
     merged = merged_network(job, donors)
     # Zeros may hide a coupling that the parent has, or show one: channels would not be the same.
-    if merged is None or find_groups(merged, job.example) != scored.groups:
-        return _voted(job, scored, votes), None
-    there = of_merged(job, merged)
-    # What a task loses is told of the parent, where no channel is gone yet.
-    scored_there = replace(
-        score_channels(there, grid), per_task=scored.per_task, totals=scored.totals
-    )
-    # A search takes minutes, and that of one of the two would be in vain.
-    trials = [
-        (_unsearched(each), scores) for each, scores in ((there, scored_there), (job, scored))
-    ]
-    starts = [(trial, _voted(trial, scores, votes)) for trial, scores in trials]
+    if merged is not None and find_groups(merged, job.example) == scored.groups:
+        there = of_merged(job, merged)
+        # What a task loses is told of the parent, where no channel is gone yet.
+        at_theirs = score_channels(there, grid)
+        at_theirs = replace(at_theirs, per_task=scored.per_task, totals=scored.totals)
+        starts[MERGED] = (there, at_theirs, votes)
+    # A search takes minutes, and that of all but one would be in vain.
+    plans = {name: _voted(_unsearched(trial), scores, said)
+             for name, (trial, scores, said) in starts.items()}  # fmt: skip
 
-    def losses() -> list[float]:
+    def losses() -> dict[str, float]:
         loss = start_loss(job)  # the first that it judges sets the scale of tasks without labels
-        return [loss(begin_cut(trial, scored.groups, plan)) for trial, plan in starts]
+        return {name: loss(begin_cut(_unsearched(starts[name][0]), scored.groups, plan))
+                for name, plan in plans.items()}  # fmt: skip
 
-    keys = [start_key(trial, plan) for trial, plan in starts]
-    of_theirs, of_own = job.cache.json("start_losses", (job.selected_key, keys), losses)
-    if of_theirs < of_own:
-        return _voted(there, scored_there, votes), merged
-    return _voted(job, scored, votes), None
+    keys = [(name, start_key(starts[name][0], plan)) for name, plan in plans.items()]
+    found = job.cache.json("start_losses", (job.selected_key, keys), losses)
+    chosen = min(found, key=lambda name: found[name] * (UNFOLLOWED if name == OWN else 1.0))
+    trial, scores, said = starts[chosen]
+    return _voted(trial, scores, said), chosen, found, merged if chosen == MERGED else None
 
 
 def _unsearched(job: Job) -> Job:

@@ -18,15 +18,16 @@ from numpy.typing import NDArray
 from secateur.core.channels import ChannelGroup
 from secateur.core.errors import SecateurError
 from secateur.core.plan import dropped_indices, dropped_of_parameters
+from secateur.core.task import Task
 from secateur.flow.channel_scores import scores_for
 from secateur.flow.job import Job
 from secateur.flow.trunk import within
 from secateur.prune import find_groups
 from secateur.tasks import select_tasks
 from secateur.vote.ballot import Opinion, keep_opinion, score_opinion
-from secateur.vote.entry import Entry
+from secateur.vote.entry import Entry, TaskMark
 from secateur.vote.inherit import Donor, SubNetwork
-from secateur.vote.library import Library, load_entry
+from secateur.vote.library import Library, load_entry, load_plan
 from secateur.vote.nearest import Nearest, Neighbour
 
 SAME_BUDGET = 1.05  # shares of MACs within this factor are one budget, met a little differently
@@ -86,12 +87,13 @@ def find_witnesses(
             before = heard_at.get((*tasks, neighbour.similarity), facts.budget)
             if abs(math.log(before / facts.budget)) > math.log(SAME_BUDGET):
                 raise _Refusal("a cut of the same tasks to a budget nearer yours votes")
+            cuts = load_plan(library, neighbour.id).cuts
+            if (tasks, cuts) in heard:  # seen without its arrays, which may be many megabytes
+                raise _Refusal("a nearer one has the same tasks and keeps the same channels")
             entry = load_entry(library, neighbour.id)
             _check_scores(job, entry)
-            if (tasks, entry.plan.cuts) in heard:
-                raise _Refusal("a nearer one has the same tasks and keeps the same channels")
             witnesses.append(_heard(job, groups, neighbour, entry, of_tasks))
-            heard.add((tasks, entry.plan.cuts))
+            heard.add((tasks, cuts))
             heard_at.setdefault((*tasks, neighbour.similarity), facts.budget)
         except _Refusal as refusal:
             refused[str(refusal)] += 1
@@ -117,8 +119,11 @@ def _heard(
     if neighbour.facts.network == job.network_key and _same_axes(job, groups, entry):
         tasks = tuple(sorted(neighbour.facts.task_names))
         try:
+            _check_marks(job, neighbour.facts.tasks)
             if tasks not in of_tasks:
-                of_tasks[tasks] = _groups_of(job, tasks)
+                of_tasks[tasks] = find_groups(
+                    select_tasks(job.scored, tasks, job.example).eval(), job.example
+                )
             return _witness(groups, neighbour, entry, of_tasks[tasks])
         except _Refusal:
             if not job.trunk:
@@ -140,16 +145,30 @@ def _check_scores(job: Job, entry: Entry) -> None:
         raise _Refusal(f"its channels were scored by {theirs}, yours by {wanted.criterion}")
 
 
-def _groups_of(job: Job, names: Sequence[str]) -> tuple[ChannelGroup, ...]:
-    """Return the channel groups of the parent with these tasks only.
+def task_mark(task: Task) -> TaskMark:
+    """Return what an entry says of a task."""
+    return TaskMark(task.name, task.kind, task.classes)
+
+
+def _check_marks(job: Job, marks: Sequence[TaskMark]) -> None:
+    """Raise where the parent lacks a task of an entry, or means another one by its name.
 
     Raises:
-        _Refusal: it lacks one of them.
+        _Refusal: that is so.
     """
-    unknown = {*names} - {task.name for task in job.scored.tasks}
+    own = {task.name: task_mark(task) for task in job.scored.tasks}
+    unknown = {mark.name for mark in marks} - own.keys()
     if unknown:
         raise _Refusal(f"it keeps a task '{min(unknown)}', which yours lacks")
-    return find_groups(select_tasks(job.scored, names, job.example).eval(), job.example)
+    for mark in marks:
+        if mark != own[mark.name]:
+            raise _Refusal(
+                f"its task '{mark.name}' is {_said(mark)}, yours {_said(own[mark.name])}"
+            )
+
+
+def _said(mark: TaskMark) -> str:
+    return mark.kind if mark.classes is None else f"{mark.kind} of {mark.classes} classes"
 
 
 def _witness(

@@ -20,6 +20,7 @@ from pydantic import ConfigDict
 from secateur.core.errors import BundleError, LibraryError
 from secateur.core.files import atomic_path
 from secateur.core.plan import PrunePlan
+from secateur.core.progress import track
 from secateur.vote.entry import (
     Entry,
     Facts,
@@ -79,7 +80,8 @@ def export_entries(
             zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
         ):
             written: set[str] = set()
-            items = [_write_entry(archive, load_entry(library, name), written) for name in wanted]
+            items = [_write_entry(archive, load_entry(library, name), written)
+                     for name in track(wanted, "writing entries", len(wanted))]  # fmt: skip
             contents = {"format": FORMAT, "schema_version": SCHEMA_VERSION, "entries": items}
             archive.writestr(CONTENTS, json.dumps(contents))
     except (OSError, BundleError) as error:
@@ -136,7 +138,8 @@ def _read_entries(archive: zipfile.ZipFile, path: Path) -> Iterator[Entry]:
             path, f"it is a '{header.format}' of schema version {header.schema_version}, "
             f"this Secateur reads '{FORMAT}' up to {SCHEMA_VERSION}"
         )  # fmt: skip
-    for item in parsed(_Contents, text, CONTENTS).entries:
+    items = parsed(_Contents, text, CONTENTS).entries
+    for item in track(items, "reading entries", len(items)):
         scores, weights, sketches, axes = (
             _blob(archive, path, digest)
             for digest in (item.scores, item.weights, item.sketches, item.axes)

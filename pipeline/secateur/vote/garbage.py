@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from secateur.core.errors import LibraryError
+from secateur.core.progress import track
 from secateur.vote.entry import digest_of
 from secateur.vote.library import Library
 from secateur.vote.store import connect, transaction
@@ -54,7 +55,9 @@ def collect_garbage(library: Library, *, older_than_s: float = GARBAGE_AGE_S) ->
             removed.append(path.name)
             freed += facts.st_size
         missing = tuple(pair for pair in named if not library.blob(pair[1]).is_file())
-    bad = {digest for digest in {digest for _, digest in named} if _altered(library, digest)}
+    digests = sorted({digest for _, digest in named})
+    bad = {digest for digest in track(digests, "reading arrays", len(digests))
+           if _altered(library, digest)}  # fmt: skip
     altered = tuple(pair for pair in named if pair[1] in bad)
     return Garbage(tuple(removed), freed, missing, altered)
 

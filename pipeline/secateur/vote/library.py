@@ -202,6 +202,19 @@ def load_entry(library: Library, entry: str) -> Entry:
     return unpack(Packed(entry, row[0], row[1], scores, weights, axes, sketches))
 
 
+def load_plan(library: Library, entry: str) -> PrunePlan:
+    """Return the plan of the entry with this id, without reading its arrays.
+
+    Raises:
+        LibraryError: there is none, or it cannot be read.
+    """
+    with connect(library.index) as connection:
+        row = connection.execute("SELECT plan FROM entries WHERE id = ?", (entry,)).fetchone()
+    if row is None:
+        raise _unknown(entry)
+    return parsed(PrunePlan, row[0], f"entry {entry}")
+
+
 def find_axes(
     library: Library, parent: str, budget: tuple[float, float] = (0.0, 1.0)
 ) -> dict[str, list[str]]:

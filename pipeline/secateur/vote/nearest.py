@@ -85,7 +85,7 @@ def nearest(
     close: list[tuple[float, float, str]] = []
     refused = []
     strangers = _of_other_images(library, data) if measure == "cka" and data else frozenset()
-    for entry, of_parent, of_basis, share, packed in _rows(library, measure, budget):
+    for entry, of_parent, of_basis, share, packed in _rows(library, measure, parent, budget):
         if entry in skip:
             continue
         why = _stranger(of_parent, of_basis, parent, basis)
@@ -142,15 +142,19 @@ def _of_other_images(library: Library, data: str) -> frozenset[str]:
 
 
 def _rows(
-    library: Library, measure: str, budget: tuple[float, float] | None
+    library: Library, measure: str, parent: str, budget: tuple[float, float] | None
 ) -> Iterator[tuple[str, str, str, float, bytes | None]]:
-    """Yield id, parent, basis, budget and packed sketch, one by one: all may be gigabytes."""
+    """Yield id, parent, basis, budget and packed sketch, one by one: all may be gigabytes.
+
+    Of other parents' entries there is no sketch: nothing compares with it.
+    """
     least, most = budget or (0.0, 1.0)
     with connect(library.index) as connection:
         yield from connection.execute(
             "SELECT id, parent, basis, budget, data FROM entries "
-            "LEFT JOIN sketches ON entry = id AND name = ? WHERE budget BETWEEN ? AND ?",
-            (measure, least, most),
+            "LEFT JOIN sketches ON entry = id AND name = ? AND parent = ? "
+            "WHERE budget BETWEEN ? AND ?",
+            (measure, parent, least, most),
         )
 
 
