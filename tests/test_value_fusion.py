@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from secateur.core.errors import ModelError, PlanError, RecipeError
 from secateur.core.model import MultiTaskModel
 from secateur.core.task import Task
-from secateur.fusion.layers import folded, following_norms, inputs_at, outputs_at
+from secateur.fusion.layers import called_once, folded, following_norms, inputs_at, outputs_at
 from secateur.fusion.linearised import Linearised
 from secateur.fusion.merge_rules import MERGES
 from secateur.fusion.regression import fit_to_experts
@@ -332,6 +332,16 @@ def test_a_layer_called_twice_has_no_single_target_and_is_averaged() -> None:
     for rule in ("regmean", "cut"):
         merged = merge_networks(network, {}, experts, pictures(4), MergeSettings(rule))
         assert torch.allclose(merged.network.line.weight, both)
+
+
+def test_a_weight_that_is_computed_or_another_layers_too_is_not_fitted() -> None:
+    """What was written to it would be lost, or would be written to the other layer as well."""
+    network = nn.Sequential(
+        nn.Conv2d(3, 3, 1), nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 1)),
+        nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1),
+    )  # fmt: skip
+    network[3].weight = network[2].weight
+    assert called_once(network, torch.rand(1, 3, 4, 4)).keys() == {"0"}
 
 
 def test_a_layer_that_one_task_does_not_need_follows_the_other() -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-Layer = nn.Conv2d | nn.Linear
+from secateur.core.layers import Layer, pick, positions_last
 
 
 def draw(layer: Layer, output: Tensor, count: int) -> Tensor:
@@ -14,18 +14,6 @@ def draw(layer: Layer, output: Tensor, count: int) -> Tensor:
     total = positions_last(layer, output[:1]).shape[2]
     generator = torch.Generator().manual_seed(total)
     return torch.randperm(total, generator=generator)[:count].sort().values
-
-
-def positions_last(layer: Layer, tensor: Tensor) -> Tensor:
-    """Return (N, C, positions) of a convolution's (N, C, H, W) or a linear layer's (N, ..., C)."""
-    if isinstance(layer, nn.Conv2d):
-        return tensor.flatten(2)
-    return tensor.reshape(tensor.shape[0], -1, tensor.shape[-1]).transpose(1, 2)
-
-
-def pick(tensor: Tensor, positions: Tensor) -> Tensor:
-    """Return (N, C, P) at some positions; ``gather`` is 5 times faster than ``index_select``."""
-    return tensor.gather(2, positions.expand(*tensor.shape[:2], -1))
 
 
 def patches(layer: Layer, inputs: Tensor, positions: Tensor) -> Tensor:

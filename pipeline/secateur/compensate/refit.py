@@ -18,7 +18,6 @@ import copy
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +25,11 @@ from torch.nn import functional
 
 from secateur.compensate.clips import Clip, find_readers
 from secateur.compensate.moments import Moments, fit
-from secateur.compensate.patches import Layer, draw, patches, pick, positions_last
+from secateur.compensate.patches import draw, patches
 from secateur.compensate.residual import partners
 from secateur.compensate.walk import Stop, Walk
 from secateur.core.channels import Axis, ChannelGroup
+from secateur.core.layers import Layer, is_plain, pick, positions_last, untied
 from secateur.core.model import MultiTaskModel, evaluating
 from secateur.core.norms import following_norms, settle_norms
 from secateur.core.plan import PrunePlan, dropped_indices
@@ -168,19 +168,6 @@ def _read(
     return patches(layer, given.tensor, positions), target
 
 
-def _is_plain(module: nn.Module) -> TypeGuard[Layer]:
-    """Say whether a layer computes just what its class says, by weights of its own.
-
-    Subclasses that pad or standardise their weights in ``forward``, weights that are computed
-    (``torch.nn.utils.parametrize``) and padding other than zeros are left as the cut made them.
-    """
-    if "weight" not in module._parameters:
-        return False
-    if type(module).forward is nn.Linear.forward:
-        return True
-    return type(module).forward is nn.Conv2d.forward and module.padding_mode == "zeros"
-
-
 def views(images: Tensor) -> Tensor:
     """Return (3N, C, H, W): each image, mirrored, and its middle enlarged 1.3 times.
 
@@ -199,10 +186,10 @@ def _single_calls(model: MultiTaskModel, image: Tensor) -> dict[str, Layer]:
     """Return the plain layers that run exactly once, in execution order.
 
     One that is called more often has no single target and keeps its weights, and so does one whose
-    weights are another layer's, too.
+    weights are another layer's, too, or that pads by other than zeros.
     """
     calls: Counter[str] = Counter()
-    plain = {name: module for name, module in model.named_modules() if _is_plain(module)}
+    plain = untied({name: module for name, module in model.named_modules() if is_plain(module)})
     hooks = [
         layer.register_forward_hook(lambda *_, name=name: calls.update([name]))
         for name, layer in plain.items()
@@ -213,9 +200,8 @@ def _single_calls(model: MultiTaskModel, image: Tensor) -> dict[str, Layer]:
     finally:
         for hook in hooks:
             hook.remove()
-    owners = Counter(id(layer.weight) for layer in plain.values())
     return {name: plain[name] for name, count in calls.items()
-            if count == 1 and owners[id(plain[name].weight)] == 1}  # fmt: skip
+            if count == 1 and getattr(plain[name], "padding_mode", "zeros") == "zeros"}  # fmt: skip
 
 
 def _kept(layer: Layer, gone: set[int], parent_output: Tensor) -> Tensor:

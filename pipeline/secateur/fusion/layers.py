@@ -6,40 +6,34 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
+from secateur.core.layers import Layer, is_plain, pick, positions_last, untied
 from secateur.core.model import evaluating
 
-Layer = nn.Conv2d | nn.Linear
 Norm = nn.modules.batchnorm._BatchNorm
 SAMPLES = 8_192  # output positions, over all images, that one layer is compared on
 CHUNK = 16  # images that pass at once where a pass may be split
 
 
 def plain_layers(model: nn.Module) -> dict[str, Layer]:
-    """Return the layers that compute just what their class says, by name.
-
-    Subclasses with a ``forward`` of their own are left out.
-    """
-    return {name: module for name, module in model.named_modules() if _is_plain(module)}
-
-
-def _is_plain(module: nn.Module) -> TypeGuard[Layer]:
-    forward = type(module).forward
-    return forward is nn.Conv2d.forward or forward is nn.Linear.forward
+    """Return the layers that compute just what their class says, by name."""
+    return {name: module for name, module in model.named_modules() if is_plain(module)}
 
 
 def called_once(model: nn.Module, image: Tensor) -> dict[str, Layer]:
-    """Return the plain layers that one pass of ``image`` calls exactly once, in that order."""
+    """Return the plain layers that one pass of ``image`` calls exactly once, in that order.
+
+    One whose weights are another layer's, too, is not its own to write.
+    """
     calls: Counter[str] = Counter()
     visit(model, image, lambda name, _layer, _inputs, _output: calls.update([name]))
-    layers = plain_layers(model)
-    return {name: layers[name] for name, count in calls.items() if count == 1}
+    layers = untied(plain_layers(model))
+    return {name: layers[name] for name, count in calls.items() if count == 1 and name in layers}
 
 
 def following_norms(model: nn.Module, image: Tensor) -> dict[str, str]:
@@ -154,16 +148,9 @@ class Positions:
         return self._chosen.get(name)
 
 
-def positions_last(layer: Layer, tensor: Tensor) -> Tensor:
-    """Return (N, C, positions) of a convolution's (N, C, H, W) or a linear layer's (N, ..., C)."""
-    if isinstance(layer, nn.Conv2d):
-        return tensor.flatten(2)
-    return tensor.reshape(tensor.shape[0], -1, tensor.shape[-1]).transpose(1, 2)
-
-
 def outputs_at(layer: Layer, output: Tensor, positions: Tensor) -> Tensor:
     """Return the (c_out, N * P) outputs at ``positions``."""
-    return _take(positions_last(layer, output), positions).transpose(0, 1).flatten(1)
+    return pick(positions_last(layer, output), positions).transpose(0, 1).flatten(1)
 
 
 def inputs_at(layer: Layer, inputs: Tensor, positions: Tensor) -> Tensor:
@@ -181,14 +168,9 @@ def inputs_at(layer: Layer, inputs: Tensor, positions: Tensor) -> Tensor:
     corners = positions // out_width * down * width + positions % out_width * right  # (P,)
     taps = torch.arange(rows)[:, None] * far_down * width + torch.arange(columns) * far_right
     places = (taps.flatten()[:, None] + corners).flatten()  # (kernel * P,)
-    chosen = _take(padded.flatten(2), places)
+    chosen = pick(padded.flatten(2), places)
     chosen = chosen.reshape(*padded.shape[:2], rows * columns, len(positions))
     return chosen.permute(1, 2, 0, 3).reshape(layer.groups, -1, len(inputs) * len(positions))
-
-
-def _take(maps: Tensor, places: Tensor) -> Tensor:
-    """Return (N, C, P) of (N, C, positions); ``index_select`` is several times slower here."""
-    return maps.gather(2, places.expand(*maps.shape[:2], -1))
 
 
 @contextmanager

@@ -28,10 +28,10 @@ import torch
 from torch import Tensor, nn
 
 from secateur.core.errors import ModelError
+from secateur.core.layers import Layer
 from secateur.core.model import MultiTaskModel, evaluating
 from secateur.core.progress import track
 from secateur.fusion.layers import (
-    Layer,
     Norm,
     Positions,
     called_once,

@@ -11,17 +11,10 @@ import copy
 import torch
 from torch import Tensor
 
+from secateur.core.layers import Layer, positions_last
 from secateur.core.model import MultiTaskModel
 from secateur.core.progress import track
-from secateur.fusion.layers import (
-    CHUNK,
-    Layer,
-    called_once,
-    folded,
-    following_norms,
-    positions_last,
-    removed,
-)
+from secateur.fusion.layers import CHUNK, called_once, folded, following_norms, removed
 from secateur.metrics.kind import kind_of
 
 
