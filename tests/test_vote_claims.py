@@ -43,7 +43,7 @@ def test_seconds_are_compared_with_the_cheapest_cold_schedule_as_accurate(
     ]
     ahead, spent = (show for show in claims(rows) if show.value is not None)
     assert ahead.value == ours - 90
-    assert f"({cheapest} iterations)" in spent.claim and spent.value == pytest.approx(share)
+    assert f"in {cheapest} iterations" in spent.claim and spent.value == pytest.approx(share)
 
 
 def test_the_error_of_a_difference_is_over_tasks_not_over_their_seeds() -> None:

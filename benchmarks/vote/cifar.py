@@ -5,10 +5,10 @@
 A parent that knows 80 classes (``benchmarks/parents/cifar_*``); a library of 40 five-way tasks of
 these, each cut to 50, 20, 10 and 2 % of the MACs; and twelve new tasks of 20 classes that neither
 has seen, three seeds each. ``choose`` finds the best library start on six tasks of the library,
-each left out of it; ``new`` then runs every row on the new tasks; ``measures`` compares neighbours
-by other measures of similarity, and other numbers of them. A stopped run goes on; two may run side
-by side. ``--quick`` takes one task, a small library made in haste and few iterations, and writes
-nothing.
+each left out of it (but its images are among those that the generic sub-network was taught on);
+``new`` then runs every row on the new tasks; ``measures`` compares neighbours by other measures of
+similarity, and other numbers of them. A stopped run goes on; two may run side by side. ``--quick``
+takes one task, a small library made in haste and few iterations, and writes nothing.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from vote.cifar_claims import (
 )
 from vote.cifar_plots import draw_curves
 from vote.lab import COLD, ITERATIVE, LIBRARIES, MEASURES, SHARES, STAGED, UNCUT, Effort, Lab, Row
-from vote.starts import BY_COUNT, COUNTED, STARTS
+from vote.starts import BY_COUNT, COUNTED, REFITTED, STARTS
 from vote.turns import turn
 
 CELLS = RESULTS / "vote_cifar.cells.jsonl"
@@ -159,7 +159,9 @@ def _told(lab: Lab) -> Iterator[Cell]:
     """The new tasks, by seed: first what the targets are of, then every other start.
 
     The best starts are those that ``choose`` found. Staging is told of one seed; so are, at the
-    end, short cold schedules, but where seconds to equal accuracy are. Last comes a control.
+    end, short cold schedules, but where seconds to equal accuracy are. Then come controls: the
+    parent itself, and, of one seed and share, compensation of library starts and a longer one of
+    the cold start's.
     """
     rows = read_rows(CELLS)
     best = {share: ranking(rows, lab.network, share, ITERATIONS[share])[:1] for share in SHARES}
@@ -176,6 +178,8 @@ def _told(lab: Lab) -> Iterator[Cell]:
                 rounds.append((seed, share, [(f"{STAGED}generic weights", SHORT)]))
     rounds += [(SEEDS[0], share, short) for share in SHARES if share != SECONDS_AT]
     rounds += [(seed, 1.0, [(UNCUT, SHORT)]) for seed in SEEDS]
+    rounds.append((SEEDS[0], SECONDS_AT, [*((start, SHORT) for start in REFITTED),
+                                          (COLD[1], MIDDLE), (COLD[1], LONG)]))  # fmt: skip
     told = ((seed, task.name, share, start, iterations) for seed, share, wanted in rounds
             for start, iterations in wanted for task in lab.data.new_tasks())  # fmt: skip
     for seed, name, share, start, iterations in dict.fromkeys(told):

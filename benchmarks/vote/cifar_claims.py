@@ -18,7 +18,7 @@ TARGETS = {0.5: (100, 0.0), 0.2: (100, 0.0), 0.1: (300, 0.0), 0.02: (300, -2.0)}
 ITERATIONS = {share: iterations for share, (iterations, _) in TARGETS.items()}
 SECONDS_AT = 0.2
 USUAL = "leep"  # the measure that says who is near, unless a row says otherwise
-# What is asked of the starts in 100 iterations, the same networks, tasks, shares and seeds.
+ASKED = 100  # iterations in which the starts are asked the following, on the same tasks and seeds
 QUESTIONS = (
     ("votes of the nearest", "votes of random tasks"),
     ("votes of the nearest", "votes of all"),
@@ -29,6 +29,17 @@ QUESTIONS = (
     ("nearest task's weights", "cold, one-shot"),
     ("average of weights", "cold, one-shot"),
     ("generic weights", "cold, one-shot"),
+    *(
+        (start, "cold, one-shot, refitted")
+        for start in (
+            "votes of the nearest, refitted",
+            "nearest task's weights",
+            "average of weights",
+            "average of weights, refitted",
+            "generic weights",
+            "generic weights, refitted",
+        )
+    ),
     ("nearest task's weights", "generic weights"),
     ("staged from generic weights", "generic weights"),
 )
@@ -66,19 +77,30 @@ def claims(rows: Sequence[Row]) -> list[Show]:
 def _seconds(rows: Sequence[Row], network: str, ours: Run) -> Show:
     """Claim the share of the seconds that the cheapest cold schedule as accurate as ours takes.
 
-    Where none is, cold's longest stands for it.
+    Any cold start counts. Where none is as accurate, cold iterative's longest stands for it.
     """
-    told = f"{network}, {1 - SECONDS_AT:.0%} removed: process seconds to equal accuracy, share of"
-    if not _pairs(rows, network, SECONDS_AT, ours, (COLD, LONG)):
-        return Show(f"{told} cold iterative's", 0.2, None, "<=")
-    for iterations in (100, 300, LONG):
-        pairs = _pairs(rows, network, SECONDS_AT, ours, (COLD, iterations))
-        if pairs and _difference(pairs)[0] <= 0:
-            break
-    else:
-        iterations, pairs = LONG, _pairs(rows, network, SECONDS_AT, ours, (COLD, LONG))
-    spent = sum(a["seconds"] for a, _ in pairs) / sum(b["seconds"] for _, b in pairs)
-    return Show(f"{told} cold iterative's ({iterations} iterations)", 0.2, spent, "<=")
+    told = (f"{network}, {1 - SECONDS_AT:.0%} removed: process seconds to equal accuracy (without "
+            "what the library took once), share of")  # fmt: skip
+    longest = _pairs(rows, network, SECONDS_AT, ours, (COLD, LONG))
+    if not longest:
+        return Show(f"{told} {COLD}'s", 0.2, None, "<=")
+    runs = {(row["start"], row["iterations"]) for row in rows if row["start"].startswith("cold")}
+    pairs_of = {run: _pairs(rows, network, SECONDS_AT, ours, run) for run in sorted(runs)}
+    as_good = {run: pairs for run, pairs in pairs_of.items() if pairs and _ahead(pairs) <= 0}
+    share = {run: _spent(pairs) for run, pairs in (as_good or {(COLD, LONG): longest}).items()}
+    start, iterations = max(share, key=lambda run: share[run])  # the cheapest cold run
+    why = "" if as_good else ", though no cold run was as accurate"
+    return Show(f"{told} {start}'s in {iterations} iterations{why}", 0.2, max(share.values()), "<=")
+
+
+def _ahead(pairs: Sequence[tuple[Row, Row]]) -> float:
+    return _difference(pairs)[0]
+
+
+def _spent(pairs: Sequence[tuple[Row, Row]]) -> float:
+    """Return the first ones' seconds as a share of the others'."""
+    mine, theirs = (sum(float(row["seconds"]) for row in own) for own in zip(*pairs, strict=True))
+    return mine / theirs
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:
@@ -107,11 +129,12 @@ def answers(rows: Sequence[Row]) -> list[Row]:
     for network in sorted({row["network"] for row in rows}):
         for share in TARGETS:
             for one, other in QUESTIONS:
-                pairs = _pairs(rows, network, share, (one, 100), (other, 100))
+                pairs = _pairs(rows, network, share, (one, ASKED), (other, ASKED))
                 if pairs:
                     mean, error = _difference(pairs)
                     found.append({"network": network, "share": share, "start": one,
                                   "against": other, "runs": len(pairs), "points": round(mean, 2),
+                                  "iterations": ASKED,
                                   "standard_error": round(error, 2)})  # fmt: skip
         found += _among_neighbours([r for r in rows if (r["part"], r["network"])
                                     == ("measures", network)], network)  # fmt: skip
@@ -138,6 +161,7 @@ def _among_neighbours(rows: Sequence[Row], network: str) -> list[Row]:
             asked = (start, f"N = {NEIGHBOURS}")
         found.append({"network": network, "share": rows[0]["share"], "start": asked[0],
                       "against": asked[1], "runs": len(pairs), "points": round(mean, 2),
+                      "iterations": rows[0]["iterations"],
                       "standard_error": round(error, 2)})  # fmt: skip
     return found
 

@@ -19,7 +19,7 @@ from secateur.vote.similarity import leep, mean_feature, score_cosine, task2vec
 from suite import read_json
 from train_parent import PARENTS, SEEN
 from vote.probed import pretrained
-from vote.starts import BY_COUNT, STARTS, Asked, Earlier, begin
+from vote.starts import BY_COUNT, REFITTED, STARTS, Asked, Earlier, begin
 from vote.tasks import BANK, SPEC, Cifar, FiveWay, Images
 from vote.training import (
     Clock,
@@ -38,6 +38,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = ROOT / "out" / "vote_cifar"
 SHARES = (0.5, 0.2, 0.1, 0.02)  # of the MACs that stay
 AT = (30, 100, 300)  # iterations that a start is judged after, besides its first and last
+# No ``cka``: tasks of one trunk see the same in the same images, and are all alike to it.
 MEASURES: Mapping[str, Any] = {
     "leep": leep, "mean_feature": mean_feature, "score_cosine": score_cosine, "task2vec": task2vec,
 }  # fmt: skip
@@ -45,7 +46,8 @@ ITERATIVE, STAGED = "cold, iterative", "staged from "
 UNCUT = "the parent, uncut"  # a control: what that many iterations teach a network at all
 COLD = ("cold, one-shot", "cold, one-shot, refitted")
 GENERIC, SCORE = "generic", "score "
-NOBODY_NEAR = (*COLD, "votes of random tasks", "votes of all", "generic weights")
+NOBODY_NEAR = (*COLD, "votes of random tasks", "votes of all", "generic weights",
+               "generic weights, refitted")  # fmt: skip
 NO_LIBRARY = "none"
 Row = dict[str, Any]
 
@@ -182,7 +184,7 @@ class Lab:
         if start in NOBODY_NEAR:
             measure = NO_LIBRARY if start in COLD else ""
         asked = self.ask(task, first_share, seed, measure)
-        first = headed(begin(asked, {**STARTS, **BY_COUNT}[start]), asked.images)
+        first = headed(begin(asked, {**STARTS, **REFITTED, **BY_COUNT}[start]), asked.images)
         if not staged:
             return first, lambda *_: None
         when = in_steps(share, iterations, first_share, self._effort.cuts)

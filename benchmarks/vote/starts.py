@@ -87,9 +87,7 @@ def cold(asked: Asked) -> MultiTaskModel:
 def refitted(asked: Asked) -> MultiTaskModel:
     """The same, compensated on the task's images."""
     plan = asked.parent.plan(asked.own, asked.share)
-    chosen = torch.linspace(0, len(asked.images.labels) - 1, REFIT_IMAGES).long()
-    return refit(asked.parent.model, asked.parent.cut(plan), asked.parent.groups, plan,
-                 asked.images.images[chosen])  # fmt: skip
+    return _refitted(asked, plan, asked.parent.cut(plan))
 
 
 def votes_of_nearest(asked: Asked, count: int = NEIGHBOURS) -> MultiTaskModel:
@@ -145,6 +143,23 @@ def inherited_generic(asked: Asked) -> MultiTaskModel:
     return _as_it_was(asked.parent, asked.generic)
 
 
+def votes_refitted(asked: Asked) -> MultiTaskModel:
+    """The nearest tasks' channels, the parent's weights, compensated."""
+    plan = _voted(asked, asked.nearest)
+    return _refitted(asked, plan, asked.parent.cut(plan))
+
+
+def average_refitted(asked: Asked) -> MultiTaskModel:
+    """The voters' mean weights, compensated."""
+    return _refitted(asked, _voted(asked, asked.nearest), inherited_average(asked))
+
+
+def generic_refitted(asked: Asked) -> MultiTaskModel:
+    """The generic weights, compensated."""
+    assert asked.generic is not None
+    return _refitted(asked, asked.generic.plan, inherited_generic(asked))
+
+
 STARTS: Mapping[str, Start] = {
     "cold, one-shot": cold,
     "cold, one-shot, refitted": refitted,
@@ -157,13 +172,24 @@ STARTS: Mapping[str, Start] = {
     "average of weights": inherited_average,
     "generic weights": inherited_generic,
 }
-COUNTS = (1, 2, 10, 20, 39)  # neighbours, besides NEIGHBOURS; the last are all
+REFITTED: Mapping[str, Start] = {  # towards what the parent's layers compute on the task's images
+    "votes of the nearest, refitted": votes_refitted,
+    "average of weights, refitted": average_refitted,
+    "generic weights, refitted": generic_refitted,
+}
+COUNTS = (1, 2, 10, 20, 39)  # neighbours, besides NEIGHBOURS, of the 40 that a new task has
 COUNTED = {"votes of the nearest": votes_of_nearest, "average of weights": inherited_average}
 BY_COUNT: Mapping[str, Start] = {
     f"{name}, N = {count}": partial(start, count=count)
     for name, start in COUNTED.items()
     for count in COUNTS
 }
+
+
+def _refitted(asked: Asked, plan: PrunePlan, model: MultiTaskModel) -> MultiTaskModel:
+    chosen = torch.linspace(0, len(asked.images.labels) - 1, REFIT_IMAGES).long()
+    return refit(asked.parent.model, model, asked.parent.groups, plan,
+                 asked.images.images[chosen])  # fmt: skip
 
 
 def _voted(asked: Asked, voters: Sequence[tuple[Earlier, float]]) -> PrunePlan:

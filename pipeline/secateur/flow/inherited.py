@@ -81,7 +81,7 @@ def best_start(
     wanted = job.recipe.prune.inherit
     if planned.vote is None:
         return begun, None, ""
-    reason = _why_not(job, planned)
+    reason = planned.vote.cold or _why_not(job, planned)
     if reason:
         return begun, Origin(THE_PARENT, {}, reason=reason), ""
     groups, plan = planned.scored.groups, planned.plan

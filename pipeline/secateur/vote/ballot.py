@@ -1,8 +1,8 @@
 """The vote: what the nearest tasks kept, or how they scored it, as one number per channel.
 
 After meta-vote pruning (MVP, arXiv 2301.11560), where the keep-sets of the nearest tasks vote, and
-its one-shot successor (SMSP, arXiv 2307.04365), where their scores do. Only the papers' abstracts
-state the rules; what is not in them (weights by similarity, ties, the blend) is ours.
+its one-shot successor (SMSP, arXiv 2307.04365), where their scores do. Only their abstracts
+were at hand: weights by similarity, ties and the blend are ours.
 
 A voter's opinion is a mapping from a group (a layer's channels, a ViT's heads, its hidden or
 embedding channels: all the same here) to a (width,) array, NaN where it has none: its network has
