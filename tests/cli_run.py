@@ -33,6 +33,14 @@ def make():
 
 def make_wide():
     return TinyNet(24)
+
+class Losing(TinyNet):
+    def forward(self, image):
+        outputs = super().forward(image)
+        return {"loss": sum(each.mean() for each in outputs.values())} if self.training else outputs
+
+def make_losing():
+    return Losing()
 """
 
 

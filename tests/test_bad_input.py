@@ -75,7 +75,14 @@ def expect_error(capsys, folder: Path, *arguments, says: str, code: int = 2) -> 
         (("tinyproject:make", "tinyproject:make_wide"), "is of another architecture"),
         (("tiny.safetensors", "absent.safetensors"), "there is no file absent.safetensors"),
         (("[3, 32, 48]", "[3, 30, 48]"), "forward fails on an input of shape (1, 3, 30, 48)"),
-        (("[3, 32, 48]", "[1, 32, 48]"), "line 4: model.input.shape.0: "),
+        (("[3, 32, 48]", "[1, 32, 48]"), "line 4: model.input.shape: expected [3, height, width]"),
+        (
+            ("[3, 32, 48]", "[3, 32, 48], mean: [123.7, 116.3, 103.5]"),
+            "look like those of images of 0 to 255",
+        ),
+        (("tinyproject:make", "tinyproject.make"), "expected module:function, as in net:make"),
+        (("tinyproject:make", "tinyproject.py:make"), "expected module:function, as in net:make"),
+        (("reader: scenes, split: train", "reader: labels, split: train"), "no reader 'labels'"),
         (
             ("split: test, options: {count: 8", "split: train, options: {count: 16"),
             "are the same images",
@@ -102,6 +109,13 @@ def test_a_wrong_recipe(capsys, tmp_path: Path, change: tuple[str, str], says: s
     assert change[0] in RECIPE
     recipe = make_project(tmp_path, RECIPE.replace(*change, 1))
     expect_error(capsys, tmp_path, "build", recipe, says=says)
+
+
+def test_a_forward_that_gives_losses_in_training_mode(capsys, tmp_path: Path) -> None:
+    """Where tasks are dropped what runs is a trace of the eval mode; here none is."""
+    text = RECIPE.replace("tinyproject:make", "tinyproject:make_losing")
+    recipe = make_project(tmp_path, text.replace("keep: [segmentation, depth]\n", ""))
+    expect_error(capsys, tmp_path, "build", recipe, says="in training mode its forward fails")
 
 
 def test_an_unknown_target_with_a_near_name(capsys, tmp_path: Path) -> None:

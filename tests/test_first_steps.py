@@ -128,15 +128,20 @@ def test_labels_of_another_picture_or_between_classes_are_told() -> None:
 
 
 def test_a_parent_no_better_than_a_guess_is_doubted() -> None:
-    tasks = [SimpleNamespace(name="room", classes=4), SimpleNamespace(name="depth", classes=None)]
+    tasks = [
+        SimpleNamespace(name="room", kind="classification", classes=4),
+        SimpleNamespace(name="depth", kind="depth", classes=None),
+        SimpleNamespace(name="seg", kind="segmentation", classes=5),
+    ]
 
-    def of(top1: float, abs_rel: float) -> list[str]:
-        parent = {"room": {"top1": top1}, "depth": {"abs_rel": abs_rel}}
+    def of(top1: float, abs_rel: float, miou: float) -> list[str]:
+        parent = {"room": {"top1": top1}, "depth": {"abs_rel": abs_rel}, "seg": {"miou": miou}}
         return doubts(SimpleNamespace(tasks=tasks, accuracy=SimpleNamespace(parent=parent)))  # type: ignore[arg-type]
 
-    assert of(80.0, 0.2) == []
-    guess, unit = of(25.0, 104.5)
+    assert of(80.0, 0.2, 60.0) == []
+    guess, unit, one = of(25.0, 104.5, 14.0)
     assert "a guess in 25 %" in guess and "the same unit?" in unit
+    assert "mIoU is 14 %, one class everywhere may have 20 %" in one
 
 
 def test_a_cut_without_labels_says_so_and_a_boards_latency_is_not_this_machines(

@@ -269,10 +269,65 @@ def test_one_batch_is_held_at_a_time() -> None:
 
 def test_a_forward_serves_all_tasks_and_backwards_ask_for_gates_only() -> None:
     model, forwards = tiny_model(), []
-    model.register_forward_hook(lambda *_: forwards.append([p.requires_grad for p in wide]))
+
+    def note(_model, images, _outputs) -> None:
+        if len(images[0]) > 1:  # else it is tried what gradients reach
+            forwards.append([parameter.requires_grad for parameter in wide])
+
+    model.register_forward_hook(note)
     wide = [model.network.expand.weight, model.network.seg.weight]
     scored(model, "taylor")
     assert forwards == [[False, False]] * 2  # as many as batches
+
+
+class OneDetached(nn.Module):
+    """Two heads on a trunk, which the second one does not train."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.how, self.trunk = how, nn.Conv2d(3, 8, 3, padding=1)
+        self.one, self.other = nn.Conv2d(8, 1, 1), nn.Conv2d(8, 1, 1)
+
+    def forward(self, image):
+        x = self.trunk(image).relu()
+        if self.how == "straight through":
+            x = x + (x.round() - x).detach()
+        return {"one": self.one(x), "other": self.other(x.detach() if self.how == "detach" else x)}
+
+
+@pytest.mark.parametrize("criterion", GRADIENT)
+def test_what_a_detached_head_reads_has_a_worth(criterion: str) -> None:
+    tasks = [Task(name, name, "depth", "depth") for name in ("one", "other")]
+    found = {}
+    for how in ("detach", "plain"):
+        model = MultiTaskModel(OneDetached(how), tasks).eval()
+        groups = find_groups(model, EXAMPLE)
+        found[how] = score_tasks(model, groups, tasks, criterion, lambda: scenes(False), 2)
+    assert close(found["detach"]["other"], found["plain"]["other"])
+
+
+def test_a_straight_through_estimator_keeps_its_detach() -> None:
+    tasks = [Task(name, name, "depth", "depth") for name in ("one", "other")]
+    model = MultiTaskModel(OneDetached("straight through"), tasks).eval()
+    scores = score_tasks(model, find_groups(model, EXAMPLE), tasks, "taylor",
+                         lambda: scenes(False), 2)  # fmt: skip
+    assert all(values.any() for own in scores.values() for values in own.values())
+
+
+def test_a_task_without_any_gradient_is_told() -> None:
+    class Without(OneDetached):
+        def forward(self, image):
+            with torch.no_grad():
+                return super().forward(image)
+
+    tasks = [Task(name, name, "depth", "depth") for name in ("one", "other")]
+    model = MultiTaskModel(Without("plain"), tasks).eval()
+    groups = find_groups(model, EXAMPLE)
+    with pytest.raises(ModelError, match="no gradient of task 'one'") as caught:
+        score_tasks(model, groups, tasks, "taylor", lambda: scenes(False), 2)
+    assert "torch.no_grad" in caught.value.hint
+    score_tasks(model, groups, tasks, "magnitude", lambda: scenes(False), 2)  # which needs none
 
 
 def test_random_takes_its_seed_from_the_name() -> None:

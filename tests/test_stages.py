@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from secateur import zoo
 from secateur.compensate import RefitSettings, refit
 from secateur.core.errors import DataError, ModelError
 from secateur.core.model import MultiTaskModel, evaluating, model_fingerprint
+from secateur.core.source import source_files
 from secateur.core.task import Task
 from secateur.data.loading import open_reader
 from secateur.importance.bank import load_scores, save_scores
@@ -251,6 +254,32 @@ class Holding(nn.Module):
 def test_a_fingerprint_tells_what_an_attribute_holds(held: object, other: object) -> None:
     assert model_fingerprint(Holding(held)) == model_fingerprint(Holding(held))
     assert model_fingerprint(Holding(held)) != model_fingerprint(Holding(other))
+
+
+def test_a_fingerprint_tells_what_forward_calls_from_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that the network's own file imports, not one that something installed does."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_net.py").write_text(
+        "import own_steps\nfrom torch import nn\n\nclass Net(nn.Module):\n"
+        "    def forward(self, image):\n        return own_steps.last(image)\n"
+    )
+
+    def with_steps(code: str) -> str:
+        for name in ("own_net", "own_steps"):
+            sys.modules.pop(name, None)
+        (tmp_path / "own_steps.py").write_text(code)
+        importlib.invalidate_caches()
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "dont_write_bytecode", True)
+            return model_fingerprint(importlib.import_module("own_net").Net())
+
+    one = with_steps("def last(image):\n    return image\n")
+    other = with_steps("def last(image):\n    return -image\n")
+    assert one != other and one == with_steps("def last(image):\n    return image\n")
+    model = importlib.import_module("own_net").Net()
+    assert {file.name for file in source_files(model)} == {"own_net.py", "own_steps.py"}
 
 
 class Storing(nn.Module):

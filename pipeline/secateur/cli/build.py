@@ -28,7 +28,7 @@ from secateur.devices.isa import int8_form
 from secateur.devices.target import load_target
 
 if TYPE_CHECKING:
-    from secateur.bundle.manifest import AccuracyIntervals, BudgetRecord, Manifest
+    from secateur.bundle.manifest import Accuracy, AccuracyIntervals, BudgetRecord, Manifest
     from secateur.flow.build import BuildResult
 
 _TARGETS = f"A target, see `secateur targets` (default: {DEFAULT_TARGET}); may be repeated."
@@ -103,12 +103,28 @@ def doubts(manifest: Manifest) -> list[str]:
                 f"{task.name}: the parent is right in {metrics['top1']:.3g} %, a guess in "
                 f"{guess:.3g} %: is model.checkpoint given, and its classes in order?"
             )
+        if task.kind == "segmentation" and metrics.get("miou", 100.0) <= guess:
+            found.append(
+                f"{task.name}: the parent's mIoU is {metrics['miou']:.3g} %, one class everywhere "
+                f"may have {guess:.3g} %: is model.checkpoint given, its classes in order, and "
+                "model.input's mean and std right?"
+            )
         if metrics.get("abs_rel", 0.0) > 1:
             found.append(
                 f"{task.name}: the parent's depth is off by {metrics['abs_rel']:.3g} times "
                 "the truth: do labels and outputs have the same unit?"
             )
     return found
+
+
+def _recovery_harmed(accuracy: Accuracy) -> bool:
+    """Say whether the cut was surely better before recovery than what ships.
+
+    Of what ships in a lower precision it is not known which of the two cost it.
+    """
+    if accuracy.pruned is not None or accuracy.intervals is None:
+        return False
+    return accuracy.delta_t_before_recovery > accuracy.intervals.delta_t[1]
 
 
 def missed(manifest: Manifest) -> list[str]:
@@ -119,7 +135,8 @@ def missed(manifest: Manifest) -> list[str]:
 def result_json(result: BuildResult) -> dict[str, object]:
     """Return what --json prints of a build."""
     manifest = result.manifest.model_dump(mode="json", exclude={"recipe"})
-    return {"bundle": str(result.folder), "manifest": manifest, "library": result.library}
+    return {"bundle": str(result.folder), "manifest": manifest, "library": result.library,
+            "replaced": result.replaced}  # fmt: skip
 
 
 def print_result(result: BuildResult, console: Console) -> None:
@@ -149,6 +166,9 @@ def print_result(result: BuildResult, console: Console) -> None:
     if unlabelled := manifest.plan.get("without_labels"):
         console.print(f"labels    data.train has none of {', '.join(unlabelled)}: what is not "
                       "learnt from labels is learnt from the parent", soft_wrap=True)  # fmt: skip
+    if before and _recovery_harmed(accuracy):
+        console.print("[yellow]doubtful[/]  recovery did harm on data.eval: try fewer epochs, "
+                      "recover.early_stop, or recover: none", soft_wrap=True)  # fmt: skip
     for doubt in doubts(manifest):
         console.print(f"[yellow]doubtful[/]  {doubt}", soft_wrap=True, highlight=False)
     if sparsity := manifest.plan.get("sparsity"):
@@ -167,6 +187,9 @@ def print_result(result: BuildResult, console: Console) -> None:
     if result.library:
         console.print(f"library   {result.library}", soft_wrap=True, highlight=False, markup=False)
     console.print(f"bundle    {folder}", soft_wrap=True, highlight=False)
+    if result.replaced:
+        console.print(f"[yellow]replaces[/]  {result.replaced}; --out keeps both",
+                      soft_wrap=True, highlight=False)  # fmt: skip
     console.print(f"table     {folder / 'manifest.json'}", soft_wrap=True, highlight=False)
     for picture in ("contact_sheet.png", "savings.png"):
         console.print(f"pictures  {folder / 'pictures' / picture}", soft_wrap=True, highlight=False)

@@ -69,7 +69,7 @@ def list_entries(
                       "scored": each.scored, "with_weights": each.with_weights}
                      for each in found])  # fmt: skip
         return
-    table = _table_of_entries("tasks", "MACs kept", "ΔT %", "parent", "device", "created")
+    table = _table_of_entries("tasks", "MACs allowed", "ΔT %", "parent", "device", "created")
     for each in found:
         _add_row(table, each.id[:SHORT], *_cells(each.facts), each.facts.parent[:SHORT],
                  each.facts.device or "-", each.facts.created[:10])  # fmt: skip
@@ -96,13 +96,14 @@ def show(entry: EntryArgument, library: LibraryOption = None, as_json: JsonOptio
         _print_json({"id": found.id, **asdict(found.facts), "plan": found.plan.to_json(),
                      "scores": scored, "sketches": sketches, "weights": weights})  # fmt: skip
         return
-    facts, console = found.facts, Console(soft_wrap=True, highlight=False)
+    facts, plan, console = found.facts, found.plan, Console(soft_wrap=True, highlight=False)
     tasks, kept, change = _cells(facts)
     for label, text in {
         "entry": found.id,
         "parent": f"{facts.parent} ({facts.parent_name}, channels: {facts.basis})",
         "tasks": tasks,
-        "MACs kept": f"{kept}; {found.plan.macs_before:,} -> {found.plan.macs_after:,}",
+        "MACs allowed": f"{kept}; kept {plan.macs_after / plan.macs_before:.3f}: "
+        f"{plan.macs_before:,} -> {plan.macs_after:,}",
         "ΔT": f"{change} % after {facts.steps} recovery steps",
         "scores of": ", ".join(scored) or "-",
         "sketches": ", ".join(f"{name} {shape}" for name, shape in sketches.items()) or "-",
@@ -172,7 +173,7 @@ def nearest(
         _print_json({"entry": own.id, "measure": measure, **asdict(result)})
         return
     console = Console()
-    table = _table_of_entries("tasks", "MACs kept", "ΔT %", measure)
+    table = _table_of_entries("tasks", "MACs allowed", "ΔT %", measure)
     for each in result.neighbours:
         _add_row(table, each.id[:SHORT], *_cells(each.facts), f"{each.similarity:.3f}")
     console.print(table)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from secateur.core.errors import ModelError
+from secateur.core.source import source_files
 from secateur.core.task import Task
 
 
@@ -141,12 +140,11 @@ def check_outputs(model: MultiTaskModel, example: Tensor) -> dict[str, Tensor]:
 def model_fingerprint(model: nn.Module) -> str:
     """Return a digest of the architecture, the code and attributes of its modules, and all weights.
 
-    Code and attributes count because two models of the same layers may differ in ``forward`` or in
-    a factor that it reads alone; where the code is installed does not.
+    Code and attributes count because two models of the same layers may differ in ``forward``, in
+    what that calls, or in a factor that it reads alone; where the code is installed does not.
     """
     digest = hashlib.sha256(repr(model).encode())
-    files = {_source_file(type(module)) for module in model.modules()} - {""}
-    for code in sorted(Path(file).read_bytes() for file in files):
+    for code in sorted(file.read_bytes() for file in source_files(model)):
         digest.update(code)
     tensors = {**dict(model.named_buffers()), **model.state_dict()}
     for path, module in model.named_modules():
@@ -188,15 +186,6 @@ def _note_attribute(
     elif callable(value) and not isinstance(value, nn.Module):
         known = [getattr(value, part, "") for part in ("__module__", "__qualname__")]
         note(f"{path}={known}".encode())
-
-
-def _source_file(kind: type) -> str:
-    """Return the file that defines a class, or "" for one made at run time (torch.fx)."""
-    try:
-        file = inspect.getsourcefile(kind) or ""
-    except TypeError:
-        return ""
-    return file if Path(file).is_file() else ""
 
 
 def output_difference(

@@ -1,3 +1,3 @@
 """Readers, one file each, and the transforms that turn their samples into batches."""
 
-NOT_ENTRIES = frozenset({"sample", "transforms", "loading", "archive", "scene_render"})
+NOT_ENTRIES = frozenset({"sample", "transforms", "labels", "loading", "archive", "scene_render"})

@@ -33,9 +33,10 @@ def create(root: Path, split: str, depth_scale: float = 0.001) -> Reader:
     """Open ``root/split``. ``depth_scale`` turns stored depth into metres."""
     path = root / split
     if not path.is_dir() and split not in ("", "."):
-        raise DataError(
-            f"there is no folder {path}", hint="give an existing split, or '.' for the root itself"
-        )
+        hint = "give an existing split, or '.' for the root itself"
+        if not root.is_dir():
+            hint = f"there is no {root} either: set data.*.root, relative to the recipe"
+        raise DataError(f"there is no folder {path}", hint=hint)
     return Folder(path, depth_scale)
 
 
@@ -139,5 +140,6 @@ class Folder:
                 raise DataError(
                     f"label '{label}' in {self._archive.path} lacks {len(lacking)} of "
                     f"{len(self._images)} images, first '{min(lacking)}'",
-                    hint="give every image this label, or take the folder away",
+                    hint="give every image this label, or take away the "
+                    + ("file" if label == "labels.csv" else "folder"),
                 )

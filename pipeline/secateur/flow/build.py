@@ -8,13 +8,16 @@ from pathlib import Path
 
 from secateur.bench.latency import Protocol
 from secateur.bundle.manifest import Manifest
+from secateur.bundle.read import read_bundle
 from secateur.bundle.write import prepare_folder
+from secateur.core.errors import SecateurError
 from secateur.flow.axes import turn_axes
 from secateur.flow.budgets import plan_within, settle
 from secateur.flow.cache import StageCache
 from secateur.flow.entry import add_build
 from secateur.flow.evidence import gather_evidence
 from secateur.flow.inherited import best_start
+from secateur.flow.job import Job
 from secateur.flow.ncnn import NCNN, target_of, with_runtime
 from secateur.flow.pack import Made, pack
 from secateur.flow.precision import Device, lower_cut
@@ -27,11 +30,15 @@ from secateur.prune import check_sparsity
 
 @dataclass(frozen=True)
 class BuildResult:
-    """Where the bundle lies, its manifest, and what became of its entry in the library."""
+    """Where the bundle lies, its manifest, and what became of its entry in the library.
+
+    ``replaced`` says what bundle lay there before, if it was another network's or recipe's.
+    """
 
     folder: Path
     manifest: Manifest
     library: str
+    replaced: str = ""
 
 
 def build(
@@ -90,8 +97,23 @@ def build(
     made = Made(target, planned, origin, cut, lowered, evidence, budgets, clock.seconds, command,
                 zeros)  # fmt: skip
     folder = out / target.name / lowered.precision
+    replaced = _other_bundle(folder, job)
     manifest = pack(job, made, folder)
-    return BuildResult(folder, manifest, add_build(job, target.name, planned, cut, evidence))
+    told = add_build(job, target.name, planned, cut, evidence)
+    return BuildResult(folder, manifest, told, replaced)
+
+
+def _other_bundle(folder: Path, job: Job) -> str:
+    """Say what else a folder holds the bundle of, "" where that is none or this build's."""
+    try:
+        before = read_bundle(folder)
+    except SecateurError:
+        return ""
+    if before.parent.get("fingerprint") != job.parent_key:
+        return f"the bundle of another network, of {before.created}"
+    if before.recipe != job.recipe.source:
+        return f"the bundle of another recipe for this network, of {before.created}"
+    return ""
 
 
 class _Clock:

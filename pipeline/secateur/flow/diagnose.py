@@ -154,7 +154,7 @@ def _usual_inputs(
         return []
     said = (
         f"with {better.how} the tasks are {better.gain:.1f} % better: model.input's "
-        f"{better.fields} in the recipe, or how the images are read, is not what the model was "
+        f"{better.fields} in the recipe, or how the images are read, may not be what the model was "
         "trained with"
     )
     return [Finding("preprocessing", said)]

@@ -153,7 +153,8 @@ def emulated_cpu(target: Target, cpu: str = "") -> str:
     if target.stand_in is None:
         raise DeviceError(
             f"no emulated CPU stands in for {target.name}",
-            hint="give an Arm CPU as the target (`secateur targets`), or leave out --device",
+            hint="give an Arm CPU as the target (`secateur targets`), or leave out --device and "
+            "prune.budget.instructions, whichever is given",
         )
     return pick_cpu(find_qemu(), (cpu,) if cpu else target.stand_in.qemu_cpus)
 

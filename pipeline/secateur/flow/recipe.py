@@ -11,9 +11,9 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from secateur.core.errors import RecipeError
-from secateur.core.model import ModelInput
 from secateur.core.shipped import shipped_root
 from secateur.core.task import Task
+from secateur.flow.model_spec import ModelSpec
 from secateur.flow.precision_spec import PrecisionSpec
 from secateur.flow.precision_spec import Strict as _Strict
 from secateur.flow.recipe_errors import check_no_key_twice, recipe_error
@@ -21,27 +21,6 @@ from secateur.importance.criterion import goes_by_scale
 
 VARIABLE = re.compile(r"\$\{(\w+)\}")
 RESERVED = ("image", "file", "allow_pickle")  # the input of the ONNX file; arguments of numpy.savez
-
-Positive = Annotated[float, Field(gt=0)]
-
-
-class InputSpec(_Strict):
-    shape: tuple[Literal[3], Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
-    layout: Literal["RGB", "BGR"] = "RGB"
-
-    def model_input(self) -> ModelInput:
-        """Return the same as the pipeline's own value."""
-        return ModelInput(*self.shape, mean=self.mean, std=self.std, layout=self.layout)
-
-
-class ModelSpec(_Strict):
-    factory: str = Field(pattern=r"^[\w.]+:\w+$")
-    arguments: dict[str, Any] = Field(default={})
-    checkpoint: Path | None = None
-    trunk: str | None = Field(default=None, pattern=r"^\w+(\.\w+)*$")
-    input: InputSpec
 
 
 class TaskSpec(_Strict):

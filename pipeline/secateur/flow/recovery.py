@@ -10,9 +10,10 @@ from dataclasses import asdict, replace
 from itertools import pairwise
 
 import numpy as np
+import torch
 
 from secateur.bench.accuracy import evaluate_model, score_model
-from secateur.core.errors import DataError, RecipeError
+from secateur.core.errors import DataError, ModelError, RecipeError
 from secateur.core.files import write_json
 from secateur.core.model import MultiTaskModel
 from secateur.core.plan import PrunePlan
@@ -46,13 +47,17 @@ def forgets_weights(job: Job) -> bool:
 
 
 def check_recovery(job: Job) -> None:
-    """Raise when the training data do not allow the early stop that the recipe asks for.
+    """Raise when the model cannot be trained, or the data do not allow the early stop asked for.
 
     Raises:
+        ModelError: forward fails in training mode, or lacks an output there.
         RecipeError: a kept task has no labels there, or no image would be left to train on.
     """
     wanted = job.recipe.recover
-    if wanted == "none" or not wanted.early_stop:
+    if wanted == "none":
+        return
+    _check_training_mode(job)
+    if not wanted.early_stop:
         return
     for task in job.tasks:
         if not has_labels(job.train, [task]):
@@ -66,6 +71,21 @@ def check_recovery(job: Job) -> None:
             f"images leave less than one batch of {wanted.batch_size}",
             hint="hold out fewer images",
         )
+
+
+def _check_training_mode(job: Job) -> None:
+    training = copy.deepcopy(job.selected).train()
+    pair = torch.cat([job.example, job.example])
+    try:
+        with torch.no_grad():
+            training(pair)
+    except Exception as error:  # the user's own code may raise anything
+        said = error.message if isinstance(error, ModelError) else repr(error)
+        raise ModelError(
+            f"recovery trains the model, and in training mode its forward fails: {said}",
+            hint="let forward(images) return the tasks' outputs in training mode, too, or give "
+            "recover: none",
+        ) from error
 
 
 def recovered(

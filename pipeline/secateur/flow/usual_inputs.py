@@ -21,7 +21,8 @@ CONSTANTS = {
     "0 and 1 (plain)": ((0.0,) * 3, (1.0,) * 3),
     "of CLIP": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
 }
-ALIKE = 0.02  # constants nearer than this are the same ones, rounded
+ALIKE = 0.06  # constants nearer than this, as ImageNet's and CLIP's, make no difference to tell
+LEAST_GAIN = 2.0  # percent; less is found by trying several ways on few images
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ def better_input(
 ) -> Better | None:
     """Return the other usual way to prepare images that the tasks are best with, or None.
 
-    None unless one is better beyond chance: the 95 % interval of the difference, on the same
-    images, lies above 0.
+    None unless one is better beyond chance, the 95 % interval of the difference, on the same
+    images, lying above 0, and by LEAST_GAIN.
     """
     most = min(limit or IMAGES, IMAGES)
     found: list[Better] = []
@@ -50,6 +51,7 @@ def better_input(
             interval = bootstrap(tasks, tried, given)
             if interval is not None and interval.delta_t[0] > 0:
                 found.append(Better(how, fields, sum(interval.delta_t) / 2))
+    found = [better for better in found if better.gain >= LEAST_GAIN]
     return max(found, key=lambda better: better.gain, default=None)
 
 

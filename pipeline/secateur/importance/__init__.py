@@ -1,4 +1,4 @@
 """How much each channel matters to each task: criteria, one file each, and the bank of scores."""
 
 NOT_ENTRIES = frozenset({"agreement", "bank", "criterion", "directions", "passes", "places",
-                         "running_sums", "single_weights"})  # fmt: skip
+                         "reach", "running_sums", "single_weights"})  # fmt: skip

@@ -20,6 +20,7 @@ from secateur.core.model import MultiTaskModel
 from secateur.importance.criterion import Scores, TaskData
 from secateur.importance.passes import backwards, left_as_found
 from secateur.importance.places import Gradients, Place, producers
+from secateur.importance.reach import seen_whole
 from secateur.importance.running_sums import batches_to_add
 
 TINY = 1e-30  # the authors' guard against 0 / 0
@@ -40,11 +41,11 @@ def agreement(model: MultiTaskModel, groups: Sequence[ChannelGroup], data: TaskD
     totals, count = {group.name: np.zeros(group.width) for group in groups}, np.zeros(1)
     sums = {name: torch.from_numpy(values) for name, values in {**totals, "": count}.items()}
     with left_as_found(model, wanted):
-        for batch in batches_to_add(data, sums):
+        for batch, how in seen_whole(model, batches_to_add(data, sums), data.tasks):
             count += 1
             gradients: dict[str, Gradients] = {
                 task: dict(zip(wanted, found, strict=True))
-                for task, found in backwards(model, wanted, batch, data.tasks)
+                for task, found in backwards(model, wanted, batch, data.tasks, how)
             }
             for name, found in places.items():
                 totals[name] += _mean_cosine(found, gradients, pairs)

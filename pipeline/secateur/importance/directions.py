@@ -20,6 +20,7 @@ from secateur.core.channels import ChannelGroup, Member
 from secateur.core.model import MultiTaskModel
 from secateur.importance.criterion import TaskBatch, TaskData
 from secateur.importance.passes import backwards, left_as_found
+from secateur.importance.reach import seen_whole
 from secateur.importance.running_sums import batches_to_add
 
 Matrix = NDArray[np.float64]
@@ -47,11 +48,11 @@ def measure_directions(
     sums = {group.name: _Sums(group, data.tasks, axes) for group in groups}
     named = {f"{i} {k}": v for i, s in enumerate(sums.values()) for k, v in s.tensors().items()}
     with left_as_found(model, ()):
-        for batch in batches_to_add(data, named):
+        for batch, how in seen_whole(model, batches_to_add(data, named), data.tasks):
             images = batch.images.detach().requires_grad_()  # so that activations have gradients
             with _inputs(readers) as (names, tensors):  # both are filled by the forward pass
                 taken = TaskBatch(images, batch.losses)
-                for task, found in backwards(model, tensors, taken, data.tasks):
+                for task, found in backwards(model, tensors, taken, data.tasks, how):
                     for total in sums.values():
                         total.add_gradients(task, dict(zip(names, found, strict=True)))
             for total in sums.values():

@@ -24,6 +24,7 @@ from secateur.core.model import MultiTaskModel
 from secateur.importance.criterion import Scores, TaskData
 from secateur.importance.passes import backwards, left_as_found
 from secateur.importance.places import Gradients, producers
+from secateur.importance.reach import seen_whole
 
 RATE = 1e-3
 
@@ -43,8 +44,8 @@ def _movement(
     weights = list(moving.parameters())
     places = producers(moving, groups)
     moved: Scores = {}  # of the groups that the task uses
-    for batch in data:
-        ((_, gradients),) = backwards(moving, weights, batch, [task])
+    for batch, how in seen_whole(moving, data, [task]):
+        ((_, gradients),) = backwards(moving, weights, batch, [task], how)
         gradient_of = dict(zip(weights, gradients, strict=True))
         rate = _rate(gradient_of)
         for name, found in places.items():

@@ -8,7 +8,8 @@ batch's gradient can leak into another's, and gradients nobody reads are not com
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from secateur.core.errors import ModelError
 from secateur.core.model import MultiTaskModel, attributes_kept
 from secateur.importance.criterion import Scores, TaskBatch, TaskData
 from secateur.importance.places import Gradients, Place, Places
+from secateur.importance.reach import seen_whole
 from secateur.importance.running_sums import batches_to_add
 
 Rows = dict[str, dict[str, NDArray[np.float64]]]
@@ -40,9 +42,9 @@ def weight_pass(
     wanted = list(dict.fromkeys(parameters))
     totals, count, sums = _start(places, data.tasks)
     with left_as_found(model, wanted):
-        for batch in batches_to_add(data, sums):
+        for batch, how in seen_whole(model, batches_to_add(data, sums), data.tasks):
             count += 1
-            for task, gradients in backwards(model, wanted, batch, data.tasks):
+            for task, gradients in backwards(model, wanted, batch, data.tasks, how):
                 gradient_of = dict(zip(wanted, gradients, strict=True))
 
                 def value_of(place: Place, found: Gradients = gradient_of) -> Tensor | None:
@@ -72,12 +74,13 @@ def gate_pass(
     layers = {place.layer: place.module for found in places.values() for place in found}
     totals, count, sums = _start(places, data.tasks)
     with left_as_found(model, ()):
-        for batch in batches_to_add(data, sums):
+        for batch, how in seen_whole(model, batches_to_add(data, sums), data.tasks):
             size = len(batch.images)
             count += size
             with _gated(layers, batch.images) as gates:
                 wanted = [gate.values for gate in gates.values()]
-                for task, gradients in backwards(model, wanted, batch.by_image(), data.tasks):
+                own_losses = batch.by_image()
+                for task, gradients in backwards(model, wanted, own_losses, data.tasks, how):
                     gradient_of = dict(zip(gates, gradients, strict=True))
 
                     def value_of(
@@ -96,11 +99,19 @@ def gate_pass(
 
 
 def backwards(
-    model: MultiTaskModel, wanted: Sequence[Tensor], batch: TaskBatch, tasks: Sequence[str]
+    model: MultiTaskModel,
+    wanted: Sequence[Tensor],
+    batch: TaskBatch,
+    tasks: Sequence[str],
+    how: AbstractContextManager[Any],
 ) -> Iterator[tuple[str, tuple[Tensor | None, ...]]]:
-    """Yield each task and its loss's gradients in ``wanted``, None where the task uses it not."""
-    with torch.enable_grad():
+    """Yield each task and its loss's gradients in ``wanted``, None where the task uses it not.
+
+    ``how`` is what the model is run in (``reach.seen_whole``).
+    """
+    with torch.enable_grad(), how:
         outputs = model(batch.images)
+    with torch.enable_grad():
         losses = {task: batch.losses[task](outputs[task]) for task in tasks}
     del outputs  # so that each task's own part of the graph goes with its loss
     for task in tasks:

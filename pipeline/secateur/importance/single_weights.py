@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from secateur.core.model import MultiTaskModel
 from secateur.importance.criterion import TaskData
 from secateur.importance.passes import backwards, left_as_found
+from secateur.importance.reach import seen_whole
 
 
 def score_weights(
@@ -28,9 +29,9 @@ def score_weights(
     totals = {task: [torch.zeros_like(each) for each in wanted] for task in data.tasks}
     count = 0
     with left_as_found(model, wanted):
-        for batch in data:
+        for batch, how in seen_whole(model, data, data.tasks):
             count += 1
-            for task, gradients in backwards(model, wanted, batch, data.tasks):
+            for task, gradients in backwards(model, wanted, batch, data.tasks, how):
                 for total, weight, gradient in zip(totals[task], wanted, gradients, strict=True):
                     if gradient is not None:
                         total += (weight.detach() * gradient).abs()

@@ -6,6 +6,7 @@ import ast
 import contextlib
 import io
 import logging
+import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from secateur.core.errors import BuildError, first_line
 from secateur.core.files import atomic_path
 from secateur.core.model import MultiTaskModel
+from secateur.core.source import is_own
 
 OPSET = 20
 FORM = 2  # of what is written for the same model: files in another are exported anew
@@ -78,7 +80,7 @@ def export_onnx(model: MultiTaskModel, example: Tensor, path: Path) -> None:
         onnx.checker.check_model(exported)
     except Exception as error:  # the exporter raises dozens of types of its own
         raise BuildError(
-            f"the model cannot be exported to ONNX: {first_line(error)}",
+            f"the model cannot be exported to ONNX: {_reason(error)}",
             hint="forward must be traceable by torch.export: no data-dependent Python branches",
         ) from error
     if not exported.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
@@ -151,13 +153,27 @@ def _name_modules(model: onnx.ModelProto, scopes: dict[str, str]) -> None:
             node.metadata_props.add(key=MODULE_KEY, value=module.removeprefix(WRAPPERS))
 
 
+def _reason(error: BaseException) -> str:
+    """Return what the first cause of an error says, and the line of the user's that it is of."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if is_own(Path(frame.filename))]
+    where = f" ({own[-1].filename}, line {own[-1].lineno}: {own[-1].line})" if own else ""
+    return first_line(error) + where
+
+
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
     """Keep an exporter's own chatter off the terminal; its errors still come as exceptions."""
     level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),  # the graph so far, where tracing fails
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -85,7 +85,7 @@ def solve(
             f"the least that whole channels in multiples of {max(grids)} allow: "
             f"{least / 1e6:.2f} M ({least / full:.3f})",
             hint=f"set prune.budget.macs to at least {np.ceil(1000 * least / full) / 1000:.3f}, "
-            "or lower prune.floor",
+            "or lower prune.floor" + (" or prune.grid" if max(grids) > 1 else ""),
         )
 
     def load(at: Sequence[int]) -> float:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch_pruning import DependencyGraph, ops
 from torch_pruning.dependency import Group, index_mapping, shape_infer
 
+from secateur.core.attached import Attached
 from secateur.core.errors import ModelError
 from secateur.core.model import MultiTaskModel, attributes_kept
 
@@ -25,12 +26,14 @@ STEPS, LEAST_STEPS = 20, 1000  # from one layer: per operator of the graph, and 
 def dependency_graph(model: MultiTaskModel, example: Tensor) -> DependencyGraph:
     """Trace ``model`` on ``example`` and return torch-pruning's graph of it.
 
+    The trace follows autograd, so a ``detach`` in forward is passed over.
+
     Raises:
         ModelError: the model cannot be traced.
     """
     model.eval()
     try:
-        with warnings.catch_warnings(), _mended(), differentiable(model):
+        with warnings.catch_warnings(), _mended(), differentiable(model), Attached():
             warnings.simplefilter("ignore")  # torch-pruning warns of each unwrapped parameter
             graph = DependencyGraph().build_dependency(
                 model,
