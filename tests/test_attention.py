@@ -104,6 +104,22 @@ def test_a_head_that_is_not_read_goes_first_and_costs_nothing(vit: MultiTaskMode
     assert next(cut.kept for cut in plan.cuts if cut.name == dull.name) == (0, 2)
 
 
+@pytest.mark.parametrize("balance", [0.0, 0.65, 1.0])
+def test_a_head_counts_by_its_channels(vit: MultiTaskModel, balance: float) -> None:
+    """Where every channel is worth the same, 16 in a head, heads go as hidden channels do."""
+    groups = find_groups(vit, EXAMPLE)
+    rng = np.random.default_rng(0)
+    scores = {group.name: group.spread * rng.uniform(0.5, 1.5, group.width) for group in groups}
+    assert {group.spread for group in groups if group.heads_of} == {16}
+    cost = macs_model(vit, groups, EXAMPLE)
+    plan = plan_prune(groups, cost, scores, {}, Budget(0.3, 4, 0.1, balance), criterion="-",
+                      fusion="-")  # fmt: skip
+    shares = {cut.name: len(cut.kept) / cut.width for cut in plan.cuts}
+    heads = [shares[group.name] for group in groups if group.heads_of]
+    hidden = [share for name, share in shares.items() if ".mlp." in name]
+    assert abs(np.mean(heads) - np.mean(hidden)) < 0.25
+
+
 def trained_norms(vit: MultiTaskModel) -> MultiTaskModel:
     """The same with layer norms that scale and shift, as trained ones do."""
     torch.manual_seed(1)

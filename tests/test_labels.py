@@ -23,6 +23,7 @@ from secateur.data.labels import DENSE, check_known
 from secateur.data.loading import InMemory, open_reader
 from secateur.data.sample import Array, Sample
 from secateur.data.transforms import View, fit_sample, target_tensor
+from secateur.flow.job import _check_apart
 from secateur.flow.recipe import TaskSpec
 from secateur.zoo.compose import DENSE_KINDS as ZOO_KINDS
 
@@ -209,3 +210,19 @@ def damaged_zip(path: Path) -> Path:
 def test_a_damaged_member_of_a_zip_is_told(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"cannot read a\.png in"):
         ImageArchive(damaged_zip(tmp_path / "data.zip")).read("a.png")
+
+
+def test_images_to_judge_by_are_not_those_to_learn_from(tmp_path: Path) -> None:
+    """Twenty of each; told by what is in a file, not by its name."""
+
+    def images(split: str, grey: range) -> InMemory:
+        (tmp_path / split).mkdir()
+        for number, value in enumerate(grey):
+            cv2.imwrite(str(tmp_path / split / f"{split}{number}.png"), IMAGE + np.uint8(value))
+        return InMemory(create(tmp_path, split))
+
+    train = images("train", range(20))
+    _check_apart(train, images("apart", range(20, 40)))
+    _check_apart(train, images("two", range(18, 38)))  # which may be chance
+    with pytest.raises(DataError, match=r"3 of the 20 images of data\.eval .* first 'three0\.png'"):
+        _check_apart(train, images("three", range(17, 37)))

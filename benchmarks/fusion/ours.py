@@ -84,7 +84,7 @@ class Recipe:
         )  # fmt: skip
         whole = {task: scores_of_whole(bench.groups, first, own) for task, own in made.items()}
         again = fuse(whole, dict.fromkeys(whole, 1.0), self.rule, keep_share=share ** (HALF / 2))
-        return balanced_whole(first, again, budget.balance), both
+        return balanced_whole(bench.groups, first, again, budget.balance), both
 
 
 def budget_of(bench: Bench, share: float, allocation: str) -> Budget:

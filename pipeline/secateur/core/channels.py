@@ -45,10 +45,11 @@ class ChannelGroup:
         """Number of channels."""
         return len(self.channels)
 
-    def step(self, grid: int) -> int:
-        """Return how many channels make layers narrower by ``grid`` positions, or just more.
+    @property
+    def spread(self) -> int:
+        """How many positions one channel is in every layer, or more: those of a head, say."""
+        return min(len(member.indices[0]) for member in self.members)
 
-        Where one channel is many positions in every layer, as a head is, fewer than ``grid`` do.
-        """
-        spread = min(len(member.indices[0]) for member in self.members)
-        return -(-grid // spread)
+    def step(self, grid: int) -> int:
+        """Return how many channels make layers narrower by ``grid`` positions, or just more."""
+        return -(-grid // self.spread)

@@ -17,6 +17,8 @@ from secateur.core.files import value_digest
 class ImageArchive:
     """Files below a folder, or members of a zip file; nothing is ever extracted.
 
+    ``checksums`` are the CRC-32 of each one's bytes, by name.
+
     Raises:
         DataError: the path is absent or is a damaged zip.
     """
@@ -48,6 +50,7 @@ class ImageArchive:
                 f"no data at {path}",
                 hint="set data.<split>.root in the recipe, or SECATEUR_DATA if the recipe uses it",
             )
+        self.checksums = dict(marks)
         self.fingerprint = value_digest(marks)
 
     def read(self, name: str) -> bytes:

@@ -81,6 +81,9 @@ class Folder:
                          if label not in self._dense}  # fmt: skip
         self._scalar = self._read_csv() if "labels.csv" in self._archive.names else {}
         self._stems = sorted(self._images)
+        self.checksums = {
+            self._archive.checksums[name]: name for name in self._images.values()
+        }  # of images alone: a label may well be that of another image, too
         self._check_complete()
         self.fingerprint = value_digest(["folder", depth_scale, self._archive.fingerprint])
 

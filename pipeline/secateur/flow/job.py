@@ -29,6 +29,8 @@ from secateur.prune.blocks import without_blocks
 from secateur.prune.problem import Limit
 from secateur.tasks import apply_folds, plan_folds, select_tasks
 
+IN_BOTH = 0.1  # of data.eval's images may be in data.train as well
+
 
 @dataclass(frozen=True)
 class Job:
@@ -140,6 +142,7 @@ def open_job(recipe: Recipe, cache: StageCache) -> Job:
             "data.train and data.eval are the same images, so nothing would be known of new ones",
             hint="give data.eval another split or folder",
         )
+    _check_apart(train, evaluation)
     parent = load_parent(recipe)
     if recipe.model.trunk:
         check_trunk(recipe.model.trunk, parent.network)
@@ -163,6 +166,23 @@ def open_job(recipe: Recipe, cache: StageCache) -> Job:
     )
 
 
+def _check_apart(train: InMemory, evaluation: InMemory) -> None:
+    """Raise where many an image is in both; that a few are may be chance (black ones, say).
+
+    Raises:
+        DataError: that is so.
+    """
+    seen, judged = (getattr(each.source, "checksums", {}) for each in (train, evaluation))
+    both = sorted(name for checksum, name in judged.items() if checksum in seen)
+    if len(both) > IN_BOTH * len(judged):
+        raise DataError(
+            f"{len(both)} of the {len(evaluation)} images of data.eval are among those of "
+            f"data.train, first '{both[0]}': the accuracy told would be of images that the cut "
+            "has learnt from",
+            hint="take them out of one of the two",
+        )
+
+
 def keep_tasks(recipe: Recipe, parent: MultiTaskModel) -> tuple[MultiTaskModel, bool]:
     """Return the parent with the kept tasks only, and whether layers of it were folded."""
     example, keep = recipe.model.input.model_input().example(), recipe.kept_names()
@@ -171,7 +191,7 @@ def keep_tasks(recipe: Recipe, parent: MultiTaskModel) -> tuple[MultiTaskModel, 
     return selected, bool(folds.layers)
 
 
-def open_data(recipe: Recipe, spec: DataSpec) -> Reader:
+def open_data(recipe: Recipe, spec: DataSpec) -> InMemory:
     """Return the reader of ``data.train`` or ``data.eval``; what it decodes it keeps.
 
     Raises:

@@ -155,7 +155,8 @@ def _rescored(job: Job, scored: Scored) -> Scored:
         job, scored, {task: scores_of_whole(groups, first, own) for task, own in per_task.items()},
         None if agree is None else scores_of_whole(groups, first, agree), job.kept_share**HALF,
     )  # fmt: skip
-    return replace(scored, budget=budget, fused=balanced_whole(first, fused, scored.budget.balance))
+    balanced = balanced_whole(groups, first, fused, scored.budget.balance)
+    return replace(scored, budget=budget, fused=balanced)
 
 
 def _scores_halfway(

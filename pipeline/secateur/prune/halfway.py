@@ -65,8 +65,15 @@ def scores_of_whole(
 
 
 def balanced_whole(
-    plan: PrunePlan, scores: Mapping[str, NDArray[np.float64]], balance: float
+    groups: Sequence[ChannelGroup],
+    plan: PrunePlan,
+    scores: Mapping[str, NDArray[np.float64]],
+    balance: float,
 ) -> dict[str, NDArray[np.float64]]:
     """Return scores of all channels balanced between groups, by those that ``plan`` leaves."""
-    return {cut.name: scores[cut.name] * balancing(scores[cut.name][list(cut.kept)], balance)
-            for cut in plan.cuts}  # fmt: skip
+    left = {cut.name: list(cut.kept) for cut in plan.cuts}
+    found = {}
+    for group in groups:
+        own = scores[group.name]
+        found[group.name] = own * balancing(own[left[group.name]] / group.spread, balance)
+    return found

@@ -83,7 +83,7 @@ def plan_prune(
         PlanError: the budget is below what the grid and the floor allow.
     """
     full = cost.macs([group.width for group in groups])
-    raw = [fused[group.name] for group in groups]
+    raw = [fused[group.name] / group.spread for group in groups]  # a head counts by its channels
     scores = [own * balancing(own, budget.balance) for own in raw]
     grids = [group.step(budget.grid) for group in groups]
     within = limits or [macs_limit(cost, int(budget.macs * full))]
