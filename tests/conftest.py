@@ -6,10 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from secateur.bench.latency import Protocol
 from secateur.core.model import ModelInput, MultiTaskModel
 from secateur.core.task import Task
 from torch import Tensor, nn
@@ -24,6 +26,23 @@ TASKS = (
     Task("room", "room", "classification", "room", classes=4),
 )
 SPEC = ModelInput(3, 32, 48, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+FULL_PROTOCOL, SHORT_PROTOCOL = Protocol.__init__.__defaults__, (5.0, 0.05, 20)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_measurements() -> Iterator[None]:
+    """Measure latency for a moment where nobody says how long: three seconds a build add up."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Protocol.__init__, "__defaults__", SHORT_PROTOCOL)
+        yield
+
+
+@pytest.fixture
+def full_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure as long as users do."""
+    monkeypatch.setattr(Protocol.__init__, "__defaults__", FULL_PROTOCOL)
 
 
 class TinyNet(nn.Module):

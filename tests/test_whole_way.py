@@ -133,12 +133,13 @@ def test_the_runner_refuses_another_model(bundle: Path) -> None:
     assert result.returncode == 2 and "not the file of this manifest" in result.stderr
 
 
-def test_bench_writes_the_protocols_figures(capsys, bundle: Path) -> None:
+def test_bench_writes_the_protocols_figures(capsys, bundle: Path, full_measurements: None) -> None:
     code, stdout, _ = run(capsys, "bench", bundle, "--json")
     record = json.loads(stdout)
     alone, whole = record["latency"]["host_to_host"], record["latency"]["end_to_end"]
     assert code == 0 and record == json.loads((bundle / "bench.json").read_text())
     assert alone["runs"] >= 100 and alone["min_ms"] <= alone["median_ms"] <= alone["max_ms"]
+    assert alone["runs"] * alone["mean_ms"] >= 3000
     assert whole["median_ms"] > alone["median_ms"]
     assert set(alone["percentiles_ms"]) == {"p90", "p95", "p97", "p99", "p99.9"}
     assert run(capsys, "verify", bundle, "--limit", "2")[0] == 0  # bench.json does not disturb
