@@ -20,7 +20,8 @@ from secateur.flow.recipe import load_recipe
 
 
 def write_images(root: Path, labelled: bool) -> None:
-    reader = open_reader("scenes", None, "train", count=6, height=64, width=96)
+    split = "test" if labelled else "train"
+    reader = open_reader("scenes", None, split, count=6, height=64, width=96)
     (root / "image").mkdir(parents=True)
     rows = ["name,weather,daytime"]
     for i in range(6):

@@ -48,7 +48,8 @@ def test_the_second_half_takes_from_what_the_first_leaves(seed: int, share: floa
     assert count_macs(apply_plan(MODEL, GROUPS, first), EXAMPLE) == first.macs_after
 
     left = {cut.name: rng.lognormal(size=len(cut.kept)) for cut in first.cuts}
-    again = balanced_whole(first, scores_of_whole(GROUPS, first, left), budget.balance)
+    whole = scores_of_whole(GROUPS, first, left)
+    again = balanced_whole(GROUPS, first, whole, budget.balance)
     then = plan_prune(GROUPS, COST, again, {}, both, criterion="-", fusion="-")
     assert then.macs_after <= share * then.macs_before
     for name, kept in kept_of(first).items():  # what is gone comes back only where there is room

@@ -16,6 +16,7 @@ from secateur.core.model import MultiTaskModel
 from secateur.core.plan import GroupCut, PrunePlan, dropped_indices, groups_after
 from secateur.core.task import Task
 from secateur.prune import apply_plan, count_macs, find_groups, macs_model, plan_prune
+from secateur.prune.groups import whole_layers
 from secateur.prune.plan import Budget, default_budget
 from timm.layers import LayerNorm2d
 from torch import nn
@@ -221,6 +222,26 @@ def test_budget_below_what_the_grid_allows_says_the_least(model: MultiTaskModel)
     cost = macs_model(model, groups, EXAMPLE)
     with pytest.raises(PlanError, match="below the least that whole channels in multiples of 8"):
         random_plan(groups, 0, 8, 0.01, cost)
+
+
+def test_layers_that_stay_whole_are_told_most_parameters_first() -> None:
+    """A buffer of a value per channel, which nothing here can cut, fixes its layer's channels."""
+
+    class Tempered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.free, self.fixed = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3)
+            self.last = nn.Conv2d(16, 2, 1)
+            self.register_buffer("temperature", torch.linspace(1, 2, 16).reshape(1, 16, 1, 1))
+
+        def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+            x = self.fixed(self.free(image).relu()) * self.temperature
+            return {"depth": self.last(x)[:, :1]}
+
+    model = MultiTaskModel(Tempered(), [Task("depth", "depth", "depth", "depth")]).eval()
+    example = torch.randn(2, 3, 16, 16)
+    groups = find_groups(model, example)
+    assert whole_layers(model, groups, example) == {"network.fixed": 8 * 16 * 9 + 16}
 
 
 def test_a_plan_of_another_model_is_refused(model: MultiTaskModel) -> None:

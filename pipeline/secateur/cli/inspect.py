@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from secateur.prune import SparsityPlan
     from secateur.tasks import TaskUse
 
+WHOLE = 5  # layers that stay whole and are named
+
 
 def inspect(
     recipe: RecipeArgument,
@@ -200,6 +202,7 @@ def plan(
     from secateur.flow.preflight import open_checked
     from secateur.flow.recipe import load_recipe
     from secateur.flow.sparsity import planned_zeros
+    from secateur.prune.groups import whole_layers
 
     loaded = load_recipe(recipe)
     profile = target_of(loaded, target)
@@ -207,6 +210,7 @@ def plan(
         job = turn_axes(open_checked(loaded, profile, StageCache(cache), table))
         planned = plan_within(job, profile, table_file=table)
         zeros = planned_zeros(job, planned)
+        whole = whole_layers(job.outline, planned.scored.groups, job.example)
         estimate: PlanEstimate | str = ""
         if not any(budget.how == "measured" for budget in planned.budgets.values()):
             try:
@@ -214,9 +218,16 @@ def plan(
             except DeviceError as error:  # a plan needs no latency
                 estimate = error.message
     if as_json:
-        typer.echo(json.dumps(_plan_json(planned, zeros, estimate), indent=2))
-    else:
-        _print_plan(planned, zeros, estimate, Console())
+        typer.echo(json.dumps({**_plan_json(planned, zeros, estimate), "whole": whole}, indent=2))
+        return
+    console = Console()
+    _print_plan(planned, zeros, estimate, console)
+    if whole:
+        named = [f"{name} ({count:,} parameters)" for name, count in whole.items()]
+        more = f" and {len(named) - WHOLE} more (--json)" if len(named) > WHOLE else ""
+        console.print("stay whole, since something in forward fixes their channels: "
+                      f"{', '.join(named[:WHOLE])}{more}", soft_wrap=True, highlight=False,
+                      markup=False)  # fmt: skip
 
 
 def _print_plan(

@@ -44,8 +44,10 @@ def source_files(model: nn.Module) -> set[Path]:
             continue
         found |= files
         for value in list(vars(module).values()):
-            named = value if isinstance(value, ModuleType) else None
-            left.append(named or sys.modules.get(getattr(value, "__module__", None) or ""))
+            if isinstance(value, ModuleType):
+                left.append(value)
+            elif isinstance(name := getattr(value, "__module__", None), str):
+                left.append(sys.modules.get(name))
     return found
 
 

@@ -17,6 +17,23 @@ from secateur.prune.tracing import ROOT_TYPES, coupled_sets, dependency_graph, d
 from secateur.prune.trial import removable
 
 
+def whole_layers(
+    model: MultiTaskModel, groups: Sequence[ChannelGroup], example: Tensor
+) -> dict[str, int]:
+    """Return the layers none of whose output channels can go, and their parameters, most first.
+
+    What makes a task's output stays whole of itself, and is not among them.
+    """
+    cut = {member.layer for group in groups for member in group.members if member.axis == "out"}
+    last = {id(layer) for layer in output_layers(model, example)}
+    found = {
+        name: sum(parameter.numel() for parameter in layer.parameters())
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Conv2d | nn.Linear) and name not in cut and id(layer) not in last
+    }
+    return dict(sorted(found.items(), key=lambda one: -one[1]))
+
+
 def output_layers(model: MultiTaskModel, example: Tensor) -> list[nn.Module]:
     """Return the last parametrised layers before each output: their channels are the answer.
 
