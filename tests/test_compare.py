@@ -121,6 +121,13 @@ def test_measuring_in_turns_sees_through_a_machine_that_slows_down() -> None:
     assert ratio_of_medians(a, b, paired=False).verdict == "no difference"
 
 
+@pytest.mark.parametrize(("ratio", "verdict"), [(0.995, "no difference"), (1.03, "slower")])
+def test_what_another_session_might_have_given_is_no_difference(ratio: float, verdict: str) -> None:
+    """Two sessions of one file are apart by half a percent, however little their calls vary."""
+    a = np.linspace(10.0, 10.001, 30)
+    assert ratio_of_medians(a, ratio * a, paired=True).verdict == verdict
+
+
 def test_a_slower_call_is_found_and_an_equal_one_is_not() -> None:
     slower = ratio_of_medians(*take_turns(busy(0.5), busy(0.75), SHORT), paired=True)
     assert slower.verdict == "slower" and slower.exceeds(5) and not slower.exceeds(90)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from cli_run import RECIPE, make_project, run
 from conftest import SPEC, tiny_model
-from secateur.cli.build import doubts
+from secateur.cli.build import _recovery_harmed, doubts
 from secateur.core.errors import DataError
 from secateur.core.model import MultiTaskModel
 from secateur.core.task import Task
@@ -142,6 +142,19 @@ def test_a_parent_no_better_than_a_guess_is_doubted() -> None:
     guess, unit, one = of(25.0, 104.5, 14.0)
     assert "a guess in 25 %" in guess and "the same unit?" in unit
     assert "mIoU is 14 %, one class everywhere may have 20 %" in one
+
+
+@pytest.mark.parametrize(
+    ("before", "low_precision", "harmed"),
+    [(-0.3, False, True), (-0.6, False, False), (-0.3, True, False)],
+)
+def test_a_recovery_that_did_harm_is_told(before: float, low_precision: bool, harmed: bool) -> None:
+    """What ships lost .4 to .8 %; in a lower precision that may have cost it."""
+    accuracy = SimpleNamespace(
+        intervals=SimpleNamespace(delta_t=(-0.8, -0.4)), delta_t_before_recovery=before,
+        pruned={} if low_precision else None,
+    )  # fmt: skip
+    assert _recovery_harmed(accuracy) == harmed  # type: ignore[arg-type]
 
 
 def test_a_cut_without_labels_says_so_and_a_boards_latency_is_not_this_machines(
