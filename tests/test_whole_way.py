@@ -27,6 +27,7 @@ def test_the_bundle_holds_what_the_contract_names(bundle: Path) -> None:
     files = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
     assert files == {
         "manifest.json", "model.onnx", "run.py", "plan.json", "recipe.yaml", "check.npz",
+        "cut.safetensors",
         "parent_images.npz", "pictures/contact_sheet.png", "pictures/savings.png",
     }  # fmt: skip
     manifest = json.loads((bundle / "manifest.json").read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import re
 import tempfile
@@ -15,6 +16,8 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
+from safetensors.torch import save_file
+from torch import Tensor
 
 from secateur.bundle import build_engine, runner
 from secateur.bundle.engine_options import OPTIONS
@@ -24,6 +27,7 @@ from secateur.bundle.read import REQUIRED_FILES
 from secateur.core.files import atomic_path, file_sha256, not_writable, write_json, write_text
 
 CHECK_FILE = "check.npz"
+CUT_FILE, SURGERY = "cut.safetensors", "surgery"  # the torch network's weights, and what made them
 PARENT_FILE = "parent_images.npz"
 PICTURES = "pictures/*.png"
 FP32_FILE, QUANT_FILE = ORIGIN_FILES = ("fp32.onnx", "quant.json")  # of lower precisions
@@ -45,6 +49,13 @@ def write_parent(folder: Path, sums: Mapping[str, NDArray[np.float64]]) -> None:
     """Write each image's part in the parent's accuracy, so that `verify` draws both alike."""
     with atomic_path(folder / PARENT_FILE) as temporary, temporary.open("wb") as stream:
         np.savez_compressed(stream, **sums)  # type: ignore[arg-type]
+
+
+def write_cut(folder: Path, state: Mapping[str, Tensor], surgery: Mapping[str, Any]) -> None:
+    """Write the cut network's weights and what to take out of its parent for them to fit."""
+    own = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}  # none shared
+    with atomic_path(folder / CUT_FILE) as temporary:
+        save_file(own, temporary, {SURGERY: json.dumps(surgery)})
 
 
 def write_runner(folder: Path) -> None:
@@ -79,7 +90,7 @@ def write_ncnn(folder: Path, files: Sequence[Path] | None) -> None:
 def file_records(folder: Path) -> dict[str, FileRecord]:
     """Return the digest and size of every file of the bundle, whatever else lies beside them."""
     wanted = [folder / name for name in REQUIRED_FILES]
-    optional = (PARENT_FILE, *BUILDER_FILES, *ORIGIN_FILES, *NCNN_FILES)
+    optional = (CUT_FILE, PARENT_FILE, *BUILDER_FILES, *ORIGIN_FILES, *NCNN_FILES)
     wanted += [folder / name for name in optional if (folder / name).exists()]
     return {
         path.relative_to(folder).as_posix(): FileRecord(

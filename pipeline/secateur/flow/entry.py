@@ -88,8 +88,8 @@ def _share_of_macs(plan: PrunePlan) -> float:
 def entry_of_bundle(folder: Path) -> Entry:
     """Return the entry of a bundle: its plan and what its manifest says of it.
 
-    A bundle holds neither scores nor weights nor sketches, so it can be listed and its keep-sets
-    looked at, but no measure finds it.
+    A bundle holds neither scores nor sketches, so it can be listed and its keep-sets looked at, but
+    no measure finds it; its weights stay where they are.
 
     Raises:
         BundleError: it is no bundle, or its plan cannot be read.

@@ -25,6 +25,7 @@ from secateur.bundle.write import (
     write_builder,
     write_bundle,
     write_check,
+    write_cut,
     write_ncnn,
     write_origin,
     write_parent,
@@ -45,7 +46,7 @@ from secateur.flow.stages import Cut, plain_image
 from secateur.flow.warm_start import Planned
 from secateur.lower.export import INPUT_NAME
 from secateur.lower.ncnn import weights_file
-from secateur.prune import SparsityPlan
+from secateur.prune import SparsityPlan, surgery_of
 
 SHEET_IMAGES = 6
 
@@ -84,6 +85,8 @@ def _packed(job: Job, made: Made, folder: Path) -> Manifest:
     write_origin(folder, origin, quantised.to_json() if quantised else None)
     write_json(folder / "plan.json", made.planned.plan.to_json())
     write_text(folder / "recipe.yaml", job.recipe.source)
+    surgery = surgery_of(made.planned.scored.groups, made.planned.plan)
+    write_cut(folder, made.cut.recovered.state_dict(), surgery.to_json())
     write_runner(folder)
     write_parent(folder, made.evidence.parent_sums)
     if made.target.accelerator == "gpu":

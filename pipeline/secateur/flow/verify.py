@@ -170,14 +170,19 @@ def own_input(folder: Path, manifest: Manifest) -> NDArray[np.float32]:
     return np.asarray(preprocess(own_image(folder), manifest.input.model_dump()), np.float32)
 
 
+def own_outputs(folder: Path, manifest: Manifest) -> dict[str, NDArray[np.float32]]:
+    """Return what the torch network made of that image when the bundle was built."""
+    with np.load(folder / CHECK_FILE, allow_pickle=False) as stored:
+        return {task.name: stored[f"output/{task.name}"] for task in manifest.tasks}
+
+
 def check_parity(folder: Path, manifest: Manifest, session: Session) -> dict[str, Parity]:
     """Compare what a session makes of the bundle's own image with what torch made of it.
 
     Raises:
         VerifyError: a task differs by more than another CPU may.
     """
-    with np.load(folder / CHECK_FILE, allow_pickle=False) as stored:
-        wanted = {task.name: stored[f"output/{task.name}"] for task in manifest.tasks}
+    wanted = own_outputs(folder, manifest)
     outputs = session.run(own_input(folder, manifest))
     try:
         if manifest.precision == "fp32":

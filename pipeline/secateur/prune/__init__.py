@@ -1,6 +1,6 @@
 """Structural pruning over a dependency graph to a budget: groups, cost, plan, apply."""
 
-from secateur.prune.apply import apply_plan
+from secateur.prune.apply import apply_plan, restore_cut, surgery_of
 from secateur.prune.groups import find_groups
 from secateur.prune.macs import MacsModel, count_macs, macs_model
 from secateur.prune.plan import plan_prune, plan_widths
@@ -19,5 +19,7 @@ __all__ = [
     "plan_prune",
     "plan_sparsity",
     "plan_widths",
+    "restore_cut",
+    "surgery_of",
     "without_masks",
 ]
