@@ -360,6 +360,21 @@ def test_without_its_parent_a_bundle_is_shown_alone_and_it_is_said(
     assert len(read_all(out)) == 2
 
 
+def test_a_bundle_has_no_code_called_that_it_names(
+    bundle: Path, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = tmp_path / "made"
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["recipe"] = manifest["recipe"].replace(
+        "factory: tinyproject:make\n", f"factory: os:mkdir\n  arguments: {{path: {made}}}\n"
+    )
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    code, printed, _ = run(capsys, "demo", bundle, "--video", clip, "--frames", "2",
+                           "--out", tmp_path / "demo.mp4")  # fmt: skip
+    assert code == 0 and not made.exists()
+    assert "no bundle may say which code is run here" in " ".join(printed.split())
+
+
 def with_dimensions(path: Path, model: Path, **sizes: int) -> Path:
     """Write an ONNX file that says its image has other sizes."""
     loaded = onnx.load(model)

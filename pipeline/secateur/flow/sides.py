@@ -29,6 +29,7 @@ from secateur.runtimes.base import runtime_of
 
 Run = Callable[[NDArray[np.float32]], Mapping[str, NDArray[np.float32]]]
 RECIPES = {".yaml", ".yml"}
+OURS = "secateur.zoo:"
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def open_pair(
     else:
         try:
             recipe = parse_recipe(manifest.recipe, folder / "recipe.yaml")
+            _check_ours(recipe)
             other, found = _parent(recipe, manifest, cache)
             notes += found
         except SecateurError as error:
@@ -79,6 +81,20 @@ def open_pair(
     if other.runtime != cut.runtime:
         notes.append(f"two runtimes: {other.title} {other.runtime}, {cut.title} {cut.runtime}")
     return manifest, [other, cut], notes
+
+
+def _check_ours(recipe: Recipe) -> None:
+    """Raise unless a bundle's own recipe names a factory of ours: a bundle may be anybody's.
+
+    Raises:
+        BundleError: it would have any function of this machine called, with any arguments.
+    """
+    if not recipe.model.factory.startswith(OURS):
+        raise BundleError(
+            f"no bundle may say which code is run here, and its parent is made by "
+            f"{recipe.model.factory}",
+            hint="give a recipe of yours",
+        )
 
 
 def _named(against: Path, manifest: Manifest, cache: StageCache) -> tuple[Model, list[str]]:
