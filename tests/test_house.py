@@ -104,7 +104,7 @@ def test_importing_the_command_line_stays_light() -> None:
 
 def test_every_command_in_the_docs_names_a_verb_and_files_that_exist() -> None:
     verbs = {"targets", "inspect", "score", "plan", "build", "verify", "bench", "demo", "doctor",
-             "library", "profile", "diagnose", "compare", "report", "merge"}  # fmt: skip
+             "library", "profile", "diagnose", "compare", "report", "merge", "sweep"}  # fmt: skip
     documents = [REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")]
     commands = [
         line.strip().removeprefix("$ ")

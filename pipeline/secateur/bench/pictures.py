@@ -94,6 +94,33 @@ def savings_chart(path: Path, before: Mapping[str, float], after: Mapping[str, f
     _save(figure, path)
 
 
+def tradeoff_chart(
+    path: Path,
+    cost_percent: Sequence[float],
+    change_percent: Sequence[Mapping[str, float]],
+    latency_ms: Sequence[float | None],
+) -> None:
+    """Write each task's change (%) over what is left of the MACs (%), and the time if it is known.
+
+    The first of each is the parent's.
+    """
+    figure, axis = plt.subplots(figsize=(6.4, 4.2))
+    axis.axhline(0, color="#b8c4d0", linewidth=1)
+    for task in change_percent[0]:
+        axis.plot(cost_percent, [change[task] for change in change_percent], marker="o", label=task)
+    axis.set_xlabel("% of the parent's MACs (kept tasks only)")
+    axis.set_ylabel("change against the parent, %")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="y", color="#eef1f4")
+    for cost, milliseconds in zip(cost_percent, latency_ms, strict=True):
+        if milliseconds is not None:
+            axis.annotate(f"{milliseconds:.3g} ms", (cost, 1), xycoords=("data", "axes fraction"),
+                          ha="center", va="bottom", fontsize=8, color="#5b6b7a")  # fmt: skip
+    axis.legend(frameon=False, loc="lower right")
+    figure.tight_layout()
+    _save(figure, path)
+
+
 def _pictures(
     task: Task,
     truth: NDArray[np.generic],

@@ -23,6 +23,7 @@ from secateur.cli import (
     merge,
     profile,
     report,
+    sweep,
     targets,
     verify,
 )
@@ -40,6 +41,7 @@ app.command("inspect")(inspect.inspect)
 app.command("score")(inspect.score)
 app.command("merge")(merge.merge)
 app.command("plan")(inspect.plan)
+app.command("sweep")(sweep.sweep)
 app.command("profile")(profile.profile)
 app.command("build")(build.build)
 app.command("verify")(verify.verify)

@@ -14,17 +14,16 @@ from secateur.core.errors import SecateurError
 from secateur.flow.axes import turn_axes
 from secateur.flow.budgets import plan_within, settle
 from secateur.flow.cache import StageCache
+from secateur.flow.cutting import cut_planned
 from secateur.flow.entry import add_build
 from secateur.flow.evidence import gather_evidence
-from secateur.flow.inherited import best_start
 from secateur.flow.job import Job
 from secateur.flow.ncnn import NCNN, target_of, with_runtime
 from secateur.flow.pack import Made, pack
 from secateur.flow.precision import Device, lower_cut
 from secateur.flow.preflight import open_checked
 from secateur.flow.recipe import Recipe
-from secateur.flow.sparsity import plan_zeros, with_zeros
-from secateur.flow.stages import begin_cut, exported, finish_cut, torch_accuracy
+from secateur.flow.stages import exported, torch_accuracy
 from secateur.prune import check_sparsity
 
 
@@ -78,13 +77,8 @@ def build(
     clock.lap("judge_parent")
     planned = plan_within(job, target, protocol, table)
     clock.lap("score_and_plan")
-    begun = begin_cut(job, planned.scored.groups, planned.plan)
-    begun, origin, key = best_start(job, planned, begun)
-    zeros = plan_zeros(job, planned.plan, begun, key)
-    begun, key = with_zeros(job, begun, zeros, key)
-    inherited = origin is not None and origin.recovered
-    cut = finish_cut(job, planned.plan, begun, key, inherited=inherited,
-                     joint=origin is None or not origin.inherited)  # fmt: skip
+    finished = cut_planned(job, planned)
+    cut, zeros = finished.cut, finished.zeros
     clock.lap("cut_compensate_recover")
     lowered = lower_cut(job, cut, target, protocol, device)
     target = with_runtime(target, NCNN) if lowered.ncnn else target
@@ -94,8 +88,8 @@ def build(
     evidence = gather_evidence(job, cut, lowered, target, protocol)
     clock.lap("measure")
     budgets = settle(job, target, planned, evidence, lowered.onnx)
-    made = Made(target, planned, origin, cut, lowered, evidence, budgets, clock.seconds, command,
-                zeros)  # fmt: skip
+    made = Made(target, planned, finished.origin, cut, lowered, evidence, budgets, clock.seconds,
+                command, zeros)  # fmt: skip
     folder = out / target.name / lowered.precision
     replaced = _other_bundle(folder, job)
     manifest = pack(job, made, folder)
