@@ -12,7 +12,7 @@ import torch
 import yaml
 from cli_run import run
 from conftest import REPOSITORY, SPEC, TinyNet
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from secateur.bundle.write import file_records
 from secateur.core.errors import BundleError, PlanError, VerifyError
 from secateur.core.files import write_json
@@ -45,6 +45,7 @@ def test_the_cut_is_a_network_that_answers_as_the_bundle_does_and_can_be_trained
     sizes = [sum(each.numel() for each in own.parameters()) for own in (network, parent)]
     assert sizes[0] == json.loads((bundle / "manifest.json").read_text())["cost"]["params"]
     assert sizes[0] < sizes[1] and not network.training
+    assert load_file(bundle / "cut.safetensors").keys() == network.state_dict().keys()
     assert all(torch.equal(before[name], now) for name, now in parent.state_dict().items())
 
     optimiser = torch.optim.SGD(network.train().parameters(), 0.01)

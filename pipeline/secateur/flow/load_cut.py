@@ -21,10 +21,11 @@ from secateur.flow.recipe import parse_recipe
 from secateur.flow.verify import PARITY_TOLERANCE, own_input, own_outputs
 from secateur.lower import compare_outputs
 from secateur.prune import restore_cut
+from secateur.prune.blocks import NETWORK
 
 
 def load_cut(bundle: Path | str, parent: nn.Module) -> nn.Module:
-    """Return the network that a bundle was lowered from, on the CPU, in eval mode.
+    """Return the fp32 network that a bundle was lowered from, on the CPU, in eval mode.
 
     ``parent`` is what the recipe's factory returns; its weights do not matter, it is left as it is.
     Where all its tasks were kept, the result is of its own class, else what the kept tasks need
@@ -55,7 +56,8 @@ def _read(folder: Path) -> tuple[dict[str, Tensor], Surgery]:
     try:
         with safe_open(path, "pt") as stream:
             surgery = Surgery.from_json(json.loads((stream.metadata() or {})[SURGERY]))
-            return {name: stream.get_tensor(name) for name in stream.keys()}, surgery  # noqa: SIM118
+            names = list(stream.keys())
+            return {f"{NETWORK}{name}": stream.get_tensor(name) for name in names}, surgery
     except (SafetensorError, KeyError, ValueError) as error:
         raise BundleError(
             f"{path} cannot be read: {first_line(error)}", hint="build the bundle again"

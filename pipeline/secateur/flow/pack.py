@@ -86,7 +86,7 @@ def _packed(job: Job, made: Made, folder: Path) -> Manifest:
     write_json(folder / "plan.json", made.planned.plan.to_json())
     write_text(folder / "recipe.yaml", job.recipe.source)
     surgery = surgery_of(made.planned.scored.groups, made.planned.plan)
-    write_cut(folder, made.cut.recovered.state_dict(), surgery.to_json())
+    write_cut(folder, made.cut.recovered.network.state_dict(), surgery.to_json())
     write_runner(folder)
     write_parent(folder, made.evidence.parent_sums)
     if made.target.accelerator == "gpu":
