@@ -195,6 +195,27 @@ def test_a_class_in_the_place_of_logits(capsys, tmp_path: Path) -> None:
     expect_error(capsys, tmp_path, "build", recipe, says=says)
 
 
+@pytest.mark.parametrize(
+    ("output", "kind", "last"),
+    [("'room'", "classification", "softmax"), ("'seg'", "segmentation", "softmax"),
+     ("'depth'", "edges", "sigmoid")],
+)  # fmt: skip
+def test_probabilities_in_the_place_of_logits(
+    capsys, tmp_path: Path, output: str, kind: str, last: str
+) -> None:
+    text = RECIPE.replace("tinyproject:make", "ending:make")
+    recipe = make_project(tmp_path, text.replace("kind: depth", f"kind: {kind}")
+                          if kind == "edges" else text)  # fmt: skip
+    arguments = "1" if last == "softmax" else ""
+    (tmp_path / "ending.py").write_text(
+        "from conftest import TinyNet\n\n\nclass make(TinyNet):\n    def forward(self, image):\n"
+        "        found = super().forward(image)\n"
+        f"        return {{**found, {output}: found[{output}].{last}({arguments})}}\n"
+    )
+    says = f"({kind}) has an output of probabilities, expected logits"
+    expect_error(capsys, tmp_path, "build", recipe, says=says)
+
+
 def test_a_model_of_one_image_at_a_time(capsys, tmp_path: Path) -> None:
     recipe = make_project(tmp_path, RECIPE.replace("tinyproject:make", "alone:make"))
     (tmp_path / "alone.py").write_text(

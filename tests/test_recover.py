@@ -25,7 +25,7 @@ from secateur.flow.job import Job, open_job
 from secateur.flow.planning import make_plan
 from secateur.flow.recipe import parse_recipe
 from secateur.flow.recovery import check_recovery, freeze_norms, pieces
-from secateur.flow.stages import begin_cut, finish_cut, make_cut
+from secateur.flow.stages import begin_cut, finish_cut
 from secateur.recover import TrainSettings, freeze_after, reinitialised, train
 from secateur.recover.balance import (
     BALANCES,
@@ -529,12 +529,12 @@ def test_a_recipe_recovers_from_scratch_with_an_early_stop_and_finds_it_again(
                "early_stop: {patience: 1, images: 6}", tmp_path)  # fmt: skip
     check_recovery(work)
     groups, plan = make_plan(work, 4)
-    cut = make_cut(work, groups, plan)
+    cut = finish_cut(work, plan, begin_cut(work, groups, plan))
     assert cut.steps in (4, 5)  # two steps an epoch on the eight images that are left
     assert sum(p.numel() for p in cut.recovered.parameters()) == sum(
         p.numel() for p in cut.compensated.parameters()
     )
-    again = make_cut(work, groups, plan)
+    again = finish_cut(work, plan, begin_cut(work, groups, plan))
     assert (again.key, again.steps) == (cut.key, cut.steps)
     assert not list((tmp_path / "cache" / "recover").glob("*/state.pt"))
 
@@ -627,7 +627,7 @@ def test_a_short_recovery_of_inherited_weights_is_gentle(
 def test_a_recovery_that_does_harm_is_undone(recover: str, undone: bool, tmp_path: Path) -> None:
     work = job(recover, tmp_path)
     groups, plan = make_plan(work, 4)
-    cut = make_cut(work, groups, plan)
+    cut = finish_cut(work, plan, begin_cut(work, groups, plan))
     assert cut.undone == undone == (cut.steps == 0)
     assert same(cut.recovered, cut.compensated) == undone
 

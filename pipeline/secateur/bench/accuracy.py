@@ -48,15 +48,12 @@ def evaluate(
     *,
     batch_size: int = 16,
     limit: int | None = None,
-    title: str = "evaluating",
 ) -> dict[str, dict[str, float]]:
     """Return ``{task: {metric: value}}`` of ``predict`` over ``reader``.
 
     Dense outputs are resized to the input's size, where labels are compared.
     """
-    return score(
-        predict, tasks, reader, spec, batch_size=batch_size, limit=limit, title=title
-    ).metrics
+    return score(predict, tasks, reader, spec, batch_size=batch_size, limit=limit).metrics
 
 
 def score(

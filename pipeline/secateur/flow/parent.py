@@ -22,6 +22,7 @@ from secateur.core.task import Task
 from secateur.data.labels import DENSE
 from secateur.flow.recipe import Recipe
 
+SUMS_TO_ONE = 1e-3  # how far from it the sum of probabilities may be
 LFS = b"version https://git-lfs"
 
 
@@ -60,6 +61,7 @@ def checked_model(recipe: Recipe, network: nn.Module) -> MultiTaskModel:
         ) from error
     for task in model.tasks:
         _check_channels(task, outputs[task.name])
+        _check_logits(task, outputs[task.name])
     return model
 
 
@@ -74,6 +76,26 @@ def _check_channels(task: Task, output: Tensor) -> None:
             f"task '{task.name}' ({task.kind}) has an output of shape {tuple(output.shape)}, "
             f"expected {form} with C = {wanted if wanted is not None else 'any'}",
             hint="correct tasks.<name>.output, kind or classes",
+        )
+
+
+def _check_logits(task: Task, output: Tensor) -> None:
+    """Raise where an output of classes or edges is of probabilities: losses are of logits.
+
+    Gradients of a loss that takes them for logits hardly tell channels apart.
+    """
+    last = {"segmentation": "softmax", "classification": "softmax", "edges": "sigmoid"}
+    if task.kind not in last or bool((output < 0).any()):
+        return
+    if task.kind == "edges":
+        probable = bool(((output > 0) & (output < 1)).all())
+    else:
+        probable = output.shape[1] > 1 and bool(((output.sum(1) - 1).abs() < SUMS_TO_ONE).all())
+    if probable:
+        raise ModelError(
+            f"task '{task.name}' ({task.kind}) has an output of probabilities, expected logits",
+            hint=f"leave the last {last[task.kind]} out of forward; run.py --full-size gives "
+            "probabilities all the same",
         )
 
 

@@ -52,11 +52,6 @@ class Cut:
     joint: str = ""
 
 
-def make_cut(job: Job, groups: Sequence[ChannelGroup], plan: PrunePlan) -> Cut:
-    """Apply the plan, compensate and recover."""
-    return finish_cut(job, plan, begin_cut(job, groups, plan))
-
-
 def begin_cut(job: Job, groups: Sequence[ChannelGroup], plan: PrunePlan) -> MultiTaskModel:
     """Apply the plan and compensate."""
     pruned = apply_plan(job.selected, groups, plan)

@@ -115,7 +115,6 @@ def visit(
     model: nn.Module,
     images: Tensor,
     see: Callable[[str, Layer, Tensor, Tensor], None],
-    chunk: int = CHUNK,
 ) -> None:
     """Pass ``images`` through ``model`` and show each plain layer's (input, output) to ``see``."""
     hooks = [
@@ -123,7 +122,7 @@ def visit(
         for name, layer in plain_layers(model).items()
     ]
     with removed(hooks), evaluating(model):
-        for part in torch.split(images, chunk):
+        for part in torch.split(images, CHUNK):
             model(part)
 
 

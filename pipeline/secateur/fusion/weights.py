@@ -26,6 +26,7 @@ from secateur.fusion.sensitivity import diagonal_fisher, output_sensitivity
 RULES = (*MERGES, "regmean", "cut")
 STATISTICS = ("running_mean", "running_var")
 TRACED = "_tensor_constant"  # torch.fx's name, with a number behind
+NORM_BATCH = 64  # images that batch norms are estimated anew on at once
 
 
 @dataclass(frozen=True)
@@ -168,10 +169,10 @@ def merge_networks(
     return merged
 
 
-def reestimate_norms(model: torch.nn.Module, images: Tensor, batch: int = 64) -> None:
+def reestimate_norms(model: torch.nn.Module, images: Tensor) -> None:
     """Replace batch norms' running statistics, in place, by those of ``images`` (N, C, H, W).
 
-    Batches are of about the same size, ``batch`` at most: each counts the same, and none is of one
+    Batches are of about the same size, NORM_BATCH at most: each counts the same, and none is of one
     image unless there is no other.
     Those of a linearised network stay: they belong to the point it is expanded at.
     """
@@ -185,7 +186,7 @@ def reestimate_norms(model: torch.nn.Module, images: Tensor, batch: int = 64) ->
             norm.reset_running_stats()
             norm.momentum = None  # the plain mean over batches
             norm.train()
-        for part in torch.tensor_split(images, -(-len(images) // batch)):
+        for part in torch.tensor_split(images, -(-len(images) // NORM_BATCH)):
             model(part)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

@@ -39,16 +39,15 @@ ROUNDS = 60  # of cutting planes; one budget takes about ten, five budgets about
 PIVOTS = 1000  # of the small linear programme between them; GLOP cycles in a few degenerate ones
 PRICE_LIMIT = 1e4  # of one whole budget, in units of all score that can be lost
 DUAL_GAP = 1e-7
+EFFORT = 3.0  # of CP-SAT, in its deterministic seconds (about those of an idle core)
 MOST_PAIRS = 40_000  # Booleans that CP-SAT is given
 MARGIN = 1e-9
 FILLED = 8  # of the choices that the dual met, the best: what still fits is put back
 NEAR = 2  # rungs to each side that are tried where no bound is known
 
 
-def solve_exact(problem: Problem, *, effort: float = 3.0) -> Allocation:
+def solve_exact(problem: Problem) -> Allocation:
     """Return the best choice found, and how far from the best of all it can be at most.
-
-    ``effort`` limits CP-SAT, in its deterministic seconds (about those of an idle core).
 
     Raises:
         PlanError: a limit is below what the widths reach, alone or together with the others.
@@ -68,7 +67,7 @@ def solve_exact(problem: Problem, *, effort: float = 3.0) -> Allocation:
     if known <= dual.bound + MARGIN * (1 + abs(known)) and best is not None:
         return allocation(problem, best, known, "exact")
     kept, least_removed = _unfixed(network, order, dual, best)
-    found, bound = solve_cp_sat(network, kept, best, effort)
+    found, bound = solve_cp_sat(network, kept, best, EFFORT)
     if found is not None and network.holds(found) and problem.objective(found) < known:
         best = found
     if best is None:

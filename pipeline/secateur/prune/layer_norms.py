@@ -39,7 +39,7 @@ def fold_layer_norms(
             continue
         folded = copy.deepcopy(model)
         for norm in norms:
-            _fold(folded, norm, group, _readers(model, norm, group, example))
+            _fold(folded, norm, _readers(model, norm, group, example))
         if bent_difference(model, folded, example, read_by(group)) <= TOLERANCE:
             model = folded
     return model
@@ -148,7 +148,7 @@ def _readers(
 
 
 @torch.no_grad()
-def _fold(model: nn.Module, norm: str, group: ChannelGroup, readers: Sequence[Member]) -> None:
+def _fold(model: nn.Module, norm: str, readers: Sequence[Member]) -> None:
     """Move the scale and shift of ``norm`` into ``readers``, in place."""
     module: Any = model.get_submodule(norm)
     scale = module.weight.clone()
