@@ -58,6 +58,15 @@ def test_what_is_no_share_is_refused(
     assert code == 2 and "is no share of the MACs" in stderr
 
 
+def test_a_folder_that_cannot_be_made_is_told_before_any_work(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    make_project(tmp_path)
+    (tmp_path / "out").write_text("a file")
+    code, _, stderr = sweep(capsys, tmp_path)
+    assert code == 2 and "hint:" in stderr and not (tmp_path / "cache").exists()
+
+
 def test_the_least_is_the_cheapest_within_every_max_drop() -> None:
     parent = Point(1.0, 100, 10, {}, {"depth": 0.0}, 0.0, (), 0)
     mild = replace(parent, share=0.7, macs=70)

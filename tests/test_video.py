@@ -374,6 +374,13 @@ def test_a_bundle_has_no_code_called_that_it_names(
     assert code == 0 and not made.exists()
     assert "no bundle may say which code is run here" in " ".join(printed.split())
 
+    manifest["recipe"] = manifest["recipe"].replace("os:mkdir", "secateur.zoo:mkdir")
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    (bundle / "secateur.zoo.py").write_text("from os import mkdir\n")  # not what that name means
+    code, printed, _ = run(capsys, "demo", bundle, "--video", clip, "--frames", "2",
+                           "--out", tmp_path / "demo.mp4")  # fmt: skip
+    assert code == 0 and not made.exists() and "the parent is not shown" in printed
+
 
 def with_dimensions(path: Path, model: Path, **sizes: int) -> Path:
     """Write an ONNX file that says its image has other sizes."""

@@ -19,6 +19,7 @@ from secateur.cli.options import (
 )
 from secateur.core.errors import RecipeError
 from secateur.core.progress import shown
+from secateur.devices.target import load_target
 
 if TYPE_CHECKING:
     from secateur.flow.sweep import Sweep
@@ -47,18 +48,18 @@ def sweep(
     Example: secateur sweep examples/scenes.yaml --macs 0.7,0.5,0.3
     """
     from secateur.bench.pictures import tradeoff_chart
+    from secateur.bundle.write import prepare_folder
     from secateur.core.files import write_json
     from secateur.flow.cache import StageCache
     from secateur.flow.recipe import load_recipe
     from secateur.flow.sweep import sweep as run_sweep
 
-    shares = _shares(macs)
+    shares, folder = _shares(macs), out / load_target(target).name
+    prepare_folder(folder)
     with shown(quiet=as_json):
         result = run_sweep(
             load_recipe(recipe), target, shares, cache=StageCache(cache), recover=recover
         )
-    folder = out / result.target
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "sweep.json", result.to_json())
     tradeoff_chart(
         folder / "sweep.png",
